@@ -1,0 +1,504 @@
+"""The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
+
+A value comes from, in rising order: the default, the data set's default, the config file, the flag. On resume the
+checkpoint's settings take the place of both defaults. To add a setting, add one line to `Settings`.
+
+    parser = make_parser("Train a Perceiver.")
+    args = parser.parse_args()                            # args.flags, args.file, args.resume
+    settings, sources = resolve(args.flags, args.file)
+    print(format_settings(settings, sources))
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Defaults that depend on the data set; its keys are the data sets there are.
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "synthetic": {"model_size": "small", "num_epochs": 20, "learning_rate": 1e-3},
+    "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4},
+    "digits": {"model_size": "tiny", "num_epochs": 80, "patch_size": 2, "learning_rate": 1e-3},
+}
+LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
+INT_LIMIT = 2**31  # every whole number must stay below
+
+
+class UserError(ValueError):
+    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy."""
+
+
+def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
+    """A field of `Settings`.
+
+    rules: `flag` (if it is not the name), `choices`, the limits `at_least`, `above` and `below`, and `applies`
+    ({setting: values with which this one has an effect}). on_resume, when a resumed run changes the value: 'free'
+    leaves the training as it was, 'inexact' is allowed but the run is no longer the uninterrupted one, 'fixed' is
+    refused.
+    """
+    metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_data = functools.partial(_setting, group="Data", on_resume="fixed")
+_model = functools.partial(_setting, group="Model", on_resume="fixed")
+_training = functools.partial(_setting, group="Training", on_resume="inexact")
+_files = functools.partial(_setting, group="Files", on_resume="free")
+
+_SYNTHETIC = {"dataset_type": ("synthetic",)}
+_IMAGES = {"dataset_type": ("cifar10", "digits")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Every value is checked, so a `Settings` that exists is valid.
+
+    `resolve` applies the data set's defaults; calling the class itself leaves them out.
+    Raises UserError that names every wrong value.
+    """
+
+    dataset_type: str = _data("synthetic", "the data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
+    data_dir: str = _data("data", "folder of downloaded data", applies={"dataset_type": ("cifar10",)}, on_resume="free")
+    num_samples: int = _data(2000, "size of the data set, all splits", "sequences", at_least=1, applies=_SYNTHETIC)
+    seq_len_range: tuple[int, int] = _data((50, 200), "shortest and longest", "tokens", at_least=1, applies=_SYNTHETIC)
+    feature_dim: int = _data(64, "features of a token", "channels", at_least=1, applies=_SYNTHETIC)
+    num_classes: int = _data(5, "number of classes", "classes", at_least=2, applies=_SYNTHETIC)
+    max_seq_len: int | None = _data(None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1,
+                                    applies=_SYNTHETIC)
+    patch_size: int = _data(4, "side of a square patch, one token each", "pixels", at_least=1, applies=_IMAGES)
+    augment: bool = _data(True, "vary the training images at random", applies=_IMAGES, on_resume="inexact")
+    val_fraction: float = _data(0.1, "share of the training data kept for validation", "fraction", above=0, below=1)
+    bucket_by_length: bool = _data(False, "batch sequences of similar length: less padding, less random batches",
+                                   applies=_SYNTHETIC, on_resume="inexact")
+    num_workers: int = _data(0, "processes that load data; 0 = the main one", "processes", at_least=0, on_resume="free")
+
+    model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
+    d_model: int | None = _model(None, "width of a latent; none = the preset's", "features", at_least=1)
+    num_heads: int | None = _model(None, "attention heads; none = the preset's", "heads", at_least=1)
+    num_latents: int | None = _model(None, "learned latents; none = the preset's", "latents", at_least=1)
+    num_cross_attention_layers: int | None = _model(None, "times the latents read the input; none = the preset's",
+                                                    "layers", at_least=1)
+    num_self_attention_layers: int | None = _model(None, "layers among the latents, in all; none = the preset's",
+                                                   "layers", at_least=0)
+    num_cross_attention_heads: int | None = _model(None, "heads of a cross-attention; none = num_heads", "heads",
+                                                   at_least=1)
+    cross_attention_dim: int | None = _model(None, "width inside a cross-attention; none = d_model", "features",
+                                             at_least=1)
+    mlp_ratio: int = _model(4, "hidden width of an MLP over its input's", "times", at_least=1)
+    dropout: float = _model(0.1, "dropped from each block's output in training", "fraction", at_least=0, below=1,
+                            on_resume="inexact")
+    attention_dropout: float = _model(0.0, "attention weights dropped in training", "fraction", at_least=0, below=1,
+                                      on_resume="inexact")
+    share_weights: bool = _model(False, "share weights between the repeats of cross- and self-attention")
+    use_positions: bool = _model(True, "add position features to the input")
+    num_frequency_bands: int | None = _model(None, "frequencies per position axis; none = chosen from the data",
+                                             "bands", at_least=1, applies={"use_positions": (True,)})
+    gradient_checkpointing: bool = _model(False, "recompute activations: less memory, more time, same result",
+                                          on_resume="free")
+
+    num_epochs: int = _training(100, "passes over the training data", "epochs", flag="epochs", at_least=1,
+                                on_resume="free")
+    batch_size: int = _training(32, "samples in a batch", "samples", at_least=1)
+    learning_rate: float = _training(3e-4, "peak of the schedule", "per step", flag="lr", above=0)
+    weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "per step, times the rate", at_least=0)
+    warmup_fraction: float = _training(0.1, "steps with a rising learning rate", "fraction of all steps", at_least=0,
+                                       below=1)
+    label_smoothing: float = _training(0.0, "target spread over all classes", "fraction", at_least=0, below=1)
+    grad_clip: float = _training(1.0, "longest gradient, 0 = no limit", "L2 norm", at_least=0)
+    accumulation_steps: int = _training(1, "batches per optimizer step", "batches", at_least=1)
+    amp: str = _training("auto", "mixed precision; auto = where the hardware is good at it",
+                         choices=("auto", "bf16", "fp16", "off"))
+    compile: bool = _training(False, "compile the model with torch.compile: slower start, faster steps")
+    device: str = _training("auto", "where to compute; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
+    early_stopping_patience: int = _training(0, "stop when this long without a better validation; 0 = never", "epochs",
+                                             at_least=0, on_resume="free")
+    seed: int = _training(0, "of all random numbers", "whole number", at_least=0, on_resume="fixed")
+
+    checkpoint_dir: str = _files("checkpoints", "folder of best_model.pth and last_model.pth")
+    log_dir: str = _files("runs", "folder of the logs")
+    save_every: int = _files(0, "between two saves; 0 = only at the end of an epoch", "optimizer steps", at_least=0)
+
+    def __post_init__(self) -> None:
+        checked, problems = _check(vars(self))
+        _refuse(problems)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types that JSON holds: a tuple becomes a list."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that `to_dict` wrote; one that is missing takes its default. Raises UserError."""
+        return resolve(file=values)[0]
+
+
+FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+# -- one value ------------------------------------------------------------------------------------------------
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: 'learning_rate' -> '--lr'."""
+    return "--" + FIELDS[name].metadata.get("flag", name)
+
+
+def _is_optional(field: dataclasses.Field) -> bool:
+    return type(None) in typing.get_args(field.type)
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """bool, int, float, str or tuple."""
+    if _is_optional(field):
+        return typing.get_args(field.type)[0]
+    return typing.get_origin(field.type) or field.type
+
+
+def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
+    """`value` as int or float within the limits; a whole float (1e5) is a whole number. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError
+    number = kind(value)
+    if kind is int and (number != value or number >= INT_LIMIT):
+        raise ValueError
+    if number < rules.get("at_least", number) or number <= rules.get("above", -math.inf):
+        raise ValueError
+    if number >= rules.get("below", math.inf):
+        raise ValueError
+    return number
+
+
+def _convert(field: dataclasses.Field, value: Any) -> Any:
+    """`value` in the declared type. Raises ValueError for another type or a value out of range."""
+    kind, rules = _kind(field), field.metadata
+    if value is None and _is_optional(field):
+        return None
+    if kind in (int, float):
+        return _number(kind, rules, value)
+    if kind is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        low, high = (_number(int, rules, item) for item in value)
+        if low > high:
+            raise ValueError
+        return low, high
+    if not isinstance(value, kind) or value not in rules.get("choices", [value]):
+        raise ValueError
+    if kind is str and (not value or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)):
+        raise ValueError
+    return value
+
+
+def _expected(field: dataclasses.Field, none: str) -> str:
+    """What a valid value looks like: 'a whole number (epochs) of at least 1'."""
+    kind, rules = _kind(field), field.metadata
+    if "choices" in rules:
+        return "one of " + ", ".join(rules["choices"])
+    what = {bool: "true or false", int: "a whole number", float: "a number", str: "text, not empty",
+            tuple: "two whole numbers, low and high,"}[kind]
+    if rules["unit"] and kind is not str:
+        what += f" ({rules['unit']})"
+    limits = [f"{words} {rules[key]}" for key, words in
+              (("at_least", "of at least"), ("above", "above"), ("below", "below")) if key in rules]
+    return " ".join([what, " and ".join(limits)]).strip() + (f", or {none}" if _is_optional(field) else "")
+
+
+def _shown(value: Any) -> str:
+    """A refused value as JSON writes it, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid word that is most like `word`."""
+    return difflib.get_close_matches(word.lower(), list(valid), n=1, cutoff=0.0)[0]
+
+
+def _unknown_name(name: str, value: Any) -> str:
+    """The problem with a name that is no setting, and the nearest one."""
+    if isinstance(value, Mapping):
+        return f"{_shown(name)}: unknown setting; settings are not nested, move those inside it to the top level"
+    spelt = {word: setting for setting in FIELDS for word in (setting, flag_of(setting)[2:])}
+    return f"{_shown(name)}: unknown setting, the nearest valid name is {spelt[nearest(name, spelt)]!r}"
+
+
+def _from_text(field: dataclasses.Field, text: str) -> Any:
+    """The value that a text on the command line means, of whatever type; the text itself where it means none."""
+    if text.lower() == "none" and _is_optional(field):
+        return None
+    kinds = {bool: ({"true": True, "false": False}.__getitem__,), str: ()}.get(_kind(field), (int, float))
+    for kind in kinds:
+        try:
+            return kind(text)
+        except (ValueError, KeyError):
+            pass
+    return text
+
+
+def _check(
+    values: Mapping[str, Any], place: Callable[[str], str] = str, none: str = "null"
+) -> tuple[dict[str, Any], list[str]]:
+    """(the valid values in their declared types, a line for each unknown name and each value refused).
+
+    `place(name)` says in a message where the value was given, `none` how None is written there.
+    """
+    checked, problems = {}, []
+    for name, value in values.items():
+        if name not in FIELDS:
+            problems.append(place(_unknown_name(name, value)))
+            continue
+        field = FIELDS[name]
+        try:
+            checked[name] = _convert(field, value)
+        except (ValueError, OverflowError):
+            quoted = isinstance(value, str) and _from_text(field, value) != value
+            hint = " (text: write it without the quotes)" if quoted else ""
+            problems.append(f"{place(name)}: expected {_expected(field, none)}, got {_shown(value)}{hint}")
+    return checked, problems
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# -- where values come from -------------------------------------------------------------------------------------
+
+def load_json(path: str) -> dict[str, Any]:
+    """The checked settings of a JSON file. Raises UserError that names the file and every problem in it."""
+    repeated = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = json.load(file, object_pairs_hook=to_dict)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f'{path}: expected an object such as {{"batch_size": 32}}, got {_shown(values)}')
+    checked, problems = _check(values, lambda name: f"{path}: {name}")
+    _refuse([f"{path}: {_shown(name)}: given more than once, keep one" for name in repeated] + problems)
+    return checked
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None,
+    file: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
+
+    flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they take
+    the place of the defaults, and a change to one that is 'fixed' on resume is refused.
+    Raises UserError with a line for each problem.
+    """
+    given = {"checkpoint": base or {}, "file": file or {}, "flag": flags or {}}
+    _refuse([problem for values in given.values() for problem in _check(values)[1]])
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    dataset = functools.reduce(lambda so_far, layer: layer.get("dataset_type", so_far), given.values(), "synthetic")
+    values, sources = {}, {}
+    for source, layer in {"default": defaults, "data set": DATASET_DEFAULTS[dataset], **given}.items():
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    settings = Settings(**values)
+    if base is not None:
+        _refuse([
+            f"{flag_of(name) if sources[name] == 'flag' else name}: cannot change on resume: the checkpoint has "
+            f"{_text(old)}, now given is {_text(new)}; leave it out or start a new run without --resume"
+            for name, (old, new) in changed_settings(base, settings)["fixed"].items()
+        ])
+    return settings, sources
+
+
+def _has_effect(settings: Settings, name: str) -> bool:
+    conditions = FIELDS[name].metadata.get("applies", {})
+    return all(getattr(settings, other) in values for other, values in conditions.items())
+
+
+def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
+    """A line for each setting that a file or flag gave and that has no effect in this run."""
+    notes = []
+    for name, field in FIELDS.items():
+        if sources[name] in ("file", "flag") and not _has_effect(settings, name):
+            (other, values), = field.metadata["applies"].items()
+            notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {' or '.join(map(_text, values))}, "
+                         f"this run has {_text(getattr(settings, other))}")
+    return notes
+
+
+def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """{'free' | 'inexact' | 'fixed': {name: (old, new)}}: what differs from the checkpoint's settings `base`.
+
+    A setting without effect in this run counts as unchanged.
+    """
+    old, changes = Settings.from_dict(base), {"free": {}, "inexact": {}, "fixed": {}}
+    for name, field in FIELDS.items():
+        pair = getattr(old, name), getattr(settings, name)
+        if pair[0] != pair[1] and _has_effect(settings, name):
+            changes[field.metadata["on_resume"]][name] = pair
+    return changes
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
+    """The settings that have an effect in this run, grouped and aligned, each with its unit and where it came from."""
+    rows, group = [], None
+    for name, field in FIELDS.items():
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            rows.append(group)
+        if _has_effect(settings, name):
+            value = getattr(settings, name)
+            unit = field.metadata["unit"] if value is not None else ""
+            rows.append(f"  {name:<28}{_text(value) + ' ' + unit:<36}{sources[name]}")
+    return "\n".join(rows)
+
+
+# -- the command line -------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A command line that takes settings; every mistake in it is a UserError.
+
+    In a flag's name "-" and "_" mean the same. `parse_args` adds to its result `flags`, the checked settings that
+    were given as flags, and `file`, those of the file that `--config` names (where the parser has that flag).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_settings(self, names: Iterable[str] = FIELDS) -> None:
+        """Add the flags of these settings, under the title of their group."""
+        groups: dict[str, Any] = {}
+        for name in names:
+            field = FIELDS[name]
+            title = field.metadata["group"]
+            groups.setdefault(title, None)
+            groups[title] = groups[title] or self.add_argument_group(title)
+            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+            if _kind(field) is bool:
+                no = "--no_" + flag_of(name)[2:]
+                groups[title].add_argument(flag_of(name), no, nargs=0, action=_Switch, **options)
+                continue
+            metavar = "{" + ",".join(field.metadata.get("choices", ())) + "}"
+            if metavar == "{}":
+                metavar = {int: "N", float: "X", str: "DIR", tuple: ("LOW", "HIGH")}[_kind(field)]
+            nargs = 2 if _kind(field) is tuple else None
+            groups[title].add_argument(flag_of(name), nargs=nargs, metavar=metavar, **options)
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            words.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag[:2] == "--" else word)
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, rest = self.parse_known_args(args, namespace)
+        given = {name: vars(parsed).pop(name) for name in FIELDS if name in parsed}
+        for name, text in given.items():
+            if isinstance(text, list):
+                given[name] = [_from_text(FIELDS[name], item) for item in text]
+            elif isinstance(text, str):
+                given[name] = _from_text(FIELDS[name], text)
+        parsed.flags, problems = _check(given, flag_of, none="none")
+        problems = self._unknown(rest) + problems
+        parsed.file = {}
+        try:
+            if getattr(parsed, "config", None) is not None:
+                parsed.file = load_json(parsed.config)
+        except UserError as error:
+            problems.append(str(error))
+        _refuse(problems)
+        if getattr(parsed, "resume", None) is True:
+            folder = {"checkpoint_dir": FIELDS["checkpoint_dir"].default, **parsed.file, **parsed.flags}
+            parsed.resume = os.path.join(folder["checkpoint_dir"], LAST_CHECKPOINT)
+        return parsed
+
+    def _unknown(self, words: list[str]) -> list[str]:
+        """A line for each word that is no flag; the word after an unknown flag is taken for its value."""
+        valid = {option.lstrip("-"): option for option in self._option_string_actions}
+        valid |= {name: flag_of(name) for name in FIELDS if flag_of(name) in valid.values()}
+        problems, is_value = [], False
+        for word in words:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                problems.append(f"{flag}: unknown flag, the nearest valid one is {valid[nearest(flag, valid)]}")
+            elif not is_value:
+                problems.append(f"{_shown(word)}: unexpected argument, a setting is given as --NAME VALUE")
+            is_value = word.startswith("-") and "=" not in word
+        return problems
+
+    def error(self, message: str) -> typing.NoReturn:
+        message = message.removeprefix("argument ")
+        for name, field in FIELDS.items():
+            if message.startswith(flag_of(name) + ":"):
+                message += f": {_expected(field, 'none')}"
+        raise UserError(message)
+
+
+class _Switch(argparse.Action):
+    """--name sets True, --no_name sets False."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def _help(field: dataclasses.Field) -> str:
+    """'peak of the schedule [per step] (default 0.0003; synthetic 0.001)'."""
+    unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+    defaults = [f"default {_text(field.default)}"]
+    for dataset, values in DATASET_DEFAULTS.items():
+        if values.get(field.name, field.default) != field.default:
+            defaults.append(f"{dataset} {_text(values[field.name])}")
+    return f"{field.metadata['help']}{unit} ({'; '.join(defaults)})".replace("%", "%%")
+
+
+def make_parser(description: str) -> Parser:
+    """The parser of a training command: all settings, --config and --resume.
+
+    Beside `flags` and `file`, `parse_args` gives `resume`: the path of the checkpoint to resume from, or None.
+    """
+    parser = Parser(description=description, usage="%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; a flag goes over it")
+    parser.add_argument("--resume", metavar="FILE", nargs="?", const=True,
+                        help=f"go on from this checkpoint (without FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
+    parser.add_settings()
+    return parser
+
+
+def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2, without a traceback."""
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
