@@ -1,0 +1,506 @@
+"""The Perceiver (Jaegle et al. 2021, arXiv 2103.03206) for classification, in the order in which the data flows.
+
+A Perceiver reads any number of input tokens through a small set of learned latents: a cross-attend copies what the
+latents ask for out of the input, self-attention layers think about it, and the cost of a token stays that of one
+row in one cross-attend. Keys and values come straight from the input channels (features + positions).
+
+    x (B, L, features) -> + positions -> [cross-attend -> self-attention layers] x repeats -> mean over latents -> logits
+
+Letters used for shapes in this file:
+
+    B  batch              C  input channels: features + position features     N  latents
+    L  input tokens       D  latent width (d_model)                           H  heads
+    E  attention width: H heads of E // H channels each
+
+Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; latents need none.
+"""
+
+import difflib
+import inspect
+import math
+from functools import partial
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse by name, with a ValueError, a size that is not None or a whole number of 1 or more."""
+    for name, value in sizes.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), self or cross, on torch's fused kernels.
+
+    Args:
+        d_model: channels of the queries and of the result (D).
+        num_heads: H.
+        input_dim: channels of the tokens attended to (C); default d_model.
+        attention_dim: total width of the heads (E), a multiple of num_heads; default d_model.
+        dropout: probability of dropping an attention weight in training. Above 0 the fused kernels of the CPU do not
+            apply, and the (N, L) weights are held in memory.
+
+    Queries, keys and values have no bias: a key bias adds the same number to every score of a query, which softmax
+    ignores, and a value bias passes through the weights (they sum to 1) into the bias of the output projection.
+
+    **Folded projections.** In a cross-attend the tokens are many and their channels few, while the queries are few.
+    With X (L, C) the tokens, q (N, E/H) the queries of one head and Wk, Wv (C, E/H) its projections,
+
+        scores   q (X Wk)^T = (q Wk^T) X^T          result   softmax(.) (X Wv) = (softmax(.) X) Wv
+
+    so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
+    N results. The parameters and the function are the same, dropout of attention weights included; what changes is
+    the cost: 2 H N C multiply-adds a token against 2 E (C + N). ``forward`` takes the cheaper one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 8,
+        input_dim: int | None = None,
+        attention_dim: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        input_dim, attention_dim = input_dim or d_model, attention_dim or d_model
+        if attention_dim % num_heads:
+            raise ValueError(f"the attention width {attention_dim} (d_model, unless set) is not divisible by num_heads={num_heads}")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.scale = (attention_dim // num_heads) ** -0.5
+        self.query = nn.Linear(d_model, attention_dim, bias=False)
+        self.key = nn.Linear(input_dim, attention_dim, bias=False)
+        self.value = nn.Linear(input_dim, attention_dim, bias=False)
+        self.output = nn.Linear(attention_dim, d_model)
+
+    def forward(
+        self, queries: Tensor, inputs: Tensor | None = None, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from ``queries`` to ``inputs``, or to themselves.
+
+        Args:
+            queries: (B, N, D), or (1, N, D) to put the same queries to every sample of ``inputs``.
+            inputs: (B, L, C) tokens to attend to; None for self-attention.
+            mask: bool (B, L), True at tokens that may be attended to. A sample without any attends to nothing: its
+                result is the bias of the output projection.
+            return_attention: also return the attention weights, before dropout.
+
+        Returns:
+            (B, N, D), and with ``return_attention`` the weights (B, H, N, L): rows sum to 1 over the tokens of the
+            mask and are exactly 0 elsewhere.
+        """
+        folded = inputs is not None and self._folding_is_cheaper(queries.size(1), inputs.size(2))
+        if inputs is None:
+            weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product is one pass
+            q, k, v = F.linear(queries, weight).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        elif folded:
+            q = self._split_heads(self.query(queries)) @ self._head_weight(self.key)  # (B or 1, H, N, C)
+            padding = (0, -inputs.size(2) % 8)  # zeros: fused CUDA kernels want multiples of 8 channels
+            q = F.pad(q.flatten(1, 2), padding)[:, None]  # (B or 1, 1, H N, C)
+            k = v = F.pad(inputs, padding)[:, None] if padding[1] else inputs[:, None]  # (B, 1, L, C)
+        else:
+            q = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
+            projected = F.linear(inputs, torch.cat([self.key.weight, self.value.weight]))
+            k, v = projected.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E/H) each
+        q = q.expand(k.size(0), -1, -1, -1)
+
+        allowed = None
+        if mask is not None:
+            empty = ~mask.any(1)  # (B,) softmax over no token is NaN: let such samples see all, then zero the result
+            allowed = (mask | empty[:, None])[:, None, None]  # (B, 1, 1, L)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
+        if mask is not None:
+            attended = attended.masked_fill(empty[:, None, None, None], 0)
+        if folded:  # (B, 1, H N, C) -> (B, H, N, E/H)
+            attended = attended[..., : inputs.size(2)].view(len(k), self.num_heads, -1, inputs.size(2))
+            attended = attended @ self._head_weight(self.value).mT
+        result = self.output(attended.transpose(1, 2).flatten(2))
+        if not return_attention:
+            return result
+        scores = (q * self.scale) @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        weights = scores.softmax(-1).view(len(k), self.num_heads, -1, k.size(2))  # (B, H, N, L)
+        return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
+
+    def _folding_is_cheaper(self, num_queries: int, channels: int) -> bool:
+        width = self.key.out_features
+        return self.num_heads * num_queries * channels < width * (channels + num_queries)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, E) -> (B, H, N, E/H)
+
+    def _head_weight(self, projection: nn.Linear) -> Tensor:
+        return projection.weight.unflatten(0, (self.num_heads, -1))  # (E, C) -> (H, E/H, C)
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Sequential):
+    """The position-wise MLP of a Transformer block with GELU; (..., D) -> (..., D)."""
+
+    def __init__(self, d_model: int, ratio: int):
+        super().__init__(nn.Linear(d_model, ratio * d_model), nn.GELU(), nn.Linear(ratio * d_model, d_model))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Input -> latents: pre-norm cross-attention and MLP, each added to the latents (paper section 3.1, figure 1).
+
+    Args:
+        d_model: latent width D.
+        input_dim: input channels C.
+        num_heads, attention_dim, attention_dropout: see :class:`MultiHeadAttention`.
+        mlp_ratio: hidden width of the MLP over D.
+        dropout: probability of dropping a channel of what either branch adds.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        input_dim: int,
+        num_heads: int = 8,
+        attention_dim: int | None = None,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.latent_norm = nn.LayerNorm(d_model)
+        self.input_norm = nn.LayerNorm(input_dim)
+        self.attention = MultiHeadAttention(d_model, num_heads, input_dim, attention_dim, attention_dropout)
+        self.mlp_norm = nn.LayerNorm(d_model)
+        self.mlp = MLP(d_model, mlp_ratio)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, latents: Tensor, inputs: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """latents (B or 1, N, D), inputs (B, L, C), mask bool (B, L) -> latents (B, N, D) [, weights (B, H, N, L)]."""
+        attended = self.attention(self.latent_norm(latents), self.input_norm(inputs), mask, return_attention)
+        attended, weights = attended if return_attention else (attended, None)
+        latents = latents + self.dropout(attended)
+        latents = latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+        return (latents, weights) if return_attention else latents
+
+
+class SelfAttentionBlock(nn.Module):
+    """Latents -> latents: pre-norm self-attention and MLP, each added to the latents (a GPT-2 block without mask).
+
+    Arguments as for :class:`CrossAttentionBlock`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 8,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = MultiHeadAttention(d_model, num_heads, dropout=attention_dropout)
+        self.mlp_norm = nn.LayerNorm(d_model)
+        self.mlp = MLP(d_model, mlp_ratio)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents (B, N, D) -> (B, N, D)."""
+        latents = latents + self.dropout(self.attention(self.attention_norm(latents)))
+        return latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+
+
+# --- Encoder ---------------------------------------------------------------------------------------------------------
+
+
+class PerceiverEncoder(nn.Module):
+    """Learned latents that cross-attend to the input and then to each other, repeatedly (paper section 3.1).
+
+    The self-attention layers are shared out over the cross-attends as evenly as they go, in order: 2 and 8 give cross,
+    4 self, cross, 4 self; 2 and 3 give cross, 2 self, cross, 1 self.
+
+    Args:
+        input_dim: input channels C.
+        d_model, num_heads, num_latents: D, H and N.
+        num_cross_attention_layers: cross-attends.
+        num_self_attention_layers: self-attention layers in all.
+        num_cross_attention_heads: heads of the cross-attends; default num_heads (the paper uses 1).
+        cross_attention_dim: attention width E of the cross-attends; default d_model (the paper uses C).
+        share_weights: the repeats share their weights, except for the first cross-attend, as in the paper.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        mlp_ratio, dropout, attention_dropout: see :class:`CrossAttentionBlock`.
+
+    Raises:
+        ValueError: a size that is not a whole number of 1 or more, a width that its heads do not divide, weights
+            shared between repeats of unequal depth.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        d_model: int = 512,
+        num_heads: int = 8,
+        num_latents: int = 256,
+        num_cross_attention_layers: int = 1,
+        num_self_attention_layers: int = 6,
+        num_cross_attention_heads: int | None = None,
+        cross_attention_dim: int | None = None,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        share_weights: bool = False,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        check_sizes(
+            d_model=d_model,
+            num_heads=num_heads,
+            num_latents=num_latents,
+            num_cross_attention_layers=num_cross_attention_layers,
+            num_self_attention_layers=num_self_attention_layers,
+            num_cross_attention_heads=num_cross_attention_heads,
+            cross_attention_dim=cross_attention_dim,
+            mlp_ratio=mlp_ratio,
+        )
+        repeats, layers = num_cross_attention_layers, num_self_attention_layers
+        if share_weights and layers % repeats:
+            raise ValueError(
+                f"share_weights needs as many self-attention layers after every cross-attend: "
+                f"num_self_attention_layers={layers} is not divisible by num_cross_attention_layers={repeats}"
+            )
+        self.depths = [layers // repeats + (repeat < layers % repeats) for repeat in range(repeats)]
+        self.share_weights, self.gradient_checkpointing = share_weights, gradient_checkpointing
+        # Truncated normal, sigma 0.02, cut at +-2 (paper appendix C).
+        self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_latents, d_model), std=0.02))
+        cross_heads = num_cross_attention_heads or num_heads
+        regularisation = {"mlp_ratio": mlp_ratio, "dropout": dropout, "attention_dropout": attention_dropout}
+        self.cross_attention = nn.ModuleList(
+            CrossAttentionBlock(d_model, input_dim, cross_heads, cross_attention_dim, **regularisation)
+            for _ in range(min(repeats, 2) if share_weights else repeats)
+        )
+        self.self_attention = nn.ModuleList(
+            nn.ModuleList(SelfAttentionBlock(d_model, num_heads, **regularisation) for _ in range(depth))
+            for depth in (self.depths[:1] if share_weights else self.depths)
+        )
+
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """inputs (B, L, C), mask bool (B, L) -> latents (B, N, D) [, one (B, H, N, L) of weights per cross-attend]."""
+        recompute = self.gradient_checkpointing and self.training
+        run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
+        latents = self.latents[None]  # (1, N, D): the first queries are the same for every sample, so made once
+        maps = []
+        for repeat in range(len(self.depths)):
+            cross = self.cross_attention[min(repeat, len(self.cross_attention) - 1)]
+            latents = run(cross, latents, inputs, mask, return_attention)  # (B, N, D)
+            if return_attention:
+                latents, weights = latents
+                maps.append(weights)
+            for layer in self.self_attention[0 if self.share_weights else repeat]:
+                latents = run(layer, latents)  # (B, N, D)
+        return (latents, maps) if return_attention else latents
+
+
+# --- Positions -------------------------------------------------------------------------------------------------------
+
+
+def sequence_positions(length: int, num_bands: int) -> Tensor:
+    """Sines and cosines of the token's index at num_bands frequencies 10000^(-k / num_bands) (Vaswani et al. 2017,
+    section 3.5): wavelengths from 2 pi tokens, above the Nyquist limit of 2, to nearly 20000 pi.
+
+    A row depends on its index alone, so any length works and a prefix is the table of a shorter sequence.
+
+    Returns:
+        float32 (length, 2 num_bands); angles are computed in float64, float32 would lose them at a million tokens.
+    """
+    frequencies = 10000.0 ** -(torch.arange(num_bands, dtype=torch.float64) / num_bands)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (length, num_bands)
+    return torch.cat([angles.sin().float(), angles.cos().float()], 1)
+
+
+def grid_positions(rows: int, cols: int, num_bands: int) -> Tensor:
+    """The 2-D Fourier features of the paper (section 3.2): coordinates in [-1, 1] from edge to edge, and their sines
+    and cosines at num_bands frequencies from 1 to the Nyquist frequency of each axis, half its number of tokens.
+
+    Returns:
+        float32 (rows * cols, 4 num_bands + 2) in row-major order: the coordinates, all sines, all cosines.
+    """
+    axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in (rows, cols)]
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (rows cols, 2)
+    bands = [torch.linspace(1, max(1, size / 2), num_bands, dtype=torch.float64) for size in (rows, cols)]
+    angles = math.pi * (coordinates[:, :, None] * torch.stack(bands)).flatten(1)  # (rows cols, 2 num_bands)
+    return torch.cat([coordinates, angles.sin(), angles.cos()], 1).float()
+
+
+class PositionFeatures(nn.Module):
+    """Position features of a sequence or of a grid, made once and kept; they have no parameters.
+
+    Args:
+        grid_shape: (rows, cols) of an image's tokens in row-major order; None for a sequence of any length.
+        num_bands: frequencies; each is a sine and a cosine per axis and token, and costs what two features do. Default
+            8 for sequences; for grids one per whole frequency up to the Nyquist limit, at most 64 (as on ImageNet).
+    """
+
+    def __init__(self, grid_shape: tuple[int, int] | None = None, num_bands: int | None = None):
+        super().__init__()
+        self.grid_shape = grid_shape
+        self.num_bands = num_bands or (8 if grid_shape is None else min(max(1, max(grid_shape) // 2), 64))
+        self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
+        self.table = torch.empty(0, self.num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; of x nothing else is looked at."""
+        length = x.size(1)
+        if len(self.table) < length or (self.table.device, self.table.dtype) != (x.device, x.dtype):
+            with torch.inference_mode(False):  # a table made during evaluation must serve training too
+                if self.grid_shape:
+                    table = grid_positions(*self.grid_shape, self.num_bands)
+                else:
+                    table = sequence_positions(length, self.num_bands)
+                self.table = table.to(x)
+        return self.table[:length]
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+class PerceiverModel(nn.Module):
+    """A Perceiver that classifies a set of tokens: positions, encoder, mean over latents, linear classifier.
+
+    Args:
+        input_dim: features of a token.
+        num_classes: logits.
+        grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
+        use_positions: concatenate position features to the input; off for data that carries its own.
+        num_frequency_bands: see :class:`PositionFeatures`.
+        encoder: the arguments of :class:`PerceiverEncoder` after input_dim, and their defaults (the base preset).
+
+    Raises:
+        ValueError: as for :class:`PerceiverEncoder`.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_classes: int,
+        grid_shape: tuple[int, int] | None = None,
+        use_positions: bool = True,
+        num_frequency_bands: int | None = None,
+        **encoder,
+    ):
+        super().__init__()
+        check_sizes(input_dim=input_dim, num_classes=num_classes, num_frequency_bands=num_frequency_bands)
+        self.input_dim, self.grid_shape = input_dim, grid_shape
+        self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
+        self.encoder = PerceiverEncoder(input_dim + (self.positions.num_channels if use_positions else 0), **encoder)
+        d_model = self.encoder.latents.size(1)
+        self.norm = nn.LayerNorm(d_model)
+        self.classifier = nn.Linear(d_model, num_classes)
+        self.apply(initialise)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Classify a batch.
+
+        Args:
+            x: float (B, L, input_dim). What it holds at padding (NaN and infinity included) reaches no result.
+            mask: (B, L) of bool or of 1 and 0 in any dtype, True at real tokens; None when all are real. A sample
+                without a real token gets the logits of the latents alone.
+            return_attention: also return the cross-attention maps.
+
+        Returns:
+            logits (B, num_classes), and with ``return_attention`` one map (B, H, N, L) per cross-attend, whose rows
+            sum to 1 over real tokens and are 0 at padding.
+
+        Raises:
+            ValueError: x or mask has a wrong shape, or the mask holds other numbers than 1 and 0.
+        """
+        latents, *maps = self._encode(x, mask, return_attention)
+        logits = self.classifier(self._pool(latents))
+        return (logits, *maps) if return_attention else logits
+
+    def pooled_latents(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the classifier reads: the mean over the normalised latents, (B, D). Arguments as for forward."""
+        return self._pool(self._encode(x, mask, False)[0])
+
+    def _pool(self, latents: Tensor) -> Tensor:
+        return self.norm(latents).mean(1)  # (B, N, D) -> (B, D)
+
+    def _encode(self, x: Tensor, mask: Tensor | None, return_attention: bool) -> tuple:
+        self._check_input(x)
+        if mask is not None:
+            mask = _as_bool(mask, x.shape)
+            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
+        if self.positions is not None:
+            positions = self.positions(x).expand(x.size(0), -1, -1)
+            x = torch.cat([x, positions], -1)  # (B, L, C)
+        encoded = self.encoder(x, mask, return_attention)
+        return encoded if return_attention else (encoded,)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.size(2) != self.input_dim or not x.size(1):
+            raise ValueError(f"input has shape {tuple(x.shape)}, but the model takes (batch, tokens, {self.input_dim})")
+        if self.grid_shape and x.size(1) != math.prod(self.grid_shape):
+            rows, cols = self.grid_shape
+            raise ValueError(f"input has {x.size(1)} tokens, but grid_shape {rows} x {cols} needs {rows * cols}")
+
+
+def _as_bool(mask: Tensor, input_shape: torch.Size) -> Tensor:
+    if mask.shape != input_shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but the input needs {tuple(input_shape[:2])}")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask holds other numbers than 1 (real token) and 0 (padding)")
+    return mask.bool()
+
+
+def initialise(module: nn.Module) -> None:
+    """Linear weights from a truncated normal of variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
+    if isinstance(module, nn.Linear):
+        sigma = module.in_features**-0.5
+        nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# --- Presets ---------------------------------------------------------------------------------------------------------
+
+_FIELDS = ("d_model", "num_heads", "num_latents", "num_cross_attention_layers", "num_self_attention_layers")
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(zip(_FIELDS, (128, 4, 32, 1, 2), strict=True)),  # for CPUs and small data sets
+    "small": dict(zip(_FIELDS, (256, 4, 128, 1, 3), strict=True)),
+    "base": dict(zip(_FIELDS, (512, 8, 256, 1, 6), strict=True)),
+    "large": dict(zip(_FIELDS, (768, 12, 512, 2, 8), strict=True)),
+}
+
+
+def create_perceiver_model(input_dim: int, num_classes: int, model_size: str = "base", **overrides) -> PerceiverModel:
+    """Make a Perceiver from a preset.
+
+    Args:
+        input_dim: features of a token.
+        num_classes: logits.
+        model_size: a name in MODEL_SIZES.
+        overrides: any argument of :class:`PerceiverModel` or :class:`PerceiverEncoder`, over the preset.
+
+    Raises:
+        ValueError: an unknown model_size, or a value that the model refuses.
+        TypeError: an unknown override; the nearest valid name is given.
+    """
+    if model_size not in MODEL_SIZES:
+        raise ValueError(f"unknown model_size {model_size!r}; choose from {', '.join(MODEL_SIZES)}")
+    valid = {*inspect.signature(PerceiverModel).parameters, *inspect.signature(PerceiverEncoder).parameters} - {"encoder"}
+    for name in overrides.keys() - valid:
+        nearest = difflib.get_close_matches(name, valid, 1, 0)[0]
+        raise TypeError(f"create_perceiver_model() got an unknown argument {name!r}; did you mean {nearest!r}?")
+    return PerceiverModel(input_dim, num_classes, **MODEL_SIZES[model_size] | overrides)
