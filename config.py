@@ -1,10 +1,9 @@
 """The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
 
-A value comes from, in rising order: the default, the data set's default, the config file, the flag. On resume the
-checkpoint's settings take the place of both defaults. To add a setting, add one line to `Settings`.
+A value comes from, in rising order: the default, the data set's default, the config file, the flag. On resume
+the checkpoint's settings take the place of both defaults. A new setting is one more line in `Settings`.
 
-    parser = make_parser("Train a Perceiver.")
-    args = parser.parse_args()                            # args.flags, args.file, args.resume
+    args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
     print(format_settings(settings, sources))
 """
@@ -18,6 +17,7 @@ import math
 import os
 import sys
 import typing
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"model_size": "tiny", "num_epochs": 80, "patch_size": 2, "learning_rate": 1e-3},
 }
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
-INT_LIMIT = 2**31  # every whole number must stay below
+_LAST = object()  # stands for it until checkpoint_dir is known
+_TOO_LARGE = 2**31  # for every whole number
 
 
 class UserError(ValueError):
@@ -39,10 +40,10 @@ class UserError(ValueError):
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
     """A field of `Settings`.
 
-    rules: `flag` (if it is not the name), `choices`, the limits `at_least`, `above` and `below`, and `applies`
-    ({setting: values with which this one has an effect}). on_resume, when a resumed run changes the value: 'free'
-    leaves the training as it was, 'inexact' is allowed but the run is no longer the uninterrupted one, 'fixed' is
-    refused.
+    on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
+    'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
+    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`, and
+    `applies`: {other setting: its values with which this one has an effect}.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,6 +55,7 @@ _training = functools.partial(_setting, group="Training", on_resume="inexact")
 _files = functools.partial(_setting, group="Files", on_resume="free")
 
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
+_CIFAR10 = {"dataset_type": ("cifar10",)}
 _IMAGES = {"dataset_type": ("cifar10", "digits")}
 
 
@@ -61,70 +63,79 @@ _IMAGES = {"dataset_type": ("cifar10", "digits")}
 class Settings:
     """All settings of a run. Every value is checked, so a `Settings` that exists is valid.
 
-    `resolve` applies the data set's defaults; calling the class itself leaves them out.
-    Raises UserError that names every wrong value.
+    `resolve` applies the data set's defaults; calling the class itself does not.
+    Raises UserError with a line for each wrong value.
     """
 
-    dataset_type: str = _data("synthetic", "the data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
-    data_dir: str = _data("data", "folder of downloaded data", applies={"dataset_type": ("cifar10",)}, on_resume="free")
-    num_samples: int = _data(2000, "size of the data set, all splits", "sequences", at_least=1, applies=_SYNTHETIC)
-    seq_len_range: tuple[int, int] = _data((50, 200), "shortest and longest", "tokens", at_least=1, applies=_SYNTHETIC)
-    feature_dim: int = _data(64, "features of a token", "channels", at_least=1, applies=_SYNTHETIC)
+    dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
+    data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
+    num_samples: int = _data(
+        2000, "size of the generated data set, all splits", "sequences", at_least=1, applies=_SYNTHETIC)
+    seq_len_range: tuple[int, int] = _data(
+        (50, 200), "shortest and longest sequence", "tokens", at_least=1, applies=_SYNTHETIC)
+    feature_dim: int = _data(64, "width of a token", "features", at_least=1, applies=_SYNTHETIC)
     num_classes: int = _data(5, "number of classes", "classes", at_least=2, applies=_SYNTHETIC)
-    max_seq_len: int | None = _data(None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1,
-                                    applies=_SYNTHETIC)
-    patch_size: int = _data(4, "side of a square patch, one token each", "pixels", at_least=1, applies=_IMAGES)
+    max_seq_len: int | None = _data(
+        None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SYNTHETIC)
+    patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
     augment: bool = _data(True, "vary the training images at random", applies=_IMAGES, on_resume="inexact")
-    val_fraction: float = _data(0.1, "share of the training data kept for validation", "fraction", above=0, below=1)
-    bucket_by_length: bool = _data(False, "batch sequences of similar length: less padding, less random batches",
-                                   applies=_SYNTHETIC, on_resume="inexact")
-    num_workers: int = _data(0, "processes that load data; 0 = the main one", "processes", at_least=0, on_resume="free")
+    val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
+    bucket_by_length: bool = _data(
+        False, "batch sequences of similar length: less padding", applies=_SYNTHETIC, on_resume="inexact")
+    num_workers: int = _data(
+        0, "processes that load data; 0 = the training process", "processes", at_least=0, on_resume="free")
 
     model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
     d_model: int | None = _model(None, "width of a latent; none = the preset's", "features", at_least=1)
-    num_heads: int | None = _model(None, "attention heads; none = the preset's", "heads", at_least=1)
-    num_latents: int | None = _model(None, "learned latents; none = the preset's", "latents", at_least=1)
-    num_cross_attention_layers: int | None = _model(None, "times the latents read the input; none = the preset's",
-                                                    "layers", at_least=1)
-    num_self_attention_layers: int | None = _model(None, "layers among the latents, in all; none = the preset's",
-                                                   "layers", at_least=0)
-    num_cross_attention_heads: int | None = _model(None, "heads of a cross-attention; none = num_heads", "heads",
-                                                   at_least=1)
-    cross_attention_dim: int | None = _model(None, "width inside a cross-attention; none = d_model", "features",
-                                             at_least=1)
-    mlp_ratio: int = _model(4, "hidden width of an MLP over its input's", "times", at_least=1)
-    dropout: float = _model(0.1, "dropped from each block's output in training", "fraction", at_least=0, below=1,
-                            on_resume="inexact")
-    attention_dropout: float = _model(0.0, "attention weights dropped in training", "fraction", at_least=0, below=1,
-                                      on_resume="inexact")
+    num_heads: int | None = _model(None, "heads of an attention; none = the preset's", "heads", at_least=1)
+    num_latents: int | None = _model(None, "number of latents; none = the preset's", "latents", at_least=1)
+    num_cross_attention_layers: int | None = _model(
+        None, "how often the latents read the input; none = the preset's", "layers", at_least=1)
+    num_self_attention_layers: int | None = _model(
+        None, "self-attention layers in all; none = the preset's", "layers", at_least=0)
+    num_cross_attention_heads: int | None = _model(
+        None, "heads of a cross-attention; none = num_heads", "heads", at_least=1)
+    cross_attention_dim: int | None = _model(
+        None, "width inside a cross-attention; none = d_model", "features", at_least=1)
+    mlp_ratio: int = _model(4, "hidden width of an MLP", "times its input", at_least=1)
+    dropout: float = _model(
+        0.1, "dropout of block outputs in training", "fraction", at_least=0, below=1, on_resume="inexact")
+    attention_dropout: float = _model(
+        0.0, "dropout of attention weights in training", "fraction", at_least=0, below=1, on_resume="inexact")
     share_weights: bool = _model(False, "share weights between the repeats of cross- and self-attention")
     use_positions: bool = _model(True, "add position features to the input")
-    num_frequency_bands: int | None = _model(None, "frequencies per position axis; none = chosen from the data",
-                                             "bands", at_least=1, applies={"use_positions": (True,)})
-    gradient_checkpointing: bool = _model(False, "recompute activations: less memory, more time, same result",
-                                          on_resume="free")
+    num_frequency_bands: int | None = _model(
+        None, "frequencies per axis of the position features; none = chosen from the data", "bands",
+        at_least=1, applies={"use_positions": (True,)})
+    gradient_checkpointing: bool = _model(
+        False, "recompute activations: less memory, more time, same result", on_resume="free")
 
-    num_epochs: int = _training(100, "passes over the training data", "epochs", flag="epochs", at_least=1,
-                                on_resume="free")
-    batch_size: int = _training(32, "samples in a batch", "samples", at_least=1)
-    learning_rate: float = _training(3e-4, "peak of the schedule", "per step", flag="lr", above=0)
-    weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "per step, times the rate", at_least=0)
-    warmup_fraction: float = _training(0.1, "steps with a rising learning rate", "fraction of all steps", at_least=0,
-                                       below=1)
-    label_smoothing: float = _training(0.0, "target spread over all classes", "fraction", at_least=0, below=1)
-    grad_clip: float = _training(1.0, "longest gradient, 0 = no limit", "L2 norm", at_least=0)
-    accumulation_steps: int = _training(1, "batches per optimizer step", "batches", at_least=1)
-    amp: str = _training("auto", "mixed precision; auto = where the hardware is good at it",
-                         choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = _training(False, "compile the model with torch.compile: slower start, faster steps")
-    device: str = _training("auto", "where to compute; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
-    early_stopping_patience: int = _training(0, "stop when this long without a better validation; 0 = never", "epochs",
-                                             at_least=0, on_resume="free")
-    seed: int = _training(0, "of all random numbers", "whole number", at_least=0, on_resume="fixed")
+    num_epochs: int = _training(
+        100, "passes over the training data", "epochs", flag="epochs", at_least=1, on_resume="free")
+    batch_size: int = _training(32, "size of a batch", "samples", at_least=1)
+    learning_rate: float = _training(3e-4, "highest rate of the schedule", "per step", flag="lr", above=0)
+    weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "times the rate", at_least=0)
+    warmup_fraction: float = _training(
+        0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1)
+    label_smoothing: float = _training(
+        0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1)
+    grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
+    accumulation_steps: int = _training(1, "batches in an optimizer step", "batches", at_least=1)
+    amp: str = _training(
+        "auto", "mixed precision; auto = where the hardware is good at it",
+        choices=("auto", "bf16", "fp16", "off"))
+    compile: bool = _training(False, "torch.compile the model: slower start, faster steps")
+    device: str = _training(
+        "auto", "device to train on; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
+    early_stopping_patience: int = _training(
+        0, "stop after so long without a better validation; 0 = never", "epochs",
+        at_least=0, on_resume="free")
+    seed: int = _training(0, "seed of all random numbers", at_least=0, on_resume="fixed")
 
     checkpoint_dir: str = _files("checkpoints", "folder of best_model.pth and last_model.pth")
     log_dir: str = _files("runs", "folder of the logs")
-    save_every: int = _files(0, "between two saves; 0 = only at the end of an epoch", "optimizer steps", at_least=0)
+    save_every: int = _files(
+        0, "distance between two saves; 0 = only at the end of an epoch", "optimizer steps", at_least=0)
 
     def __post_init__(self) -> None:
         checked, problems = _check(vars(self))
@@ -145,7 +156,8 @@ class Settings:
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
 
 
-# -- one value ------------------------------------------------------------------------------------------------
+# -- one value -------------------------------------------------------------------------------------------
+
 
 def flag_of(name: str) -> str:
     """The flag of a setting: 'learning_rate' -> '--lr'."""
@@ -164,21 +176,21 @@ def _kind(field: dataclasses.Field) -> type:
 
 
 def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
-    """`value` as int or float within the limits; a whole float (1e5) is a whole number. Raises ValueError."""
+    """`value` as int or float within the limits; a whole float (1e5) will do for an int."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError
     number = kind(value)
-    if kind is int and (number != value or number >= INT_LIMIT):
+    if kind is int and (number != value or number >= _TOO_LARGE):
         raise ValueError
-    if number < rules.get("at_least", number) or number <= rules.get("above", -math.inf):
+    if not rules.get("at_least", -math.inf) <= number < rules.get("below", math.inf):
         raise ValueError
-    if number >= rules.get("below", math.inf):
+    if number <= rules.get("above", -math.inf):
         raise ValueError
     return number
 
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the declared type. Raises ValueError for another type or a value out of range."""
+    """`value` in the declared type; ValueError or OverflowError where it has another or is out of range."""
     kind, rules = _kind(field), field.metadata
     if value is None and _is_optional(field):
         return None
@@ -194,8 +206,35 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
     if not isinstance(value, kind) or value not in rules.get("choices", [value]):
         raise ValueError
     if kind is str and (not value or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)):
-        raise ValueError
+        raise ValueError  # no path, or one that cannot be written as UTF-8
     return value
+
+
+def _from_text(field: dataclasses.Field, text: str) -> Any:
+    """The value that a text means, of whatever type; the text itself where it means none."""
+    if text.lower() == "none" and _is_optional(field):
+        return None
+    readers = {bool: ({"true": True, "false": False}.__getitem__,), str: ()}
+    for read in readers.get(_kind(field), (int, float)):
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            continue
+    return text
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _shown(value: Any) -> str:
+    """A refused value as JSON writes it, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = text if text.isprintable() else json.dumps(value, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _expected(field: dataclasses.Field, none: str) -> str:
@@ -203,45 +242,28 @@ def _expected(field: dataclasses.Field, none: str) -> str:
     kind, rules = _kind(field), field.metadata
     if "choices" in rules:
         return "one of " + ", ".join(rules["choices"])
-    what = {bool: "true or false", int: "a whole number", float: "a number", str: "text, not empty",
-            tuple: "two whole numbers, low and high,"}[kind]
-    if rules["unit"] and kind is not str:
-        what += f" ({rules['unit']})"
-    limits = [f"{words} {rules[key]}" for key, words in
-              (("at_least", "of at least"), ("above", "above"), ("below", "below")) if key in rules]
-    return " ".join([what, " and ".join(limits)]).strip() + (f", or {none}" if _is_optional(field) else "")
+    nouns = {int: "a whole number", float: "a number", tuple: "two whole numbers"}
+    text = nouns.get(kind, "text" if kind is str else "true or false")
+    text += f" ({rules['unit']})" if rules["unit"] else ""
+    limits = {"at_least": "of at least", "above": "above", "below": "below"}
+    text += " and".join(f" {limits[rule]} {rules[rule]}" for rule in limits if rule in rules)
+    text += ", the lower first" if kind is tuple else ""
+    return text + (f", or {none}" if _is_optional(field) else "")
 
 
-def _shown(value: Any) -> str:
-    """A refused value as JSON writes it, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """The valid word that is most like `word`."""
-    return difflib.get_close_matches(word.lower(), list(valid), n=1, cutoff=0.0)[0]
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid word most like `word`, of those that begin with it where there are such."""
+    word = word.lower().lstrip("-")
+    longer = [candidate for candidate in valid if candidate.startswith(word)]
+    return difflib.get_close_matches(word, longer or list(valid), n=1, cutoff=0.0)[0]
 
 
 def _unknown_name(name: str, value: Any) -> str:
-    """The problem with a name that is no setting, and the nearest one."""
     if isinstance(value, Mapping):
-        return f"{_shown(name)}: unknown setting; settings are not nested, move those inside it to the top level"
-    spelt = {word: setting for setting in FIELDS for word in (setting, flag_of(setting)[2:])}
-    return f"{_shown(name)}: unknown setting, the nearest valid name is {spelt[nearest(name, spelt)]!r}"
-
-
-def _from_text(field: dataclasses.Field, text: str) -> Any:
-    """The value that a text on the command line means, of whatever type; the text itself where it means none."""
-    if text.lower() == "none" and _is_optional(field):
-        return None
-    kinds = {bool: ({"true": True, "false": False}.__getitem__,), str: ()}.get(_kind(field), (int, float))
-    for kind in kinds:
-        try:
-            return kind(text)
-        except (ValueError, KeyError):
-            pass
-    return text
+        return f"{_shown(name)}: unknown setting; settings are not nested, move what is inside to the top"
+    spellings = {word: setting for setting in FIELDS for word in (setting, flag_of(setting)[2:])}
+    nearest = spellings[_nearest(str(name), spellings)]
+    return f"{_shown(name)}: unknown setting, the nearest valid name is {nearest}"
 
 
 def _check(
@@ -249,7 +271,7 @@ def _check(
 ) -> tuple[dict[str, Any], list[str]]:
     """(the valid values in their declared types, a line for each unknown name and each value refused).
 
-    `place(name)` says in a message where the value was given, `none` how None is written there.
+    `place(name)` says in a line where the value was given, `none` how None is written there.
     """
     checked, problems = {}, []
     for name, value in values.items():
@@ -260,9 +282,13 @@ def _check(
         try:
             checked[name] = _convert(field, value)
         except (ValueError, OverflowError):
-            quoted = isinstance(value, str) and _from_text(field, value) != value
-            hint = " (text: write it without the quotes)" if quoted else ""
-            problems.append(f"{place(name)}: expected {_expected(field, none)}, got {_shown(value)}{hint}")
+            remark = ""
+            if isinstance(value, str) and _from_text(field, value) != value:
+                remark = " (text: write it without the quotes)"
+            elif isinstance(value, (int, float)) and value >= _TOO_LARGE:
+                remark = " (too large)"
+            expected = _expected(field, none)
+            problems.append(f"{place(name)}: expected {expected}, got {_shown(value)}{remark}")
     return checked, problems
 
 
@@ -271,7 +297,8 @@ def _refuse(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-# -- where values come from -------------------------------------------------------------------------------------
+# -- where values come from ------------------------------------------------------------------------------
+
 
 def load_json(path: str) -> dict[str, Any]:
     """The checked settings of a JSON file. Raises UserError that names the file and every problem in it."""
@@ -288,7 +315,8 @@ def load_json(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: not JSON: {error.msg} at {where}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -305,23 +333,24 @@ def resolve(
 ) -> tuple[Settings, dict[str, str]]:
     """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
 
-    flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they take
-    the place of the defaults, and a change to one that is 'fixed' on resume is refused.
+    flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they
+    take the place of the defaults, and a change to one that is 'fixed' on resume is refused.
     Raises UserError with a line for each problem.
     """
-    given = {"checkpoint": base or {}, "file": file or {}, "flag": flags or {}}
-    _refuse([problem for values in given.values() for problem in _check(values)[1]])
+    flags, file, checkpoint = flags or {}, file or {}, base or {}
+    _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
-    dataset = functools.reduce(lambda so_far, layer: layer.get("dataset_type", so_far), given.values(), "synthetic")
+    dataset = DATASET_DEFAULTS[ChainMap(flags, file, checkpoint, defaults)["dataset_type"]]
+    layers = {"default": defaults, "data set": dataset, "checkpoint": checkpoint, "file": file, "flag": flags}
     values, sources = {}, {}
-    for source, layer in {"default": defaults, "data set": DATASET_DEFAULTS[dataset], **given}.items():
+    for source, layer in layers.items():
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
     settings = Settings(**values)
     if base is not None:
         _refuse([
-            f"{flag_of(name) if sources[name] == 'flag' else name}: cannot change on resume: the checkpoint has "
-            f"{_text(old)}, now given is {_text(new)}; leave it out or start a new run without --resume"
+            f"{name}: cannot change on resume, the checkpoint has {_text(old)}, the {sources[name]} "
+            f"{_text(new)}; leave it out, or start a new run without --resume"
             for name, (old, new) in changed_settings(base, settings)["fixed"].items()
         ])
     return settings, sources
@@ -333,18 +362,18 @@ def _has_effect(settings: Settings, name: str) -> bool:
 
 
 def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
-    """A line for each setting that a file or flag gave and that has no effect in this run."""
+    """A line for each setting that the file or a flag gives and that has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
         if sources[name] in ("file", "flag") and not _has_effect(settings, name):
-            (other, values), = field.metadata["applies"].items()
-            notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {' or '.join(map(_text, values))}, "
-                         f"this run has {_text(getattr(settings, other))}")
+            for other, values in field.metadata["applies"].items():
+                notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} "
+                             f"{' or '.join(map(_text, values))}, not {_text(getattr(settings, other))}")
     return notes
 
 
 def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """{'free' | 'inexact' | 'fixed': {name: (old, new)}}: what differs from the checkpoint's settings `base`.
+    """What differs from a checkpoint's settings: {'free' | 'inexact' | 'fixed': {name: (old, new)}}.
 
     A setting without effect in this run counts as unchanged.
     """
@@ -356,105 +385,102 @@ def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, d
     return changes
 
 
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
-    """The settings that have an effect in this run, grouped and aligned, each with its unit and where it came from."""
-    rows, group = [], None
+    """The settings with an effect in this run, grouped and aligned, with unit and source."""
+    rows: list[str] = []
     for name, field in FIELDS.items():
-        if field.metadata["group"] != group:
-            group = field.metadata["group"]
+        group, unit = field.metadata["group"], field.metadata["unit"]
+        if group not in rows:
             rows.append(group)
         if _has_effect(settings, name):
-            value = getattr(settings, name)
-            unit = field.metadata["unit"] if value is not None else ""
-            rows.append(f"  {name:<28}{_text(value) + ' ' + unit:<36}{sources[name]}")
+            value = _text(getattr(settings, name))
+            shown = f"{value} [{unit}]" if unit and value != "none" else value
+            rows.append(f"  {name:<28}{shown:<30}{sources[name]}")
     return "\n".join(rows)
 
 
-# -- the command line -------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------------
+
 
 class Parser(argparse.ArgumentParser):
-    """A command line that takes settings; every mistake in it is a UserError.
+    """A command line that takes settings. Mistakes are UserErrors; "-" in a flag's name reads as "_".
 
-    In a flag's name "-" and "_" mean the same. `parse_args` adds to its result `flags`, the checked settings that
-    were given as flags, and `file`, those of the file that `--config` names (where the parser has that flag).
+    `parse_args` adds to its result `flags`, the settings given as flags, and `file`, the settings in the file
+    that `--config` names, both checked: for `resolve`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def add_settings(self, names: Iterable[str] = FIELDS) -> None:
-        """Add the flags of these settings, under the title of their group."""
+    def add_settings(self, names: Iterable[str] = tuple(FIELDS), default: str = "") -> None:
+        """Add the flags of these settings by group; their help names `default`, or else each one's own."""
         groups: dict[str, Any] = {}
         for name in names:
-            field = FIELDS[name]
+            field, flag, kind = FIELDS[name], flag_of(name), _kind(FIELDS[name])
             title = field.metadata["group"]
-            groups.setdefault(title, None)
-            groups[title] = groups[title] or self.add_argument_group(title)
-            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
-            if _kind(field) is bool:
-                no = "--no_" + flag_of(name)[2:]
-                groups[title].add_argument(flag_of(name), no, nargs=0, action=_Switch, **options)
-                continue
-            metavar = "{" + ",".join(field.metadata.get("choices", ())) + "}"
-            if metavar == "{}":
-                metavar = {int: "N", float: "X", str: "DIR", tuple: ("LOW", "HIGH")}[_kind(field)]
-            nargs = 2 if _kind(field) is tuple else None
-            groups[title].add_argument(flag_of(name), nargs=nargs, metavar=metavar, **options)
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+            options["help"] = _help(field, default)
+            if kind is bool:
+                groups[title].add_argument(flag, f"--no_{flag[2:]}", nargs=0, action=_Switch, **options)
+            elif kind is tuple:
+                groups[title].add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), **options)
+            else:
+                choices = ",".join(field.metadata.get("choices", ()))
+                metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: "DIR"}[kind]
+                groups[title].add_argument(flag, metavar=metavar, **options)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = []
         for word in sys.argv[1:] if args is None else args:
             flag, equals, value = word.partition("=")
-            words.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag[:2] == "--" else word)
+            if word.startswith("--"):
+                word = "--" + flag[2:].replace("-", "_") + equals + value
+            words.append(word)
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, rest = self.parse_known_args(args, namespace)
         given = {name: vars(parsed).pop(name) for name in FIELDS if name in parsed}
-        for name, text in given.items():
-            if isinstance(text, list):
-                given[name] = [_from_text(FIELDS[name], item) for item in text]
-            elif isinstance(text, str):
-                given[name] = _from_text(FIELDS[name], text)
+        for name, words in given.items():
+            if isinstance(words, str):
+                given[name] = _from_text(FIELDS[name], words)
+            elif isinstance(words, list):
+                given[name] = [_from_text(FIELDS[name], word) for word in words]
         parsed.flags, problems = _check(given, flag_of, none="none")
         problems = self._unknown(rest) + problems
         parsed.file = {}
-        try:
-            if getattr(parsed, "config", None) is not None:
+        if getattr(parsed, "config", None) is not None:
+            try:
                 parsed.file = load_json(parsed.config)
-        except UserError as error:
-            problems.append(str(error))
+            except UserError as error:
+                problems.append(str(error))
         _refuse(problems)
-        if getattr(parsed, "resume", None) is True:
-            folder = {"checkpoint_dir": FIELDS["checkpoint_dir"].default, **parsed.file, **parsed.flags}
-            parsed.resume = os.path.join(folder["checkpoint_dir"], LAST_CHECKPOINT)
+        if getattr(parsed, "resume", None) is _LAST:
+            folders = {"checkpoint_dir": Settings.checkpoint_dir, **parsed.file, **parsed.flags}
+            parsed.resume = os.path.join(folders["checkpoint_dir"], LAST_CHECKPOINT)
         return parsed
 
     def _unknown(self, words: list[str]) -> list[str]:
-        """A line for each word that is no flag; the word after an unknown flag is taken for its value."""
+        """A line for each word that is no flag; a word after an unknown flag is taken for its value."""
         valid = {option.lstrip("-"): option for option in self._option_string_actions}
         valid |= {name: flag_of(name) for name in FIELDS if flag_of(name) in valid.values()}
         problems, is_value = [], False
         for word in words:
+            flag = word.partition("=")[0]
             if word.startswith("-"):
-                flag = word.partition("=")[0]
-                problems.append(f"{flag}: unknown flag, the nearest valid one is {valid[nearest(flag, valid)]}")
+                nearest = valid[_nearest(flag, valid)]
+                problems.append(f"{flag}: unknown flag, the nearest valid flag is {nearest}")
             elif not is_value:
-                problems.append(f"{_shown(word)}: unexpected argument, a setting is given as --NAME VALUE")
-            is_value = word.startswith("-") and "=" not in word
+                problems.append(f"{_shown(word)}: unexpected argument, a setting is written --NAME VALUE")
+            is_value = word.startswith("-") and word == flag
         return problems
 
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
         for name, field in FIELDS.items():
-            if message.startswith(flag_of(name) + ":"):
+            if message.startswith(f"{flag_of(name)}: expected"):
                 message += f": {_expected(field, 'none')}"
         raise UserError(message)
 
@@ -466,38 +492,39 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-def _help(field: dataclasses.Field) -> str:
-    """'peak of the schedule [per step] (default 0.0003; synthetic 0.001)'."""
+def _help(field: dataclasses.Field, default: str) -> str:
+    """'highest rate of the schedule [per step] (default 0.0003; digits 0.001)'."""
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-    defaults = [f"default {_text(field.default)}"]
-    for dataset, values in DATASET_DEFAULTS.items():
-        if values.get(field.name, field.default) != field.default:
-            defaults.append(f"{dataset} {_text(values[field.name])}")
-    return f"{field.metadata['help']}{unit} ({'; '.join(defaults)})".replace("%", "%%")
+    if not default:
+        own = {name: values.get(field.name, field.default) for name, values in DATASET_DEFAULTS.items()}
+        others = [f"; {name} {_text(value)}" for name, value in own.items() if value != field.default]
+        default = _text(field.default) + "".join(others)
+    return f"{field.metadata['help']}{unit} (default {default})"
 
 
 def make_parser(description: str) -> Parser:
-    """The parser of a training command: all settings, --config and --resume.
+    """The parser of the training command: every setting, --config and --resume.
 
-    Beside `flags` and `file`, `parse_args` gives `resume`: the path of the checkpoint to resume from, or None.
+    Its `parse_args` gives, beside `flags` and `file`, `resume`: the checkpoint to resume from, or None.
     """
-    parser = Parser(description=description, usage="%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]")
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; a flag goes over it")
-    parser.add_argument("--resume", metavar="FILE", nargs="?", const=True,
-                        help=f"go on from this checkpoint (without FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
+    usage = "%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]"
+    parser = Parser(description=description, usage=usage)
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags go over it")
+    parser.add_argument("--resume", metavar="FILE", nargs="?", const=_LAST,
+                        help=f"go on from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
     parser.add_settings()
     return parser
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2, without a traceback."""
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            for line in str(error).splitlines():
+            for line in str(error).split("\n"):
                 print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
 
