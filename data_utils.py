@@ -1,0 +1,681 @@
+"""Data: data sets of token sequences, the batches made of them and the splits.
+
+An item of a data set is {'input': (L, C), 'label': int} with an optional 'mask': (L,); every loader yields
+
+    {'input': float32 (B, L, C), 'mask': bool (B, L), 'label': int64 (B,)}
+
+with B samples, L tokens (of the longest sample) and C channels. The mask is True at real tokens and False at padding,
+which is zero. Any `torch.utils.data.Dataset` of such items can be used:
+
+    loader = create_dataloader(my_dataset, batch_size=32, shuffle=True, num_classes=10)
+
+To add a data set by name, write a function like `load_digits_splits`, enter it in `DATASETS` and give it its defaults
+in config.DATASET_DEFAULTS.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import Settings, UserError
+
+Batch = dict[str, Tensor]
+Item = dict[str, Any]
+
+
+def random_stream(purpose: str, *key: int) -> np.random.Generator:
+    """Random numbers that depend on the purpose and the key (whole numbers >= 0) alone."""
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
+
+
+# -- items and batches ----------------------------------------------------------------------------------------
+
+
+def _to_label(value: Any, where: str) -> int:
+    label = np.asarray(value)
+    if label.ndim or label.dtype.kind not in "biuf" or not np.isfinite(label) or label != np.floor(label):
+        raise UserError(f"{where}: label {value!r} is not a whole number; number the classes 0, 1, 2, ...")
+    return int(label)
+
+
+def _to_mask(value: Any, length: int, where: str) -> Tensor:
+    if value is None:
+        return torch.ones(length, dtype=torch.bool)
+    mask = torch.as_tensor(value)
+    if mask.shape != (length,):
+        raise UserError(f"{where}: the mask has shape {tuple(mask.shape)}, it must be ({length},), one value per token")
+    real = mask.bool()
+    if not torch.equal(real.double(), mask.double()):
+        raise UserError(f"{where}: the mask holds other values than 1 (real token) and 0 (padding)")
+    return real
+
+
+def _to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor, int | None]:
+    """An item, checked: (input float32 (L, C), mask bool (L,), label or None). `where` names it in an error."""
+    if not isinstance(item, dict) or "input" not in item:
+        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is a {type(item).__name__}")
+    tokens = item["input"]
+    try:
+        if not isinstance(tokens, Tensor):
+            tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
+        tokens = tokens.float()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: the input is not an array of numbers: {error}") from error
+    shape = tuple(tokens.shape)
+    if len(shape) != 2:
+        raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
+    mask = _to_mask(item.get("mask"), len(tokens), where)
+    tokens, mask = tokens[:max_seq_len], mask[:max_seq_len]
+    if not mask.any() or not tokens.size(1):
+        raise UserError(f"{where}: empty, no real token (input {shape}); remove the sample")
+    if not tokens[mask].isfinite().all():
+        raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
+    return tokens, mask, _to_label(item["label"], where) if "label" in item else None
+
+
+def collate(items: Sequence[Item] | Batch, max_seq_len: int | None = None) -> Batch:
+    """The batch of a list of items; sequences longer than max_seq_len are cut to it.
+
+    A batch that the data set assembled itself (`__getitems__`) is passed on. Items without a label give a batch without
+    one. Tokens hidden by an item's mask become zeros, as padding is. Raises UserError for an item that cannot be used.
+    """
+    if isinstance(items, dict):
+        return items
+    samples = [_to_sample(item, f"item {i} of the batch", max_seq_len) for i, item in enumerate(items)]
+    inputs, masks, labels = zip(*samples, strict=True)
+    widths = {tokens.size(1) for tokens in inputs}
+    if len(widths) > 1:
+        raise UserError(f"the batch mixes sequences of {sorted(widths)} channels; all must have the same number")
+    mask = pad_sequence(masks, batch_first=True)
+    batch = {"input": pad_sequence(inputs, batch_first=True).masked_fill_(~mask[..., None], 0), "mask": mask}
+    if labels != (None,) * len(labels):
+        batch["label"] = torch.tensor(labels)
+    return batch
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raise UserError that names the first sample whose label is not in 0..num_classes-1."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        from_one = labels.min() == 1 and labels.max() == num_classes
+        hint = "they seem to count from 1, subtract 1" if from_one else "correct it, or the number of classes"
+        raise UserError(f"sample {wrong[0]}: label {labels[wrong[0]]} is not in 0..{num_classes - 1}; {hint}")
+
+
+def check_items(dataset: Dataset, max_seq_len: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read every item once. Returns (lengths in tokens, labels), int64; raises UserError that names a bad sample."""
+    lengths, labels, width = [], [], None
+    for number in range(len(dataset)):
+        where = f"sample {number}"
+        tokens, _, label = _to_sample(dataset[number], where, max_seq_len)
+        if label is None:
+            raise UserError(f"{where}: it has no 'label'")
+        width = width or tokens.size(1)
+        if tokens.size(1) != width:
+            raise UserError(f"{where}: {tokens.size(1)} channels, the samples before it have {width}; make them equal")
+        lengths.append(len(tokens))
+        labels.append(label)
+    return np.array(lengths, np.int64), np.array(labels, np.int64)
+
+
+# -- loaders --------------------------------------------------------------------------------------------------
+
+
+class EpochBatchSampler(Sampler[list[int]]):
+    """Batches of sample numbers, in an order that depends on (seed, epoch) alone; every pass is the next epoch.
+
+    Args:
+        shuffle: a new random order each epoch; without it, the order of the data set.
+        lengths: tokens per sample. If given, batches hold samples of similar length: within every POOL batches of the
+            epoch's order the samples are sorted by length, and the batches are shuffled.
+    """
+
+    POOL = 50
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+    ):
+        if num_samples < 1:
+            raise UserError("the data set is empty; it must hold at least one sample")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        if lengths is not None and len(lengths) != num_samples:
+            raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
+        self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next pass be that of `epoch`, without its first `first_batch` batches."""
+        if not 0 <= first_batch <= len(self):
+            raise ValueError(f"first_batch {first_batch} is not in 0..{len(self)}, the batches of an epoch")
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.batches(self.epoch)[self.first_batch :]
+        self.set_epoch(self.epoch + 1)
+        return iter(batches)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The sample numbers of every batch of an epoch."""
+        rng = random_stream("order", self.seed, epoch)
+        order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
+        if self.lengths is not None:
+            pool = np.arange(self.num_samples) // (self.POOL * self.batch_size)
+            order = order[np.lexsort((self.lengths[order], pool))]
+        batches = [order[i : i + self.batch_size].tolist() for i in range(0, self.num_samples, self.batch_size)]
+        if self.lengths is not None and self.shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+
+class EpochDataLoader(DataLoader):
+    """A DataLoader over an `EpochBatchSampler` that tells the data set (its `set_epoch`) which epoch begins.
+
+    Worker processes start anew with each pass, so they never hold an older epoch. Iterating takes nothing from
+    torch's global random numbers, and those of the workers depend on (seed, epoch, worker) alone.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = self.batch_sampler
+        self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(sampler.epoch)
+        return super().__iter__()
+
+
+def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
+    """Let the loader's next pass be that of `epoch` (order and augmentation), from batch `first_batch` on.
+
+    Nothing of the batches before is read. Without this call every pass is the next epoch.
+    """
+    loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def create_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    num_classes: int | None = None,
+    max_seq_len: int | None = None,
+    bucket_by_length: bool = False,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader of the batches described above; the last one may be short. Same batches for any num_workers.
+
+    Every item is read and checked once, here. A data set with an attribute `lengths` (tokens per sample, or None if
+    they are not known) is taken at its word and not read: for data too large to be read twice. Its items are then
+    checked when their batch is made.
+
+    Args:
+        shuffle: for training: a new order each epoch, and data from which nothing can be learnt is refused.
+        seed: of the order.
+        num_classes: labels must be in 0..num_classes-1.
+        max_seq_len: longer sequences are cut to this many tokens.
+        bucket_by_length: batches of samples of similar length, see `EpochBatchSampler`.
+        pin_memory: for fast copies to a CUDA device.
+
+    A data set that draws random numbers of its own should draw them from (seed, epoch, sample number); if it has a
+    method `set_epoch(epoch)`, it is called before each pass.
+
+    Raises UserError that names the sample, what is wrong with it and the remedy.
+    """
+    if hasattr(dataset, "lengths"):
+        lengths, labels = dataset.lengths, getattr(dataset, "labels", None)
+        lengths = lengths if lengths is None else np.minimum(lengths, max_seq_len or np.inf)
+    else:
+        lengths, labels = check_items(dataset, max_seq_len)
+    if bucket_by_length and lengths is None:
+        raise UserError("bucket_by_length needs the lengths of the samples; give the data set an attribute `lengths`")
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None)
+    if labels is not None:
+        labels = np.asarray(labels)
+        check_labels(labels, num_classes or max(2, labels.max() + 1))
+        if shuffle and len(labels) < (num_classes or 0):
+            raise UserError(f"{len(labels)} training samples are fewer than the {num_classes} classes; add samples")
+        if shuffle and (labels == labels[0]).all():
+            raise UserError(f"all {len(labels)} training samples have label {labels[0]}; give at least two classes")
+    return EpochDataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, max_seq_len=max_seq_len),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
+# -- splits ---------------------------------------------------------------------------------------------------
+
+Splits = dict[str, Dataset]
+Info = dict[str, Any]
+
+
+def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(sample numbers kept, sample numbers held out), sorted.
+
+    Of each class the fraction is held out, rounded, but at least one sample, and at least one is kept.
+    """
+    held_out = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held_out.extend(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    if not held_out:
+        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; at least 2 of a class are needed")
+    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
+
+
+def _split_off_validation(labels: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    return stratified_split(labels, settings.val_fraction, random_stream("validation", settings.seed))
+
+
+# -- synthetic sequences --------------------------------------------------------------------------------------
+
+# A pattern is a function of the phase in cycles, (L,) or (L, C), which grows along axis 0.
+PATTERNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sine": lambda u: np.sin(2 * np.pi * u),
+    "square": lambda u: np.where(u % 1 < 0.5, 1.0, -1.0),
+    "sawtooth": lambda u: 2 * (u % 1) - 1,
+    "chirp": lambda u: np.sin(2 * np.pi * (u % 4) ** 2 / 4),
+    "bursts": lambda u: np.exp(-((u % 2 - 1) ** 2) * 30) * np.sin(4 * np.pi * u),
+    "trend": lambda u: u * 3 / (np.ptp(u) or 1) + np.sin(2 * np.pi * u),
+}
+
+
+class SequenceDataset(Dataset):
+    """Sequences in memory: `sequences` holds arrays (L, C), `labels` a class number for each."""
+
+    def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[int]):
+        self.sequences, self.labels = sequences, np.asarray(labels)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, number: int) -> Item:
+        return {"input": self.sequences[number], "label": self.labels[number]}
+
+    def subset(self, numbers: np.ndarray) -> "SequenceDataset":
+        return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers])
+
+
+def make_synthetic(settings: Settings, split: str, num_samples: int) -> SequenceDataset:
+    """Sequences in which the class is a temporal pattern, each a function of (seed, split, number) alone.
+
+    Class c is a pattern of `PATTERNS` at a rate of its own (0.03 to 0.25 cycles per token). It passes the channels one
+    after another, within LAG tokens; phase, amplitude, gains of the channels, offsets, noise and length are random.
+    Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither these nor the
+    length tell the class.
+    """
+    sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
+    return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
+
+
+LAG = 6.0  # tokens between the pattern's arrival at the first and at the last channel
+
+
+def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarray:
+    rng = random_stream(f"synthetic {split}", settings.seed, number)
+    label, channels = number % settings.num_classes, settings.feature_dim
+    pattern = list(PATTERNS.values())[label % len(PATTERNS)]
+    rate = 0.03 * (0.25 / 0.03) ** ((label + 0.5) * 0.618 % 1) * rng.uniform(0.95, 1.05)  # golden ratio: spread evenly
+    length = rng.integers(*settings.seq_len_range, endpoint=True)
+    time = np.arange(length)[:, None] - np.linspace(0, LAG, channels)  # (L, C) tokens
+    wave = pattern(rate * time + rng.uniform(0, 8))
+    wave = (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
+    gains = rng.uniform(0.5, 1.5) * rng.uniform(0, 2, channels)
+    noise = rng.uniform(0.5, 2) * rng.standard_normal((length, channels))
+    return (gains * wave + noise + rng.normal(0, 0.3, channels)).astype(np.float32)
+
+
+def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """Validation comes out of num_samples sequences; a fifth as many more are the test set."""
+    data = make_synthetic(settings, "train", settings.num_samples)
+    test = make_synthetic(settings, "test", math.ceil(settings.num_samples / 5))
+    train, val = _split_off_validation(data.labels, settings)
+    rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
+    names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
+    splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
+    return splits, {
+        "class_names": names,
+        "input_dim": settings.feature_dim,
+        "max_seq_len": info["max_seq_len"] if info else settings.max_seq_len,
+    }
+
+
+def create_synthetic_sequence_dataloader(
+    batch_size: int = 32,
+    num_samples: int = 1000,
+    seq_len_range: tuple[int, int] = (50, 200),
+    feature_dim: int = 64,
+    num_classes: int = 5,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_workers: int = 0,
+) -> DataLoader:
+    """A loader of num_samples synthetic sequences of seq_len_range tokens, see `make_synthetic`."""
+    settings = Settings(
+        batch_size=batch_size,
+        num_samples=num_samples,
+        seq_len_range=seq_len_range,
+        feature_dim=feature_dim,
+        num_classes=num_classes,
+        seed=seed,
+    )
+    data = make_synthetic(settings, "train", num_samples)
+    return create_dataloader(data, batch_size, shuffle, seed, num_workers, num_classes)
+
+
+# -- images ---------------------------------------------------------------------------------------------------
+
+
+def check_patch_size(patch_size: int, height: int, width: int) -> None:
+    """Raise UserError if patches of this size (pixels) do not tile the image."""
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        valid = [size for size in range(1, height + 1) if not height % size and not width % size]
+        raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
+
+
+def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[float], patch_size: int) -> Tensor:
+    """Images as sequences of patches, normalised. The one preparation of images, in training and in prediction.
+
+    Args:
+        images: uint8 (B, H, W, C).
+        mean, std: per channel (C), in units of the stored pixels.
+        patch_size: P, divides H and W.
+
+    Returns:
+        float32 (B, H/P * W/P, P*P*C). Patches run along the rows of the image; inside a patch the order is row, column,
+        channel.
+
+    Raises UserError for another type or shape.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(f"images must be uint8 (B, H, W, C), these are {images.dtype} {images.shape}")
+    (num, height, width, channels), size = images.shape, patch_size
+    check_patch_size(size, height, width)
+    strip = np.dtype((np.void, size * channels))  # one row of a patch, moved as a whole
+    strips = np.ascontiguousarray(images).reshape(num, height // size, size, -1).view(strip)
+    patches = strips.swapaxes(2, 3).copy().view(np.uint8)  # (B, H/P, W/P, P*P*C)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), height * width)
+    pixels = torch.from_numpy(patches).view(num, -1).float()
+    return torch.addcmul(shift, pixels, scale, out=pixels).view(num, -1, size * size * channels)
+
+
+@lru_cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pixels: int) -> tuple[Tensor, Tensor]:
+    """(value - mean) / std as value * scale + shift, for all the values of an image, (pixels * C,) each."""
+    scale = 1 / torch.tensor(std)
+    return scale.repeat(pixels), (-torch.tensor(mean) * scale).repeat(pixels)
+
+
+def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, margin: int) -> np.ndarray:
+    """Images uint8 (B, H, W, C), mirrored where `flips` (B,) is true and moved over a black ground.
+
+    offsets: (B, 2), 0..2*margin, row and column of the crop in the image padded by `margin`; (margin, margin) moves
+    nothing.
+    """
+    num, height, width, channels = images.shape
+    pixel = np.dtype((np.void, channels))  # the channels of a pixel, moved as a whole
+    padded = np.zeros((num, height + 2 * margin, width + 2 * margin), pixel)
+    images[flips] = torch.from_numpy(images[flips]).flip(2).numpy()
+    padded[:, margin : margin + height, margin : margin + width] = images.view(pixel)[..., 0]
+    windows = sliding_window_view(padded, (height, width), (1, 2))  # (B, 2 margin + 1, 2 margin + 1, H, W)
+    return windows[np.arange(num), *offsets.T].view(np.uint8).reshape(images.shape)
+
+
+class ImageDataset(Dataset):
+    """Images kept as bytes; a batch of them is augmented and cut into patches as a whole.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: N class numbers.
+        mean, std, patch_size: see `prepare_images`.
+        margin: training images are moved by up to so many pixels (0: not).
+        flip: half of the training images are mirrored.
+        seed: of margin and flip, which are drawn anew for each epoch.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mean: Sequence[float],
+        std: Sequence[float],
+        patch_size: int,
+        margin: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ):
+        self.images = np.ascontiguousarray(images)
+        self.labels = np.array([_to_label(label, f"sample {i}") for i, label in enumerate(labels)])
+        self.mean, self.std, self.patch_size = mean, std, patch_size
+        self.margin, self.flip, self.seed = margin, flip, seed
+        self.lengths = np.full(len(images), images[0, ..., 0].size // patch_size**2)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        rng = random_stream("augmentation", self.seed, epoch)
+        self.offsets = rng.integers(0, 2 * self.margin, (len(self), 2), endpoint=True)
+        self.flips = (rng.random(len(self)) < 0.5) & self.flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        numbers = np.array(numbers)
+        images = self.images[numbers]
+        if self.margin or self.flip:
+            images = shift_and_flip(images, self.offsets[numbers], self.flips[numbers], self.margin)
+        tokens = prepare_images(images, self.mean, self.std, self.patch_size)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return {"input": tokens, "mask": mask, "label": torch.from_numpy(self.labels[numbers])}
+
+    def __getitem__(self, number: int) -> Item:
+        return {name: values[0] for name, values in self.__getitems__([number]).items()}
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) per channel of uint8 (N, H, W, C); a constant channel has deviation 1."""
+    planes = [torch.from_numpy(images[..., c].ravel()) for c in range(images.shape[-1])]
+    share = np.stack([plane.bincount(minlength=256) / len(plane) for plane in planes])  # (C, 256)
+    values = np.arange(256)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
+    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+def _image_splits(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    class_names: Sequence[str],
+    settings: Settings,
+    info: Info | None,
+    **augmentation: Any,
+) -> tuple[Splits, Info]:
+    """The splits of (images, labels). `augmentation`: arguments of the training split's `ImageDataset`."""
+    kept, held_out = _split_off_validation(train[1], settings)
+    parts = {name: (train[0][numbers], train[1][numbers]) for name, numbers in (("train", kept), ("val", held_out))}
+    parts["test"] = test
+    height, width, channels = train[0].shape[1:]
+    patch_size = info["patch_size"] if info else settings.patch_size
+    mean, std = (info["mean"], info["std"]) if info else channel_statistics(parts["train"][0])
+    splits = {
+        name: ImageDataset(
+            *part, mean, std, patch_size, seed=settings.seed, **(augmentation if name == "train" else {})
+        )
+        for name, part in parts.items()
+    }
+    return splits, {
+        "class_names": list(class_names),
+        "input_dim": patch_size**2 * channels,
+        "grid_shape": [height // patch_size, width // patch_size],
+        "image_shape": [height, width, channels],
+        "patch_size": patch_size,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The 1,797 digits of 8 x 8 pixels, values 0 to 16, that come with scikit-learn.
+
+    The test set is the same stratified fifth for every seed.
+    """
+    from sklearn.datasets import load_digits
+
+    check_patch_size(settings.patch_size, 8, 8)
+    digits = load_digits()
+    images, labels = digits.images.astype(np.uint8)[..., None], digits.target
+    rest, test = stratified_split(labels, 0.2, random_stream("digits test set"))
+    return _image_splits(
+        (images[rest], labels[rest]),
+        (images[test], labels[test]),
+        [str(name) for name in digits.target_names],
+        settings,
+        info,
+        **({"margin": 1} if settings.augment else {}),
+    )
+
+
+def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if not there."""
+    check_patch_size(settings.patch_size, 32, 32)
+    train, test = _open_cifar10(Path(settings.data_dir))
+    return _image_splits(
+        (train.data, np.array(train.targets)),
+        (test.data, np.array(test.targets)),
+        train.classes,
+        settings,
+        info,
+        **({"margin": 4, "flip": True} if settings.augment else {}),
+    )
+
+
+def _open_cifar10(folder: Path) -> tuple[Any, Any]:
+    """torchvision's (training set, test set), every file verified; no network access if they are in the folder.
+
+    Raises UserError if the archive is damaged or cannot be had; no part of a download stays behind.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        return CIFAR10(folder, train=True), CIFAR10(folder, train=False)
+    except RuntimeError:  # not there, or not intact
+        pass
+    archive = folder / CIFAR10.filename
+    remedy = f"put {CIFAR10.url} there by hand, or use --dataset digits or synthetic"
+    try:
+        if not archive.exists():
+            print(f"Downloading CIFAR-10 (170 MB) to {archive}", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _download(CIFAR10.url, archive, CIFAR10.tgz_md5)
+        if _md5(archive) != CIFAR10.tgz_md5:
+            raise UserError(
+                f"{archive} is incomplete or damaged ({archive.stat().st_size} bytes); delete it to download it anew, "
+                f"or {remedy}"
+            )
+        return CIFAR10(folder, train=True, download=True), CIFAR10(folder, train=False)
+    except (OSError, HTTPException) as error:
+        raise UserError(f"cannot get CIFAR-10 as {archive}: {error}; {remedy}") from error
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    """Download to a file that appears when it is complete and verified. Raises OSError or HTTPException."""
+    partial_file = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(partial_file, "wb") as file:
+            shutil.copyfileobj(response, file)
+        if _md5(partial_file) != md5:
+            raise OSError(f"{url} gave {partial_file.stat().st_size} bytes that fail the md5 check")
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def create_cifar10_sequence_dataset(
+    batch_size: int = 32,
+    patch_size: int = 8,
+    split: str = "train",
+    data_dir: str = "data",
+    augment: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> DataLoader:
+    """A loader of CIFAR-10 as patch sequences.
+
+    split: 'train' (90 %, shuffled and, if `augment`, augmented), 'val' (10 %) or 'test'.
+    """
+    if split not in ("train", "val", "test"):
+        raise UserError(f"split is {split!r}; it must be 'train', 'val' or 'test'")
+    settings = Settings(
+        dataset_type="cifar10",
+        batch_size=batch_size,
+        patch_size=patch_size,
+        data_dir=data_dir,
+        augment=augment,
+        seed=seed,
+    )
+    splits, info = load_splits(settings)
+    return create_dataloader(splits[split], batch_size, split == "train", seed, num_workers, info["num_classes"])
+
+
+# -- by name --------------------------------------------------------------------------------------------------
+
+DATASETS: dict[str, Callable[[Settings, Info | None], tuple[Splits, Info]]] = {
+    "synthetic": load_synthetic_splits,
+    "cifar10": load_cifar10_splits,
+    "digits": load_digits_splits,
+}
+
+
+def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The data sets {'train', 'val', 'test'} of settings.dataset_type and their description.
+
+    The description holds plain values that a checkpoint can store: dataset_type, class_names, num_classes, input_dim
+    (channels of a token), grid_shape ([rows, columns] of patches), image_shape ([H, W, C]), patch_size, mean and std
+    per channel, max_seq_len, split_sizes and split_seed; None where it does not apply.
+
+    info: a description made in training. Its preprocessing (patch_size, mean, std, max_seq_len) is then used.
+    """
+    splits, specific = DATASETS[settings.dataset_type](settings, info)
+    nothing = dict.fromkeys(("grid_shape", "image_shape", "patch_size", "mean", "std", "max_seq_len"))
+    return splits, {
+        "dataset_type": settings.dataset_type,
+        "num_classes": len(specific["class_names"]),
+        **nothing,
+        **specific,
+        "split_sizes": {name: len(split) for name, split in splits.items()},
+        "split_seed": settings.seed,
+    }
