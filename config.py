@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 # Defaults that depend on the data set; its keys are the data sets there are.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "synthetic": {"model_size": "small", "num_epochs": 20, "learning_rate": 1e-3},
@@ -397,6 +399,37 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
             shown = f"{value} [{unit}]" if unit and value != "none" else value
             rows.append(f"  {name:<28}{shown:<30}{sources[name]}")
     return "\n".join(rows)
+
+
+# -- what "auto" means on this machine -------------------------------------------------------------------
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that the setting names; auto is the first there is of cuda, mps, cpu. Raises UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [name for name in there if there[name]]
+    if device == "auto":
+        return torch.device(usable[0])
+    if device not in usable:
+        raise UserError(f"device: {device} is not available here; choose one of auto, {', '.join(usable)}")
+    return torch.device(device)
+
+
+def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for float32 throughout. Raises UserError.
+
+    auto: bf16 on CUDA cards from compute capability 8.0 on, fp16 on older ones; bf16 on a CPU that has
+    instructions for it; float32 elsewhere. fp16 needs a gradient scaler and is for CUDA only.
+    """
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif amp == "auto" and device.type == "cpu":
+        # A PyTorch too old to tell counts as a CPU without such instructions.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        amp = "bf16" if any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16"))) else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"amp: fp16 needs a CUDA device, not {device.type}; choose one of auto, bf16, off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 # -- the command line ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import typing
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -470,6 +471,51 @@ def test_the_printed_settings_are_those_in_force():
     printed = {row[0] for row in rows}
     assert FIELDS.keys() - printed == {"data_dir", "patch_size", "augment"}
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
+
+
+# -- what "auto" means -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "auto"), [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, True, "cuda")]
+)
+def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, auto):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert config.choose_device("auto").type == auto
+    assert config.choose_device("cpu").type == "cpu"
+    for device in ("cuda", "mps"):
+        if {"cuda": cuda, "mps": mps}[device]:
+            assert config.choose_device(device).type == device
+        else:
+            (line,) = problems(config.choose_device, device)
+            assert line.startswith(f"device: {device} is not available here; choose one of auto, ")
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "machine", "dtype"),
+    [
+        ("auto", "cuda", (9, 0), torch.bfloat16),
+        ("auto", "cuda", (7, 5), torch.float16),
+        ("auto", "cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", "cpu", {"avx512_bf16": False, "avx2": True}, None),
+        ("auto", "cpu", {"bf16": True}, torch.bfloat16),
+        ("auto", "mps", None, None),
+        ("off", "cuda", (9, 0), None),
+        ("off", "cpu", {"avx512_bf16": True}, None),
+        ("bf16", "cpu", {}, torch.bfloat16),
+        ("fp16", "cuda", (9, 0), torch.float16),
+    ],
+)
+def test_mixed_precision(monkeypatch, amp, device, machine, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: machine, raising=False)
+    assert config.choose_precision(amp, torch.device(device)) is dtype
+
+
+def test_fp16_without_cuda_is_refused():
+    (line,) = problems(config.choose_precision, "fp16", torch.device("cpu"))
+    assert line == "amp: fp16 needs a CUDA device, not cpu; choose one of auto, bf16, off"
 
 
 # -- a real process --------------------------------------------------------------------------------------
