@@ -282,8 +282,8 @@ def save_evaluation(
 ) -> None:
     """Write results.json, then draw each figure (file name -> function of its path) into `output_dir`.
 
-    A figure that fails costs neither the results nor the other figures. It leaves no picture, not even that of an
-    earlier run, and at the end an ExceptionGroup names those that failed and holds their exceptions.
+    A figure that fails costs neither the results nor the other figures. It leaves no picture, not even one of
+    an earlier run, and at the end an ExceptionGroup names those that failed and holds their exceptions.
     """
     output_dir = Path(output_dir)
     write_results(output_dir / "results.json", results)
@@ -348,6 +348,10 @@ def _tick_names(class_names: Sequence[str], most: int) -> tuple[np.ndarray, list
         names = [f"{i}: {name}" for i, name in enumerate(names)]
     step = 1 if len(names) <= FEW_CLASSES else -(-len(names) // most)
     return np.arange(0, len(names), step), names[::step]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
+    return [np.array([row[key] for row in rows]) for key in keys]
 
 
 def _interval(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
@@ -431,9 +435,9 @@ def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: 
     """Reliability diagram with the count of each bin; accuracy if only the most confident are answered."""
     table = reliability_table(confidence, correct)
     rows = [row for row in table if row["count"]]
-    low, count, mean, accuracy = np.array([list(row.values()) for row in rows])[:, [0, 2, 3, 4]].T
+    start, count, mean, accuracy = _columns(rows, "low", "count", "confidence", "accuracy")
     width = 1 / len(table)
-    centre = low + width / 2
+    centre = start + width / 2
     order = np.argsort(-confidence, kind="stable")
     answered = np.arange(1, len(order) + 1)
     share = np.cumsum(correct[order]) / answered
@@ -450,7 +454,7 @@ def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: 
         diagram.set_title(f"Reliability: expected calibration error {_calibration_error(table):.3f}")
         counts.bar(centre, count, width, color=GREY, edgecolor="white")
         for x, number in zip(centre, count, strict=True):
-            counts.text(x, number, f"{number:.0f}", ha="center", va="bottom", fontsize=6.5)
+            counts.text(x, number, f"{number}", ha="center", va="bottom", fontsize=6.5)
         counts.set(xlabel="confidence (probability of the predicted class)", ylabel="samples", xlim=(0, 1))
         counts.set_ylim(0, 1.2 * count.max())
         left.legend(*diagram.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -470,7 +474,7 @@ def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: 
 
 def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
     """The rows of `accuracy_by_length` as bars."""
-    count, accuracy = (np.array([row[key] for row in rows]) for key in ("count", "accuracy"))
+    count, accuracy = _columns(rows, "count", "accuracy")
     x = np.arange(len(rows))
     with _page(path, 7, 3.6) as figure:
         axes = figure.subplots()
@@ -501,7 +505,9 @@ def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) 
     rows = -(-len(mistakes) // 4)
     with _page(path, 7.6, 2.25 * rows + 0.4) as figure:
         figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
-        grid = figure.subplots(rows, 4, squeeze=False).ravel() if rows else np.array([])
+        if not mistakes:
+            return
+        grid = figure.subplots(rows, 4, squeeze=False).ravel()
         for axes in grid[len(mistakes) :]:
             axes.set_axis_off()
         for axes, mistake, image in zip(grid[: len(mistakes)], mistakes, _unit_range(images), strict=True):
