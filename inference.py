@@ -1,0 +1,228 @@
+"""Evaluate a checkpoint on the data that it was trained for, or use it in a notebook.
+
+    python inference.py --model_path checkpoints/best_model.pth
+    python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
+
+writes results.json, confusion_matrix.png, confidence_histogram.png and confidence_analysis.png; --analyze adds the
+calibration table, accuracy by length, the most confident mistakes, attention maps and a projection of the latents.
+Data set, preprocessing and model come from the checkpoint.
+
+    from inference import load_model, predict
+    model, settings = load_model("checkpoints/best_model.pth")
+    predict(model, [image_or_sequence, ...])
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+import evaluation
+from checkpoint import build_model, load_checkpoint
+from config import Parser, UserError, choose_device, choose_precision, exit_on_user_error, resolve
+from data_utils import Batch, collate, create_dataloader, load_splits, prepare_images
+from perceiver_model import PerceiverModel
+
+OVERRIDES = ("data_dir", "num_workers", "batch_size", "amp", "device")  # settings that evaluation may choose anew
+EXAMPLES = 3  # samples whose attention maps are drawn
+
+
+# --- In a notebook ---------------------------------------------------------------------------------------------------
+
+
+def load_model(path: str, device: str | torch.device = "cpu") -> tuple[PerceiverModel, dict[str, Any]]:
+    """The model of a checkpoint, ready for prediction, and the settings that it was trained with.
+
+    ``model.data_info`` describes the data: class names, normalisation, patch size, length limit (see data_utils.py).
+    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project.
+    """
+    checkpoint = load_checkpoint(path)
+    return _model(checkpoint, device), checkpoint["settings"]
+
+
+def _model(checkpoint: dict[str, Any], device: str | torch.device) -> PerceiverModel:
+    model = build_model(checkpoint).to(device)
+    model.data_info = checkpoint["data"]
+    return model
+
+
+def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
+    """Classify raw items with a model from :func:`load_model`.
+
+    Args:
+        items: sequences, float arrays (length, channels) of any length; or for an image model images as stored, whole
+            numbers 0..255 (of the digits 0..16), arrays (H, W) or (H, W, channels).
+        batch_size: items at a time; it changes no result.
+
+    Returns:
+        for each item {'label': class number, 'class': its name, 'confidence': its probability,
+        'probabilities': {class name: probability}}.
+
+    Raises:
+        UserError: an item that the model cannot take.
+    """
+    device = next(model.parameters()).device
+    names = model.data_info["class_names"]
+    batches = (_batch(items[i : i + batch_size], model.data_info) for i in range(0, len(items), batch_size))
+    if not len(items):
+        return []
+    logits = evaluation.collect_predictions(model, batches, device)["logits"]
+    rows = torch.from_numpy(logits).double().softmax(1).tolist()
+    best = [max(range(len(row)), key=row.__getitem__) for row in rows]
+    return [
+        {"label": k, "class": names[k], "confidence": row[k], "probabilities": dict(zip(names, row, strict=True))}
+        for k, row in zip(best, rows, strict=True)
+    ]
+
+
+def _batch(items: Sequence[Any], data: dict[str, Any]) -> Batch:
+    if data["image_shape"] is None:
+        batch = collate([{"input": item} for item in items], data["max_seq_len"])
+        if batch["input"].size(2) != data["input_dim"]:
+            raise UserError(f"sequences of {batch['input'].size(2)} channels; the model takes {data['input_dim']}")
+        return batch
+    shape = tuple(data["image_shape"])
+    images = np.empty((len(items), *shape), np.uint8)
+    for i, item in enumerate(items):
+        image = np.asarray(item)
+        image = image[..., None] if image.ndim == 2 else image
+        if image.shape != shape:
+            raise UserError(f"item {i}: an image of shape {image.shape}; the model takes {shape}")
+        with np.errstate(invalid="ignore"):
+            images[i] = image
+        if not np.array_equal(images[i], image):
+            raise UserError(f"item {i}: pixels must be whole numbers from 0 to 255, as they are stored")
+    tokens = prepare_images(images, data["mean"], data["std"], data["patch_size"])
+    return {"input": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool)}
+
+
+def evaluate(
+    model: PerceiverModel,
+    dataset: Dataset,
+    batch_size: int = 32,
+    amp_dtype: torch.dtype | None = None,
+    num_workers: int = 0,
+    analyze: bool = False,
+    output_dir: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Metrics of a model from :func:`load_model` over a labelled data set, as plain data (see evaluation.py).
+
+    Args:
+        analyze: add calibration, accuracy by length and the most confident mistakes.
+        output_dir: where to write results.json and the figures; None writes nothing.
+        about: put first into the results.
+    """
+    data, device = model.data_info, next(model.parameters()).device
+    names = data["class_names"]
+    loader = create_dataloader(
+        dataset, batch_size, num_classes=len(names), max_seq_len=data["max_seq_len"], num_workers=num_workers
+    )
+    found = evaluation.collect_predictions(model, loader, device, amp_dtype)
+    logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
+    results = {**(about or {}), **evaluation.compute_metrics(logits, labels, names)}
+    figures = evaluation.evaluation_figures(logits, labels, names)
+    if analyze:
+        results["analysis"] = evaluation.analyze_predictions(logits, labels, lengths, names)
+    if output_dir is not None:
+        if analyze:
+            figures |= _analysis_figures(model, dataset, loader, found, results["analysis"], amp_dtype)
+        results["figures"] = list(figures)
+        evaluation.save_evaluation(output_dir, results, figures)
+    return results
+
+
+def _analysis_figures(
+    model: PerceiverModel, dataset: Dataset, loader: Any, found: dict, analysis: dict, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    data, device = model.data_info, next(model.parameters()).device
+    names, labels, predicted = data["class_names"], found["labels"], found["logits"].argmax(1)
+    latents = evaluation.collect_latents(model, loader, device, amp_dtype)
+    figures = {"latents.png": partial(evaluation.plot_latent_projection, latents, labels, names)}
+    if analysis["accuracy_by_length"]:
+        figures["accuracy_by_length.png"] = partial(evaluation.plot_accuracy_by_length, analysis["accuracy_by_length"])
+
+    # Attention maps of the first sample of a few classes
+    chosen = np.sort(np.unique(labels, return_index=True)[1][:EXAMPLES]).tolist()
+    captions = [f"true {names[labels[i]]}, predicted {names[predicted[i]]}" for i in chosen]
+    batch = collate([dataset[i] for i in chosen], data["max_seq_len"])
+    attention = evaluation.collect_attention(model, batch, device)
+    if data["image_shape"]:
+        draw = partial(evaluation.plot_image_attention, dataset.images[chosen], attention, data["grid_shape"])
+        mistakes = analysis["most_confident_mistakes"]
+        images = dataset.images[[mistake["index"] for mistake in mistakes]]
+        figures["mistakes.png"] = partial(evaluation.plot_mistakes, mistakes, images)
+    else:
+        draw = partial(evaluation.plot_sequence_attention, batch["input"].numpy(), batch["mask"].numpy(), attention)
+    figures["attention.png"] = partial(draw, captions)
+    return figures
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The metrics, and a line per class where they are few enough to read."""
+    for name, value in results.items():
+        if isinstance(value, (int, float)) and name not in ("epoch", "split_seed", "num_classes"):
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            print(f"{name.replace('_', ' '):<28}{shown:>8}")
+    rows = results["per_class"]
+    if len(rows) <= 20:
+        width = max(len("class"), *(len(row["class"]) for row in rows))
+        print(f"\n{'class':<{width}}  precision  recall      f1  support")
+        for row in rows:
+            figures = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+            print(f"{row['class']:<{width}}  {figures[0]:>9}  {figures[1]:>6}  {figures[2]:>6}  {row['support']:>7}")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
+    parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
+    parser.add_argument("--analyze", action="store_true", help="write the analysis too, and its figures")
+    parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
+    parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"), default="test",
+                        help="what to evaluate on (default test); train is taken without augmentation")  # fmt: skip
+    parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
+    args = parser.parse_args(argv)
+
+    checkpoint = load_checkpoint(args.model_path)
+    here = {"device": "auto", "augment": False}  # the device of training may not exist here
+    settings, _ = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
+    device = choose_device(settings.device)
+    if settings.amp == "fp16" and device.type != "cuda" and "amp" not in args.flags:
+        print(f"note: trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
+        amp_dtype = None
+    else:
+        amp_dtype = choose_precision(settings.amp, device)
+    model = _model(checkpoint, device)
+    splits, _ = load_splits(settings, model.data_info)
+    about = {
+        "model_path": args.model_path,
+        "epoch": checkpoint["epoch"],
+        "dataset": settings.dataset_type,
+        "split": args.split,
+        "split_sizes": model.data_info["split_sizes"],
+        "split_seed": model.data_info["split_seed"],
+    }
+    print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
+    try:
+        results = evaluate(
+            model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
+            args.output_dir, about,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"cannot write into {args.output_dir}: {error.strerror}; take another --output_dir") from error
+    print_results(results)
+    print(f"\nwrote {', '.join(['results.json', *results['figures']])} into {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
