@@ -43,7 +43,7 @@ FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) -> Iterator[None]:
+def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode that it was in before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -56,7 +56,7 @@ def _evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None)
             module.training = training
 
 
-def _inputs(batch: Batch, device: Device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def model_inputs(batch: Batch, device: Device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Input and mask on the device; no mask where the whole batch has full length."""
     mask = batch["mask"]
     x = batch["input"].to(device, non_blocking=True)
@@ -72,9 +72,9 @@ def collect_predictions(
     numbers of real tokens. Raises ValueError where the loader yields nothing.
     """
     logits, labels, lengths = [], [], []
-    with _evaluating(model, device, amp_dtype):
+    with evaluating(model, device, amp_dtype):
         for batch in loader:
-            logits.append(model(*_inputs(batch, device)).float())
+            logits.append(model(*model_inputs(batch, device)).float())
             labels.append(batch["label"])
             lengths.append(batch["mask"].sum(1))
     if not logits:
@@ -87,15 +87,15 @@ def collect_latents(
     model: nn.Module, loader, device: Device = "cpu", amp_dtype: torch.dtype | None = None
 ) -> np.ndarray:
     """Pooled latents (N, D) float32 of the samples of `loader`, in its order."""
-    with _evaluating(model, device, amp_dtype):
-        latents = [model.pooled_latents(*_inputs(batch, device)).float() for batch in loader]
+    with evaluating(model, device, amp_dtype):
+        latents = [model.pooled_latents(*model_inputs(batch, device)).float() for batch in loader]
     return torch.cat(latents).cpu().numpy()
 
 
 def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") -> list[np.ndarray]:
     """Cross-attention weights of one batch: (B, heads, latents, L) float32 for each cross-attend."""
-    with _evaluating(model, device, None):
-        _, maps = model(*_inputs(batch, device), return_attention=True)
+    with evaluating(model, device, None):
+        _, maps = model(*model_inputs(batch, device), return_attention=True)
     return [weights.float().cpu().numpy() for weights in maps]
 
 
@@ -290,9 +290,9 @@ def save_evaluation(
     errors = {}
     for name, draw in figures.items():
         try:
-            (output_dir / name).unlink(missing_ok=True)
             draw(output_dir / name)
         except Exception as error:
+            (output_dir / name).unlink(missing_ok=True)
             error.add_note(f"while drawing {name}")
             errors[name] = error
     if errors:
@@ -544,7 +544,7 @@ def plot_image_attention(
     singles = min(4, attention[0].shape[2])
     lines = [(i, number) for i in range(len(images)) for number in range(len(attention))]
     with _page(path, 1.65 * (2 + singles), 1.8 * len(lines) + 0.4) as figure:
-        figure.suptitle("Cross-attention, as a multiple of uniform attention")
+        figure.suptitle("Cross-attention, mean over heads, as a multiple of uniform attention")
         grid = figure.subplots(len(lines), 2 + singles, squeeze=False)
         for panels, (i, number) in zip(grid, lines, strict=True):
             latents = attention[number][i].mean(0) * attention[number].shape[-1]
@@ -657,7 +657,8 @@ def plot_training_curves(
     """
     from matplotlib.ticker import MaxNLocator
 
-    series = {key: [entry[key] for entry in history] for key in history[0]}
+    keys = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+    series = {key: [entry[key] for entry in history] for key in keys}
     epochs = series["epoch"]
     best = epochs.index(best_epoch) if best_epoch is not None else int(np.argmax(series["val_accuracy"]))
     marker = "o" if len(epochs) <= 20 else None
