@@ -418,15 +418,16 @@ def choose_device(device: str) -> torch.device:
 def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32 throughout. Raises UserError.
 
-    auto: bf16 on CUDA cards from compute capability 8.0 on, fp16 on older ones; bf16 on a CPU that has
-    instructions for it; float32 elsewhere. fp16 needs a gradient scaler and is for CUDA only.
+    auto: bf16 on CUDA cards from compute capability 8.0 on, fp16 on older ones; bf16 on a CPU with matrix units
+    for it (AMX; with AVX-512 instructions alone it is slower than float32); float32 elsewhere. fp16 needs a
+    gradient scaler and is for CUDA only.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "auto" and device.type == "cpu":
-        # A PyTorch too old to tell counts as a CPU without such instructions.
+        # Where PyTorch is too old to tell, the CPU counts as one without.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        amp = "bf16" if any(map(capabilities.get, ("avx512_bf16", "amx_bf16", "bf16"))) else "off"
+        amp = "bf16" if capabilities.get("amx_bf16") else "off"
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"amp: fp16 needs a CUDA device, not {device.type}; choose one of auto, bf16, off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
