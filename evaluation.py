@@ -537,7 +537,7 @@ def plot_image_attention(
         images: (B, H, W, 1 or 3), before normalisation.
         attention: for each cross-attend (B, heads, latents, rows * columns), as from `collect_attention`.
         grid_shape: (rows, columns) of the patch grid.
-        captions: a text per image, such as its true and its predicted class.
+        captions: a text per image, such as "true cat, predicted dog"; each part gets a line.
     """
     images = _unit_range(images)
     height, width = images.shape[1:3]
@@ -551,7 +551,7 @@ def plot_image_attention(
             chosen = _distinct_rows(latents, singles)
             maps = {"mean": latents.mean(0)} | {f"latent {k}": latents[k] for k in chosen}
             _show_image(panels[0], images[i])
-            caption = captions[i].splitlines() + [f"cross-attend {number + 1}"] * (len(attention) > 1)
+            caption = captions[i].replace(", ", "\n").splitlines() + [f"cross-attend {number + 1}"] * (len(attention) > 1)
             panels[0].set_title("\n".join(_short(line, 24) for line in caption), fontsize=7)
             for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
                 _show_image(axes, 0.3 + 0.4 * images[i].mean(-1, keepdims=True))

@@ -389,9 +389,10 @@ def test_sequence_attention_leaves_padding_out(drawn):
 
 def test_image_attention_lies_over_the_image(drawn):
     attention = [np.random.default_rng(0).dirichlet(np.ones(8), size=(1, 2, 5))]
-    ev.plot_image_attention(np.full((1, 8, 16, 3), 200), attention, (2, 4), ["true a\npredicted b"], "unused")
+    ev.plot_image_attention(np.full((1, 8, 16, 3), 200), attention, (2, 4), ["true a, predicted b"], "unused")
     panels = [axes for axes in drawn[0].axes if axes.get_label() != "<colorbar>"]
     assert [len(axes.images) for axes in panels] == [1, 2, 2, 2, 2, 2]
+    assert panels[0].get_title(loc="left") == "true a\npredicted b"
     mean = panels[1].images[1]
     np.testing.assert_allclose(mean.get_array(), 8 * attention[0][0].mean((0, 1)).reshape(2, 4))
     assert mean.get_extent() == list(panels[1].images[0].get_extent()) == [-0.5, 15.5, 7.5, -0.5]
