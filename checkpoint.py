@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # the checksums are right, so it was made like this
-        raise UserError(f"{path} holds other objects than tensors and plain values; refused, nothing was run") from error
+        raise UserError(f"{path} holds other objects than tensors and plain values; refused, none was run") from error
     except Exception as error:  # what damaged bytes make zipfile and torch raise has no common class
         raise UserError(f"{path} is truncated or damaged ({error})".splitlines()[0]) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

@@ -551,7 +551,7 @@ def plot_image_attention(
             chosen = _distinct_rows(latents, singles)
             maps = {"mean": latents.mean(0)} | {f"latent {k}": latents[k] for k in chosen}
             _show_image(panels[0], images[i])
-            caption = captions[i].replace(", ", "\n").splitlines() + [f"cross-attend {number + 1}"] * (len(attention) > 1)
+            caption = captions[i].split(", ") + [f"cross-attend {number + 1}"] * (len(attention) > 1)
             panels[0].set_title("\n".join(_short(line, 24) for line in caption), fontsize=7)
             for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
                 _show_image(axes, 0.3 + 0.4 * images[i].mean(-1, keepdims=True))

@@ -68,16 +68,21 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     """
     device = next(model.parameters()).device
     names = model.data_info["class_names"]
-    batches = (_batch(items[i : i + batch_size], model.data_info) for i in range(0, len(items), batch_size))
-    if not len(items):
-        return []
-    logits = evaluation.collect_predictions(model, batches, device)["logits"]
-    rows = torch.from_numpy(logits).double().softmax(1).tolist()
-    best = [max(range(len(row)), key=row.__getitem__) for row in rows]
-    return [
-        {"label": k, "class": names[k], "confidence": row[k], "probabilities": dict(zip(names, row, strict=True))}
-        for k, row in zip(best, rows, strict=True)
-    ]
+    answers = []
+    with evaluation.evaluating(model, device, None):
+        for first in range(0, len(items), batch_size):
+            batch = _batch(items[first : first + batch_size], model.data_info)
+            for row in model(*evaluation.model_inputs(batch, device)).cpu().double().softmax(1):
+                label, probabilities = int(row.argmax()), row.tolist()
+                answers.append(
+                    {
+                        "label": label,
+                        "class": names[label],
+                        "confidence": probabilities[label],
+                        "probabilities": dict(zip(names, probabilities, strict=True)),
+                    }
+                )
+    return answers
 
 
 def _batch(items: Sequence[Any], data: dict[str, Any]) -> Batch:

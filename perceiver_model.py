@@ -4,7 +4,7 @@ A Perceiver reads any number of input tokens through a small set of learned late
 latents ask for out of the input, self-attention layers think about it, and the cost of a token stays that of one
 row in one cross-attend. Keys and values come straight from the input channels (features + positions).
 
-    x (B, L, features) -> + positions -> [cross-attend -> self-attention layers] x repeats -> mean over latents -> logits
+    x (B, L, features) -> + positions -> [cross-attend, self-attention layers] x repeats -> mean over latents -> logits
 
 Letters used for shapes in this file:
 
@@ -72,7 +72,9 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         input_dim, attention_dim = input_dim or d_model, attention_dim or d_model
         if attention_dim % num_heads:
-            raise ValueError(f"the attention width {attention_dim} (d_model, unless set) is not divisible by num_heads={num_heads}")
+            raise ValueError(
+                f"the attention width {attention_dim} (d_model, unless set) is not divisible by num_heads={num_heads}"
+            )
         self.num_heads, self.dropout = num_heads, dropout
         self.scale = (attention_dim // num_heads) ** -0.5
         self.query = nn.Linear(d_model, attention_dim, bias=False)
@@ -499,7 +501,8 @@ def create_perceiver_model(input_dim: int, num_classes: int, model_size: str = "
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"unknown model_size {model_size!r}; choose from {', '.join(MODEL_SIZES)}")
-    valid = {*inspect.signature(PerceiverModel).parameters, *inspect.signature(PerceiverEncoder).parameters} - {"encoder"}
+    valid = {*inspect.signature(PerceiverModel).parameters, *inspect.signature(PerceiverEncoder).parameters}
+    valid.remove("encoder")
     for name in overrides.keys() - valid:
         nearest = difflib.get_close_matches(name, valid, 1, 0)[0]
         raise TypeError(f"create_perceiver_model() got an unknown argument {name!r}; did you mean {nearest!r}?")

@@ -337,7 +337,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 for _ in group:
                     batch = next(batches)
                     with memory_advice(settings, f"sequences of up to {batch['input'].size(1)} tokens"):
-                        x, mask = evaluation._inputs(batch, device)
+                        x, mask = evaluation.model_inputs(batch, device)
                         label = batch["label"].to(device, non_blocking=True)
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                             logits = run_model(x, mask)  # (B, num_classes)
