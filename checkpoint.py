@@ -23,10 +23,10 @@ from typing import Any
 import numpy
 import torch
 
-from config import Settings, UserError
+from config import LAST_CHECKPOINT, Settings, UserError
 from perceiver_model import MODEL_SIZES, PerceiverModel
 
-BEST, LAST = "best_model.pth", "last_model.pth"
+BEST, LAST = "best_model.pth", LAST_CHECKPOINT
 FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 1
 CONTENTS = {"model": dict, "model_args": dict, "settings": dict, "data": dict, "epoch": int, "step": int, "best": dict}
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile

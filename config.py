@@ -94,7 +94,7 @@ class Settings:
     num_cross_attention_layers: int | None = _model(
         None, "how often the latents read the input; none = the preset's", "layers", at_least=1)
     num_self_attention_layers: int | None = _model(
-        None, "self-attention layers in all; none = the preset's", "layers", at_least=0)
+        None, "self-attention layers in all; none = the preset's", "layers", at_least=1)
     num_cross_attention_heads: int | None = _model(
         None, "heads of a cross-attention; none = num_heads", "heads", at_least=1)
     cross_attention_dim: int | None = _model(
