@@ -137,7 +137,7 @@ def check_items(dataset: Dataset, max_seq_len: int | None = None) -> tuple[np.nd
 
 
 class EpochBatchSampler(Sampler[list[int]]):
-    """Batches of sample numbers, in an order that depends on (seed, epoch) alone; every pass is the next epoch.
+    """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
 
     Args:
         shuffle: a new random order each epoch; without it, the order of the data set.
@@ -166,7 +166,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Let the next pass be that of `epoch`, without its first `first_batch` batches."""
+        """Yield the batches of `epoch` from now on, without its first `first_batch` ones."""
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch {first_batch} is not in 0..{len(self)}, the batches of an epoch")
         self.epoch, self.first_batch = epoch, first_batch
@@ -176,9 +176,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         return math.ceil(self.num_samples / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self.batches(self.epoch)[self.first_batch :]
-        self.set_epoch(self.epoch + 1)
-        return iter(batches)
+        return iter(self.batches(self.epoch)[self.first_batch :])
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The sample numbers of every batch of an epoch."""
@@ -194,10 +192,11 @@ class EpochBatchSampler(Sampler[list[int]]):
 
 
 class EpochDataLoader(DataLoader):
-    """A DataLoader over an `EpochBatchSampler` that tells the data set (its `set_epoch`) which epoch begins.
+    """A DataLoader over an `EpochBatchSampler`: every pass is the next epoch.
 
-    Worker processes start anew with each pass, so they never hold an older epoch. Iterating takes nothing from
-    torch's global random numbers, and those of the workers depend on (seed, epoch, worker) alone.
+    The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes start anew with each
+    pass, so they never hold an older epoch. Iterating takes nothing from torch's global random numbers, and those of
+    the workers depend on (seed, epoch, worker) alone.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -205,7 +204,9 @@ class EpochDataLoader(DataLoader):
         self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(sampler.epoch)
-        return super().__iter__()
+        iterator = super().__iter__()
+        sampler.set_epoch(sampler.epoch + 1)
+        return iterator
 
 
 def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
@@ -349,7 +350,7 @@ def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarr
     wave = pattern(rate * time + rng.uniform(0, 8))
     wave = (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
     gains = rng.uniform(0.5, 1.5) * rng.uniform(0, 2, channels)
-    noise = rng.uniform(0.5, 2) * rng.standard_normal((length, channels))
+    noise = rng.uniform(0.5, 1.5) * rng.standard_normal((length, channels))
     return (gains * wave + noise + rng.normal(0, 0.3, channels)).astype(np.float32)
 
 
