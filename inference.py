@@ -13,7 +13,7 @@ Data set, preprocessing and model come from the checkpoint.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,27 +144,34 @@ def evaluate(
 
 def _analysis_figures(
     model: PerceiverModel, dataset: Dataset, loader: Any, found: dict, analysis: dict, amp_dtype: torch.dtype | None
-) -> dict[str, Any]:
+) -> dict[str, Callable[[Path], None]]:
+    """The figures of an analysis; what they need beyond the predictions is computed when they are drawn."""
     data, device = model.data_info, next(model.parameters()).device
     names, labels, predicted = data["class_names"], found["labels"], found["logits"].argmax(1)
-    latents = evaluation.collect_latents(model, loader, device, amp_dtype)
-    figures = {"latents.png": partial(evaluation.plot_latent_projection, latents, labels, names)}
+
+    def latents(path: Path) -> None:
+        pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
+        evaluation.plot_latent_projection(pooled, labels, names, path)
+
+    def attention(path: Path) -> None:
+        chosen = np.sort(np.unique(labels, return_index=True)[1][:EXAMPLES])  # the first sample of a few classes
+        captions = [f"true {names[labels[i]]}, predicted {names[predicted[i]]}" for i in chosen]
+        batch = collate([dataset[i] for i in chosen], data["max_seq_len"])
+        maps = evaluation.collect_attention(model, batch, device)
+        if data["image_shape"]:
+            evaluation.plot_image_attention(dataset.images[chosen], maps, data["grid_shape"], captions, path)
+        else:
+            evaluation.plot_sequence_attention(batch["input"].numpy(), batch["mask"].numpy(), maps, captions, path)
+
+    def mistakes(path: Path) -> None:
+        rows = analysis["most_confident_mistakes"]
+        evaluation.plot_mistakes(rows, dataset.images[[row["index"] for row in rows]], path)
+
+    figures = {"attention.png": attention, "latents.png": latents}
     if analysis["accuracy_by_length"]:
         figures["accuracy_by_length.png"] = partial(evaluation.plot_accuracy_by_length, analysis["accuracy_by_length"])
-
-    # Attention maps of the first sample of a few classes
-    chosen = np.sort(np.unique(labels, return_index=True)[1][:EXAMPLES]).tolist()
-    captions = [f"true {names[labels[i]]}, predicted {names[predicted[i]]}" for i in chosen]
-    batch = collate([dataset[i] for i in chosen], data["max_seq_len"])
-    attention = evaluation.collect_attention(model, batch, device)
     if data["image_shape"]:
-        draw = partial(evaluation.plot_image_attention, dataset.images[chosen], attention, data["grid_shape"])
-        mistakes = analysis["most_confident_mistakes"]
-        images = dataset.images[[mistake["index"] for mistake in mistakes]]
-        figures["mistakes.png"] = partial(evaluation.plot_mistakes, mistakes, images)
-    else:
-        draw = partial(evaluation.plot_sequence_attention, batch["input"].numpy(), batch["mask"].numpy(), attention)
-    figures["attention.png"] = partial(draw, captions)
+        figures["mistakes.png"] = mistakes
     return figures
 
 
