@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -447,7 +446,8 @@ def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, m
     padded = np.zeros((num, height + 2 * margin, width + 2 * margin), pixel)
     images[flips] = torch.from_numpy(images[flips]).flip(2).numpy()
     padded[:, margin : margin + height, margin : margin + width] = images.view(pixel)[..., 0]
-    windows = sliding_window_view(padded, (height, width), (1, 2))  # (B, 2 margin + 1, 2 margin + 1, H, W)
+    shape = (num, 2 * margin + 1, 2 * margin + 1, height, width)  # every crop, as a view
+    windows = np.ndarray(shape, pixel, padded, strides=padded.strides + padded.strides[1:])
     return windows[np.arange(num), *offsets.T].view(np.uint8).reshape(images.shape)
 
 
