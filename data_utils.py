@@ -47,7 +47,9 @@ def random_stream(purpose: str, *key: int) -> np.random.Generator:
 
 def _to_label(value: Any, where: str) -> int:
     label = np.asarray(value)
-    if label.ndim or label.dtype.kind not in "biuf" or not np.isfinite(label) or label != np.floor(label):
+    with np.errstate(invalid="ignore"):  # NaN, infinity and what int64 cannot hold come out different
+        whole = label.ndim == 0 and label.dtype.kind in "biuf" and label.astype(np.int64) == label
+    if not whole:
         raise UserError(f"{where}: label {value!r} is not a whole number; number the classes 0, 1, 2, ...")
     return int(label)
 
@@ -67,7 +69,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 def _to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor, int | None]:
     """An item, checked: (input float32 (L, C), mask bool (L,), label or None). `where` names it in an error."""
     if not isinstance(item, dict) or "input" not in item:
-        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is a {type(item).__name__}")
+        found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
+        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is {found}")
     tokens = item["input"]
     try:
         if not isinstance(tokens, Tensor):
@@ -246,6 +249,8 @@ def create_dataloader(
 
     Raises UserError that names the sample, what is wrong with it and the remedy.
     """
+    if max_seq_len is not None and max_seq_len < 1:
+        raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 1, or None for no limit")
     if hasattr(dataset, "lengths"):
         lengths, labels = dataset.lengths, getattr(dataset, "labels", None)
         lengths = lengths if lengths is None else np.minimum(lengths, max_seq_len or np.inf)
@@ -306,6 +311,7 @@ PATTERNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "bursts": lambda u: np.exp(-((u % 2 - 1) ** 2) * 30) * np.sin(4 * np.pi * u),
     "trend": lambda u: u * 3 / (np.ptp(u) or 1) + np.sin(2 * np.pi * u),
 }
+LAG = 6.0  # tokens between a pattern's arrival at the first and at the last channel
 
 
 class SequenceDataset(Dataset):
@@ -334,9 +340,6 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
     """
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
-
-
-LAG = 6.0  # tokens between the pattern's arrival at the first and at the last channel
 
 
 def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarray:
@@ -518,20 +521,22 @@ def _image_splits(
     class_names: Sequence[str],
     settings: Settings,
     info: Info | None,
-    **augmentation: Any,
+    margin: int,
+    flip: bool = False,
 ) -> tuple[Splits, Info]:
-    """The splits of (images, labels). `augmentation`: arguments of the training split's `ImageDataset`."""
-    kept, held_out = _split_off_validation(train[1], settings)
-    parts = {name: (train[0][numbers], train[1][numbers]) for name, numbers in (("train", kept), ("val", held_out))}
-    parts["test"] = test
-    height, width, channels = train[0].shape[1:]
+    """The splits of (images, labels), with `margin` and `flip` for the training images if the settings augment."""
+    images, labels = train
+    kept, held_out = _split_off_validation(labels, settings)
+    kept_images = images[kept]
+    height, width, channels = images.shape[1:]
     patch_size = info["patch_size"] if info else settings.patch_size
-    mean, std = (info["mean"], info["std"]) if info else channel_statistics(parts["train"][0])
+    mean, std = (info["mean"], info["std"]) if info else channel_statistics(kept_images)
+    make = partial(ImageDataset, mean=mean, std=std, patch_size=patch_size)
+    augmentation = {"margin": margin, "flip": flip, "seed": settings.seed} if settings.augment else {}
     splits = {
-        name: ImageDataset(
-            *part, mean, std, patch_size, seed=settings.seed, **(augmentation if name == "train" else {})
-        )
-        for name, part in parts.items()
+        "train": make(kept_images, labels[kept], **augmentation),
+        "val": make(images[held_out], labels[held_out]),
+        "test": make(*test),
     }
     return splits, {
         "class_names": list(class_names),
@@ -561,7 +566,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
         [str(name) for name in digits.target_names],
         settings,
         info,
-        **({"margin": 1} if settings.augment else {}),
+        margin=1,
     )
 
 
@@ -575,7 +580,8 @@ def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[S
         train.classes,
         settings,
         info,
-        **({"margin": 4, "flip": True} if settings.augment else {}),
+        margin=4,
+        flip=True,
     )
 
 

@@ -286,12 +286,14 @@ BAD_ITEMS = {
     "mask with nan": (item(mask=np.array([1, np.nan, 1])), "other values than 1"),
     "half a label": (item(label=0.5), "0.5 is not a whole number"),
     "label nan": (item(label=float("nan")), "nan is not a whole number"),
+    "label beyond int64": (item(label=1e300), "1e.300 is not a whole number"),
     "label of text": (item(label="cat"), "'cat' is not a whole number"),
     "one-hot label": (item(label=np.array([0, 1])), "not a whole number"),
     "label too large": (item(label=2), r"label 2 is not in 0\.\.1"),
     "negative label": (item(label=-1), r"label -1 is not in 0\.\.1"),
     "no label": ({"input": np.ones((3, 2))}, "no 'label'"),
-    "a pair": ((np.ones((3, 2)), 0), "must be a dict .* tuple"),
+    "a pair": ((np.ones((3, 2)), 0), "must be a dict .* a tuple"),
+    "other names": ({"x": np.ones((3, 2)), "label": 0}, r"must be a dict .* \['x', 'label'\]"),
 }
 
 
@@ -374,6 +376,8 @@ def test_fewer_samples_than_the_batch_are_one_short_batch():
 def test_longer_sequences_are_cut():
     loader = create_dataloader(numbered([2, 9, 5]), 3, max_seq_len=5)
     assert next(iter(loader))["mask"].sum(1).tolist() == [2, 5, 5]
+    with pytest.raises(UserError, match="max_seq_len is 0"):
+        create_dataloader(numbered([2, 9, 5]), 3, max_seq_len=0)
 
 
 # -- splits ---------------------------------------------------------------------------------------------------
