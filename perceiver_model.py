@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
+
+
 def check_sizes(**sizes: int | None) -> None:
     """Refuse by name, with a ValueError, a size that is not None or a whole number of 1 or more."""
     for name, value in sizes.items():
@@ -101,16 +104,18 @@ class MultiHeadAttention(nn.Module):
         folded = inputs is not None and self._folding_is_cheaper(queries.size(1), inputs.size(2))
         if inputs is None:
             weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product is one pass
-            q, k, v = F.linear(queries, weight).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = self._split_heads(F.linear(queries, weight), 3)  # (B, H, N, E/H) each
         elif folded:
-            q = self._split_heads(self.query(queries)) @ self._head_weight(self.key)  # (B or 1, H, N, C)
+            (q,) = self._split_heads(self.query(queries))
+            q = q @ self._head_weight(self.key)  # (B or 1, H, N, C)
             padding = (0, -inputs.size(2) % 8)  # zeros: fused CUDA kernels want multiples of 8 channels
-            q = F.pad(q.flatten(1, 2), padding)[:, None]  # (B or 1, 1, H N, C)
-            k = v = F.pad(inputs, padding)[:, None] if padding[1] else inputs[:, None]  # (B, 1, L, C)
+            groups = self._query_groups(inputs, q.size(1) * q.size(2))
+            q = F.pad(q.flatten(1, 2), padding).unflatten(1, (groups, -1))  # (B or 1, G, H N / G, C)
+            k = v = (F.pad(inputs, padding) if padding[1] else inputs)[:, None].expand(-1, groups, -1, -1)
         else:
-            q = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
-            projected = F.linear(inputs, torch.cat([self.key.weight, self.value.weight]))
-            k, v = projected.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, E/H) each
+            (q,) = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
+            weight = torch.cat([self.key.weight, self.value.weight])
+            k, v = self._split_heads(F.linear(inputs, weight), 2)  # (B, H, L, E/H) each
         q = q.expand(k.size(0), -1, -1, -1)
 
         allowed = None
@@ -121,8 +126,8 @@ class MultiHeadAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
-        if folded:  # (B, 1, H N, C) -> (B, H, N, E/H)
-            attended = attended[..., : inputs.size(2)].view(len(k), self.num_heads, -1, inputs.size(2))
+        if folded:  # (B, G, H N / G, C) -> (B, H, N, E/H)
+            attended = attended[..., : inputs.size(2)].reshape(len(k), self.num_heads, queries.size(1), -1)
             attended = attended @ self._head_weight(self.value).mT
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
@@ -130,15 +135,26 @@ class MultiHeadAttention(nn.Module):
         scores = (q * self.scale) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
-        weights = scores.softmax(-1).view(len(k), self.num_heads, -1, k.size(2))  # (B, H, N, L)
+        weights = scores.softmax(-1).view(len(k), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
     def _folding_is_cheaper(self, num_queries: int, channels: int) -> bool:
         width = self.key.out_features
         return self.num_heads * num_queries * channels < width * (channels + num_queries)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, E) -> (B, H, N, E/H)
+    @staticmethod
+    def _query_groups(inputs: Tensor, num_queries: int) -> int:
+        """Groups G that the folded queries form, as if each were a head.
+
+        The CPU kernel gives a thread of the backward pass one head of one sample, so a small batch needs a few groups
+        to keep the threads busy; each costs the memory of one gradient to the keys and one to the values, (L, C).
+        """
+        wanted = min(4, -(-CPU_THREADS // max(1, inputs.size(0)))) if inputs.device.type == "cpu" else 1
+        return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
+
+    def _split_heads(self, x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
+        """(B, N, parts E) -> parts views (B, H, N, E/H)."""
+        return tuple(part.transpose(1, 2) for part in x.unflatten(2, (parts, self.num_heads, -1)).unbind(2))
 
     def _head_weight(self, projection: nn.Linear) -> Tensor:
         return projection.weight.unflatten(0, (self.num_heads, -1))  # (E, C) -> (H, E/H, C)

@@ -363,7 +363,7 @@ def test_a_long_input_is_never_projected_to_the_latent_width():
                     self.numbers = max(self.numbers, tensor.numel())
             return result
 
-    tokens, width = 4096, 64
+    tokens, width = 4096, 128
     model = PerceiverModel(3, 2, **SMALL | {"d_model": width, "num_latents": 2, "num_frequency_bands": 2})
     with Largest() as largest:
         model(torch.randn(1, tokens, 3), torch.ones(1, tokens)).sum().backward()
