@@ -127,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
         if folded:  # (B, G, H N / G, C) -> (B, H, N, E/H)
-            attended = attended[..., : inputs.size(2)].reshape(len(k), self.num_heads, queries.size(1), -1)
+            attended = attended[..., : inputs.size(2)].reshape(len(k), self.num_heads, queries.size(1), inputs.size(2))
             attended = attended @ self._head_weight(self.value).mT
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
