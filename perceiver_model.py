@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse by name, with a ValueError, a size that is not None or a whole number of 1 or more."""
+def check_sizes(**sizes: int) -> None:
+    """Refuse by name, with a ValueError, a size that is not a whole number of 1 or more."""
     for name, value in sizes.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
 
 
@@ -279,14 +278,16 @@ class PerceiverEncoder(nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        cross_heads = num_heads if num_cross_attention_heads is None else num_cross_attention_heads
+        cross_dim = d_model if cross_attention_dim is None else cross_attention_dim
         check_sizes(
             d_model=d_model,
             num_heads=num_heads,
             num_latents=num_latents,
             num_cross_attention_layers=num_cross_attention_layers,
             num_self_attention_layers=num_self_attention_layers,
-            num_cross_attention_heads=num_cross_attention_heads,
-            cross_attention_dim=cross_attention_dim,
+            num_cross_attention_heads=cross_heads,
+            cross_attention_dim=cross_dim,
             mlp_ratio=mlp_ratio,
         )
         repeats, layers = num_cross_attention_layers, num_self_attention_layers
@@ -299,10 +300,9 @@ class PerceiverEncoder(nn.Module):
         self.share_weights, self.gradient_checkpointing = share_weights, gradient_checkpointing
         # Truncated normal, sigma 0.02, cut at +-2 (paper appendix C).
         self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_latents, d_model), std=0.02))
-        cross_heads = num_cross_attention_heads or num_heads
         regularisation = {"mlp_ratio": mlp_ratio, "dropout": dropout, "attention_dropout": attention_dropout}
         self.cross_attention = nn.ModuleList(
-            CrossAttentionBlock(d_model, input_dim, cross_heads, cross_attention_dim, **regularisation)
+            CrossAttentionBlock(d_model, input_dim, cross_heads, cross_dim, **regularisation)
             for _ in range(min(repeats, 2) if share_weights else repeats)
         )
         self.self_attention = nn.ModuleList(
@@ -371,8 +371,10 @@ class PositionFeatures(nn.Module):
 
     def __init__(self, grid_shape: tuple[int, int] | None = None, num_bands: int | None = None):
         super().__init__()
-        self.grid_shape = grid_shape
-        self.num_bands = num_bands or (8 if grid_shape is None else min(max(1, max(grid_shape) // 2), 64))
+        if num_bands is None:
+            num_bands = 8 if grid_shape is None else min(max(1, max(grid_shape) // 2), 64)
+        check_sizes(num_frequency_bands=num_bands)
+        self.grid_shape, self.num_bands = grid_shape, num_bands
         self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
         self.table = torch.empty(0, self.num_channels)
 
@@ -417,7 +419,7 @@ class PerceiverModel(nn.Module):
         **encoder,
     ):
         super().__init__()
-        check_sizes(input_dim=input_dim, num_classes=num_classes, num_frequency_bands=num_frequency_bands)
+        check_sizes(input_dim=input_dim, num_classes=num_classes)
         self.input_dim, self.grid_shape = input_dim, grid_shape
         self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
         self.encoder = PerceiverEncoder(input_dim + (self.positions.num_channels if use_positions else 0), **encoder)
