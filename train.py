@@ -19,9 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ from config import (
 from data_utils import create_dataloader, load_splits, set_epoch
 from perceiver_model import PerceiverModel
 
-RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", "training_curves.png")
+CURVES = "training_curves.png"
+RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
 FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run that is prolonged still learns
 
@@ -156,7 +157,25 @@ class StopRequest:
         self.__exit__()
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """In a worker of a loader: Ctrl-C reaches it too, and the trainer still needs the batches of its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 # --- One step's checks -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_advice() -> Iterator[None]:
+    """Turn a file that cannot be written into a UserError with the remedy; checkpoint.py does so for its own."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or 'a log'}: {error.strerror or error}; free space, "
+            "then go on with --resume; the last checkpoint is whole"
+        ) from error
 
 
 class StepLog:
@@ -172,6 +191,7 @@ class StepLog:
     def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
         self.pending.append((self.progress.step, rate, samples, figures))
 
+    @disk_advice()
     def read(self) -> None:
         """Add what is pending to the epoch's totals. Raises UserError at the first loss or gradient not finite."""
         if not self.pending:
@@ -256,6 +276,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         )
         for name in ("train", "val")
     }
+    for loader in loaders.values():
+        loader.worker_init_fn = leave_signals_to_the_trainer
     model_args = model_arguments(settings, data)
     try:
         model = PerceiverModel(**model_args).to(device)
@@ -278,8 +300,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         progress = Progress.from_dict(checkpoint["progress"])
         load_weights(model, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in optimizer.param_groups:
-            group["weight_decay"] = settings.weight_decay if group["weight_decay"] else 0.0
+        for loaded, group in zip(optimizer.param_groups, groups, strict=True):
+            loaded["weight_decay"] = group["weight_decay"]
         scaler.load_state_dict(checkpoint["scaler"])
         steps_left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
@@ -293,12 +315,24 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     else:
         write_log(folder, progress)
         set_random_state(checkpoint["random_state"])
-    evaluation.write_results(folder / "settings.json", settings.to_dict())
-    writer = tensorboard_writer(make_folder(settings.log_dir) / progress.run_name, settings, progress.step)
+    with disk_advice():
+        evaluation.write_results(folder / "settings.json", settings.to_dict())
+    log_dir = make_folder(settings.log_dir)
+    if checkpoint is None:
+        progress.run_name = new_folder(log_dir, progress.run_name).name
+    writer = tensorboard_writer(log_dir / progress.run_name, settings, progress.step if checkpoint else None)
     log = StepLog(progress, writer, scaler.is_enabled())
 
     def save(name: str) -> None:
         log.read()  # nothing is saved before it is known to be finite
+        if not all(weights.isfinite().all() for weights in model.parameters()):
+            raise UserError(
+                f"the weights after step {progress.step} are not finite (learning rate "
+                f"{progress.schedule(progress.step - 1):.3g}); the saved checkpoints are still good: lower --lr"
+            )
+        if writer:
+            with disk_advice():
+                writer.flush()  # the curves are never behind the checkpoint
         contents = {
             "model": model.state_dict(),
             "model_args": model_args,
@@ -348,7 +382,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     figures += torch.stack([loss.detach(), (logits.detach().argmax(1) == label).sum()])
                 scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
                 norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-                scaler.step(optimizer)
+                with memory_advice(settings, "the optimizer's state"):
+                    scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -361,7 +396,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     seconds = time.perf_counter() - started
                     speed = (progress.totals["samples"] - samples_before) / seconds
                     bar.set_postfix_str(f"{log.summary()}, {speed:,.0f} samples/s")
-                if settings.save_every and progress.step % settings.save_every == 0:
+                if settings.save_every and progress.step % settings.save_every == 0 and group[-1] is not order[-1]:
                     save(LAST)
                 if stop.signal:
                     break
@@ -432,7 +467,8 @@ def finish(
     amp_dtype: Any,
 ) -> None:  # fmt: skip
     """Draw the curves, test the best model, and say what to do next."""
-    evaluation.plot_training_curves(progress.history, folder / "training_curves.png", progress.best["epoch"])
+    with disk_advice():
+        evaluation.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
     best = build_model(load_checkpoint(folder / BEST)).to(device)
     loader = create_dataloader(test_set, settings.batch_size, max_seq_len=data["max_seq_len"])
     found = evaluation.collect_predictions(best, loader, device, amp_dtype)
@@ -442,7 +478,7 @@ def finish(
     print(
         f"best epoch {progress.best['epoch']}: validation accuracy {progress.best['val_accuracy']:.4f}, "
         f"test accuracy {metrics['accuracy']:.4f} ({metrics['num_samples']} samples, touched only now)\n"
-        f"curves: {folder / 'training_curves.png'}\n"
+        f"curves: {folder / CURVES}\n"
         f"next:   python inference.py --model_path {folder / BEST} --analyze --output_dir results/"
     )
 
@@ -481,6 +517,7 @@ def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> t
     )
 
 
+@disk_advice()
 def log_epoch(
     folder: Path, writer: Any, settings: Settings, progress: Progress, matrix: Any, class_names: list[str]
 ) -> None:
@@ -505,22 +542,27 @@ def log_epoch(
         writer.flush()
 
 
+@disk_advice()
 def write_log(folder: Path, progress: Progress) -> None:
     """log.jsonl is written anew from the history, so that a resumed run leaves neither gaps nor doubles."""
     temporary = folder / "log.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in progress.history))
-    os.replace(temporary, folder / "log.jsonl")
+    try:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in progress.history))
+        os.replace(temporary, folder / "log.jsonl")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def tensorboard_writer(folder: Path, settings: Settings, step: int) -> Any:
-    """A SummaryWriter that goes on after `step`, or None where TensorBoard is not installed."""
+@disk_advice()
+def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Any:
+    """A SummaryWriter that goes on after `step` (None: of a new run), or None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         print("note: tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
         return None
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    if not step:
+    writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)  # what is later comes again
+    if step is None:
         rows = [f"| {name} | {value} |" for name, value in settings.to_dict().items()]
         writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
     return writer
@@ -538,6 +580,16 @@ def make_folder(path: str) -> Path:
         raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder") from error
 
 
+def new_folder(parent: Path, name: str) -> Path:
+    """A new folder of this name, with a number after it where other runs began in the same second."""
+    for number in count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        with disk_advice(), suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+@disk_advice()
 def set_aside(folder: Path) -> None:
     """Move the files of an earlier run in `folder` into a folder of their own below it."""
     earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
@@ -567,7 +619,8 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         )
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
-    inexact = changed_settings(checkpoint["settings"], settings)["inexact"]
+    changes = changed_settings(checkpoint["settings"], settings)
+    inexact = changes["inexact"]
     order = inexact.keys() & {"batch_size", "bucket_by_length"}
     if order and checkpoint["progress"]["batch"]:
         raise UserError(
@@ -576,6 +629,12 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         )
     for name, (old, new) in inexact.items():
         print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
+    if "num_epochs" in changes["free"]:
+        old, new = changes["free"]["num_epochs"]
+        print(
+            f"note: num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but "
+            "does not rise"
+        )
     return settings, sources, checkpoint
 
 
@@ -586,7 +645,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.resume:
         settings, sources, checkpoint = resumed(args)
         progress = Progress.from_dict(checkpoint["progress"])
-        if is_finished(settings, progress):
+        # The curves are the last file of a run; without them it was killed after its last epoch
+        if is_finished(settings, progress) and Path(settings.checkpoint_dir, CURVES).exists():
             more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
             print(
                 f"nothing is left to do: {args.resume} has done {progress.epoch} of {settings.num_epochs} epochs; "
@@ -604,8 +664,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {note}")
     try:
         return train(settings, checkpoint)
-    except KeyboardInterrupt:
-        print("interrupted before the first step: nothing was written")
+    except KeyboardInterrupt:  # before the first step, after the last, or the second one
+        print("interrupted; --resume goes on from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT
 
 
