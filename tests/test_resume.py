@@ -1,39 +1,45 @@
 """Runs that are killed, stopped and resumed against unbroken ones, and everything else that can end a run."""
 
+import errno
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import evaluation
 import train
 from checkpoint import BEST, LAST, load_checkpoint
-from config import UserError
-from perceiver_model import PerceiverModel, create_perceiver_model
+from data_utils import EpochBatchSampler
+from perceiver_model import PerceiverModel
+from train import FINAL_RATE, Schedule, parameter_groups
 
 ROOT = Path(train.__file__).parent
 MODEL = (
-    "--model_size tiny --d_model 16 --num_heads 2 --num_latents 4 --num_cross_attention_layers 1 "
-    "--num_self_attention_layers 1"
-).split()
-SEQUENCES = "--dataset synthetic --num_samples 60 --seq_len_range 5 12 --feature_dim 4 --num_classes 3".split() + MODEL
-DIGITS = "--dataset digits --patch_size 4 --batch_size 256".split() + MODEL
+    "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
+    "--num_self_attention_layers=1"
+)
+SEQUENCES = f"--dataset=synthetic --num_samples=60 --seq_len_range 5 12 --feature_dim=4 --num_classes=3 {MODEL}"
+DIGITS = f"--dataset=digits --patch_size=4 {MODEL}"
 NOT_COMPARED = {"run_name", "seconds", "samples_per_second"}  # what the clock decides
 PATIENCE = 120  # seconds, after which a process counts as hung
 
@@ -44,7 +50,7 @@ PATIENCE = 120  # seconds, after which a process counts as hung
 
 
 def run_train(folder, flags, file_limit=None):
-    """In the new process: train.py with these flags in `folder`, with its output in output.txt."""
+    """In the new process: train.py with these flags (a text) in `folder`, with its output in output.txt."""
     os.setsid()
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
@@ -53,13 +59,14 @@ def run_train(folder, flags, file_limit=None):
     os.dup2(output, 2)
     if file_limit:  # bytes that any file may have: a full disk for whatever is larger
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.argv = ["train.py", *flags]
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default one
+    sys.argv = ["train.py", *flags.split()]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
 def start():
-    """start(folder, *flags) starts a process of train.py."""
+    """start(folder, flags) starts a process of train.py."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
@@ -67,7 +74,7 @@ def start():
         "sklearn.datasets", "hypothesis", "pytest",
     ])  # fmt: skip
 
-    def start_process(folder, *flags, **options):
+    def start_process(folder, flags, **options):
         process = context.Process(target=run_train, args=(folder, flags), kwargs=options)
         process.start()
         return process
@@ -94,8 +101,8 @@ def output(folder):
     return (folder / "output.txt").read_text()
 
 
-def succeed(start, folder, *flags):
-    assert end(start(folder, *flags)) == 0, output(folder)
+def succeed(start, folder, flags):
+    assert end(start(folder, flags)) == 0, output(folder)
 
 
 def wait_until(condition, process):
@@ -173,7 +180,7 @@ def run_killed(start, folder, flags, moments):
     for moment in [*moments, None]:
         before = stamp(last), stamp(log)
         left = set(checkpoints.glob("*.tmp"))  # of an earlier kill
-        process = start(folder, *(["--resume"] if last.exists() else flags))
+        process = start(folder, "--resume" if last.exists() else flags)
         if moment:
             kind, delay = moment
             conditions = {
@@ -192,6 +199,9 @@ def run_killed(start, folder, flags, moments):
     return kills
 
 
+SMALL_BATCHES = f"{SEQUENCES} --epochs=4 --batch_size=6"
+BUCKETS = f"{SMALL_BATCHES} --bucket_by_length"
+AUGMENTED = f"{DIGITS} --epochs=3 --batch_size=256"
 MOMENTS = st.lists(
     st.tuples(st.just("step"), st.floats(0, 0.4))
     | st.tuples(st.just("save"), st.floats(0, 0.003))
@@ -200,7 +210,7 @@ MOMENTS = st.lists(
     max_size=5,
 )
 OPTIONS = st.fixed_dictionaries({
-    "data": st.sampled_from([[*SEQUENCES, "--bucket_by_length"], SEQUENCES, DIGITS]),
+    "data": st.sampled_from([BUCKETS, SMALL_BATCHES, AUGMENTED]),
     "dropout": st.sampled_from([0.0, 0.3]),
     "attention_dropout": st.sampled_from([0.0, 0.2]),
     "accumulation_steps": st.sampled_from([1, 2, 3]),
@@ -210,15 +220,14 @@ OPTIONS = st.fixed_dictionaries({
     "seed": st.integers(0, 5),
 })  # fmt: skip
 ALL_ON = {
-    "data": [*SEQUENCES, "--bucket_by_length"], "dropout": 0.3, "attention_dropout": 0.2, "accumulation_steps": 2,
-    "amp": "bf16", "num_workers": 1, "save_every": 2, "seed": 1,
+    "data": BUCKETS, "dropout": 0.3, "attention_dropout": 0.2, "accumulation_steps": 2, "amp": "bf16",
+    "num_workers": 1, "save_every": 2, "seed": 1,
 }  # fmt: skip
-AUGMENTED = ALL_ON | {"data": DIGITS, "num_workers": 0, "save_every": 1}
+IMAGES = ALL_ON | {"data": AUGMENTED, "num_workers": 0, "save_every": 1}
 
 
 def flags_of(options):
-    flags = [f"--{name}={value}" for name, value in options.items() if name != "data"]
-    return [*options["data"], "--epochs=4", *([] if "--batch_size" in options["data"] else ["--batch_size=6"]), *flags]
+    return options["data"] + "".join(f" --{name}={value}" for name, value in options.items() if name != "data")
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestconfig):
@@ -226,17 +235,17 @@ def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestco
     kills = 0
 
     @settings(
-        max_examples=math.ceil(wanted / 5), deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
+        max_examples=math.ceil(wanted / 5) - 1, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
     @example(ALL_ON, [("save", 0.0), ("step", 0.1), ("start", 0.3), ("save", 0.001), ("step", 0.3)])
-    @example(AUGMENTED, [("step", 0.05), ("save", 0.0), ("step", 0.2), ("save", 0.002), ("step", 0.0)])
+    @example(IMAGES, [("step", 0.05), ("save", 0.0), ("step", 0.2), ("save", 0.002), ("step", 0.0)])
     @given(OPTIONS, MOMENTS)
     def check(options, moments):
         nonlocal kills
         folder = tmp_path_factory.mktemp("run")
         with ThreadPoolExecutor() as threads:  # both at once
-            unbroken = threads.submit(succeed, start, folder / "unbroken", *flags_of(options))
+            unbroken = threads.submit(succeed, start, folder / "unbroken", flags_of(options))
             killed = threads.submit(run_killed, start, folder / "killed", flags_of(options), moments)
             unbroken.result()
             kills += killed.result()
@@ -244,3 +253,651 @@ def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestco
 
     check()
     assert kills >= wanted
+
+
+# --- In this process -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(evaluation, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+
+    def call(flags):
+        try:
+            status = train.main(flags.split())
+        except SystemExit as stopped:
+            status = stopped.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+
+    return call
+
+
+def before_step(monkeypatch, number, act):
+    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's runs."""
+    forward, count = PerceiverModel.forward, 0
+
+    def counting(self, *args, **kwargs):
+        nonlocal count
+        count += self.training
+        if self.training and count == number:
+            act()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PerceiverModel, "forward", counting)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two folders of SMALL_BATCHES: 'finished' (2 epochs) and 'stopped' in the middle of epoch 2."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("finished", "stopped")}
+    for name, folder in folders.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(train, "tensorboard_writer", lambda *_: None)
+            if name == "stopped":
+                before_step(patch, 13, lambda: signal.raise_signal(signal.SIGINT))
+            status = train.main(f"{SMALL_BATCHES} --epochs=2".split())
+            assert status == (130 if name == "stopped" else 0)
+    return folders
+
+
+@pytest.fixture(params=["finished"])
+def copy(made, tmp_path, request):
+    """The test's own copy of a run's folder, in which it then works: the checkpoints folder."""
+    shutil.copytree(made[request.param], tmp_path, dirs_exist_ok=True)
+    return tmp_path / "checkpoints"
+
+
+stopped = pytest.mark.parametrize("copy", ["stopped"], indirect=True)
+
+
+# --- Stopped by a signal ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "workers"),
+    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0)],
+    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM"],
+)
+def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, workers):
+    """A terminal sends Ctrl-C to the whole group, the workers included."""
+    flags = f"{SEQUENCES} --num_samples=400 --batch_size=2 --epochs=1 --dropout=0.2 --num_workers={workers}"
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    process = start(tmp_path / "stopped", flags)
+    assert wait_until((checkpoints / LAST).exists, process)
+    process.join(0.3)
+    send(process.pid, number)
+    assert end(process) == 128 + number, output(tmp_path / "stopped")
+    checkpoint = load_checkpoint(checkpoints / LAST)
+    step = checkpoint["step"]
+    assert checkpoint["progress"]["batch"] == step < 180
+    assert output(tmp_path / "stopped").endswith(
+        f"{number.name}: saved checkpoints/{LAST} at step {step}. "
+        f"Go on with: python train.py --resume checkpoints/{LAST}\n"
+    )
+    with ThreadPoolExecutor() as threads:
+        unbroken = threads.submit(succeed, start, tmp_path / "unbroken", flags)
+        succeed(start, tmp_path / "stopped", f"--resume checkpoints/{LAST}")
+        unbroken.result()
+    assert f"step {step}," in output(tmp_path / "stopped")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("step", [1, 9, 18])
+def test_a_signal_in_any_step(run, monkeypatch, tmp_path, made, step):
+    """Also in the first step, in the last of an epoch and in the last of all."""
+    with monkeypatch.context() as patch:
+        before_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(f"{SMALL_BATCHES} --epochs=2").status == 143
+    assert load_checkpoint(tmp_path / "checkpoints" / LAST)["step"] == step
+    assert run("--resume").status == 0
+    assert_same_run(tmp_path, made["finished"])
+
+
+def test_a_second_signal_ends_at_once(run, monkeypatch, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before_step(monkeypatch, 3, twice)
+    result = run(f"{SMALL_BATCHES} --save_every=1")
+    assert result.status == 130
+    assert "nothing was written" not in result.out
+    assert load_checkpoint(tmp_path / "checkpoints" / LAST)["step"] == 2
+
+
+# --- What is left to do ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_nothing_left(copy, run, tmp_path):
+    before = files_of(tmp_path)
+    result = run("--resume")
+    assert result.status == 0
+    assert "nothing is left to do" in result.out and "2 of 2 epochs" in result.out and "--epochs" in result.out
+    assert files_of(tmp_path) == before
+
+
+def test_a_run_killed_before_its_curves_draws_them(copy, run, tmp_path):
+    (copy / "training_curves.png").unlink()
+    result = run("--resume")
+    assert result.status == 0 and "test accuracy" in result.out
+    assert (copy / "training_curves.png").exists()
+    assert len(log_of(tmp_path)) == 2
+
+
+def test_more_epochs_never_raise_the_rate(copy, run, tmp_path):
+    """R28: the rate stays where the first schedule ended, until the longer one falls below it."""
+    result = run("--resume --epochs=6")
+    assert result.status == 0
+    assert re.search(r"note: num_epochs changed from 2 to 6", result.out), result.out
+    rates = [line["learning_rate"] for line in log_of(tmp_path)]
+    assert len(rates) == 6
+    assert rates == sorted(rates, reverse=True)
+    assert rates[2:] == [FINAL_RATE * 0.001] * 4
+
+
+def test_the_best_score_is_remembered(copy, run, tmp_path):
+    """R29."""
+    contents = torch.load(copy / LAST, weights_only=True)
+    contents["best"]["val_accuracy"] = contents["progress"]["best"]["val_accuracy"] = 0.999
+    torch.save(contents, copy / LAST)
+    before = files_of(copy)[BEST]
+    result = run("--resume --epochs=3")
+    assert result.status == 0
+    assert files_of(copy)[BEST] == before
+    assert "best validation accuracy 0.999" in result.out
+    assert "validation accuracy 0.9990" in result.out
+    assert load_checkpoint(copy / LAST)["best"]["val_accuracy"] == 0.999
+
+
+def test_epochs_differ_in_their_order(copy):
+    """R31: the order of an epoch is its own."""
+    orders = [EpochBatchSampler(54, 6, shuffle=True).batches(epoch) for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.5), (0.5, 0.0)])
+def test_weight_decay_changed_on_resume_has_its_effect(run, tmp_path, first, then):
+    run(f"{SMALL_BATCHES} --epochs=1 --weight_decay={first}")
+    result = run(f"--resume --epochs=2 --weight_decay={then}")
+    assert result.status == 0 and f"weight_decay changed from {first} to {then}" in result.out
+    groups = load_checkpoint(tmp_path / "checkpoints" / LAST)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [then, 0.0]
+
+
+def test_an_earlier_run_is_kept(copy, run):
+    """A new run in the folder of another moves its files aside."""
+    before = {hashed for hashed, _ in files_of(copy).values()}
+    result = run(f"{SMALL_BATCHES} --epochs=1")
+    assert result.status == 0 and "was moved to" in result.out
+    (kept,) = copy.glob("run_until_*")
+    assert {hashed for hashed, _ in files_of(kept).values()} == before
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def curves(folder):
+    """Scalars of the only run below a folder: name -> (steps, values)."""
+    (place,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+    assert len(events.Tensors("settings/text_summary")) == 1
+    images = [event.step for event in events.Images("val/confusion_matrix")]
+    assert images == sorted(set(images))
+    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    return {name: ([e.step for e in points], [e.value for e in points]) for name, points in scalars.items()}
+
+
+def assert_same_curves(folder, other):
+    ours, theirs = curves(folder), curves(other)
+    assert list(ours["step/loss"][0]) == list(range(1, len(theirs["step/loss"][0]) + 1))
+    for ones in (ours, theirs):
+        ones.pop("train/samples_per_second")
+    assert ours == theirs
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The folder of an unbroken run of 3 epochs of 9 steps, with its curves."""
+    folder = tmp_path_factory.mktemp("drawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main(f"{SMALL_BATCHES} --epochs=3".split()) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("save_every", "where"),
+    [(0, "step 5"), (4, "step 14"), (9, "step 19"), (9, "save 4"), (3, "save 8")],
+    ids=["before a save", "middle of an epoch", "after an epoch", "save after an epoch", "end of epoch 2"],
+)
+def test_curves_go_on_without_doubles(monkeypatch, tmp_path, drawn, save_every, where):
+    """R36, R28: broken off after the points reached the disk and before the checkpoint did."""
+    monkeypatch.chdir(tmp_path)
+    kind, number = where.split()
+    number = int(number)
+    writers = []
+
+    def kill():
+        writers[0].flush()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        make = train.tensorboard_writer
+        patch.setattr(train, "tensorboard_writer", lambda *args: writers.append(make(*args)) or writers[0])
+        if kind == "step":
+            before_step(patch, number, kill)
+        else:
+            saves = []
+            save = train.save_checkpoint
+            patch.setattr(
+                train, "save_checkpoint",
+                lambda *args: kill() if len(saves) == number else saves.append(save(*args)),
+            )  # fmt: skip
+        with pytest.raises(Killed):
+            train.main(f"{SMALL_BATCHES} --epochs=3 --save_every={save_every}".split())
+        writers[0].close()
+    assert train.main(["--resume"]) == 0
+    assert_same_curves(tmp_path, drawn)
+
+
+def test_curves_have_no_gaps_after_a_kill(start, tmp_path, drawn):
+    """What is before the checkpoint is on the disk when the process is killed."""
+    folder = tmp_path / "killed"
+    last = folder / "checkpoints" / LAST
+    for flags in (f"{SMALL_BATCHES} --epochs=3 --save_every=2", "--resume"):
+        before = stamp(last)
+        process = start(folder, flags)
+        assert wait_until(lambda before=before: last.exists() and stamp(last) != before, process)
+        process.join(0.1)
+        process.kill()
+        assert end(process) == -signal.SIGKILL
+        time.sleep(1.1)  # TensorBoard orders the files of a run by the second of their beginning
+    succeed(start, folder, "--resume")
+    assert_same_curves(folder, drawn)
+
+
+def test_runs_begun_in_the_same_second_have_curves_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for seed in range(2):
+        assert train.main(f"{SMALL_BATCHES} --epochs=1 --seed={seed} --checkpoint_dir=c{seed}".split()) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+# --- Refused on resume -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--d_model=32", ["d_model", "16", "32"]),
+        ("--seed=5", ["seed", "0", "5"]),
+        ("--num_classes=4", ["num_classes", "3", "4"]),  # R35
+        ("--dataset=digits", ["dataset_type", "synthetic", "digits"]),
+        ("--checkpoint_dir=elsewhere", ["--checkpoint_dir", "elsewhere", "checkpoints"]),
+    ],
+)
+def test_a_fixed_setting_is_refused_with_both_values(copy, run, tmp_path, flags, parts):
+    before = files_of(tmp_path)
+    result = run(f"--resume checkpoints/{LAST} --epochs=4 {flags}")
+    assert result.status == 2
+    assert all(part in result.err for part in parts)
+    assert files_of(tmp_path) == before
+
+
+def test_a_setting_that_breaks_exactness_is_named(copy, run):
+    result = run("--resume --epochs=3 --dropout=0.25 --batch_size=9 --save_every=3")
+    assert result.status == 0
+    assert "note: dropout changed from 0.1 to 0.25" in result.out
+    assert "note: batch_size changed from 6 to 9" in result.out
+    assert "save_every changed" not in result.out
+
+
+@stopped
+@pytest.mark.parametrize("flag", ["--batch_size=3", "--bucket_by_length"])
+def test_the_order_cannot_change_in_an_epoch(copy, run, tmp_path, flag):
+    before = files_of(tmp_path)
+    result = run(f"--resume {flag}")
+    assert result.status == 2
+    assert flag[2:].split("=")[0] in result.err and "in the middle of an epoch" in result.err
+    assert files_of(tmp_path) == before
+
+
+@stopped
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[: len(data) // 2], "truncated or damaged"),
+        (lambda data: data[:60000] + bytes([data[60000] ^ 1]) + data[60001:], "truncated or damaged"),
+        (lambda data: b"", "truncated or damaged"),
+        (lambda data: b"something else", "is not a checkpoint"),
+    ],
+    ids=["truncated", "a bit flipped", "empty", "foreign"],
+)
+def test_a_damaged_checkpoint_never_starts_afresh(copy, run, tmp_path, damage, says):
+    (copy / LAST).write_bytes(damage((copy / LAST).read_bytes()))
+    before = files_of(tmp_path)
+    result = run("--resume")
+    assert result.status == 2
+    assert f"checkpoints/{LAST}" in result.err and says in result.err
+    assert f"checkpoints/{BEST} (after 1 epochs) is whole and can be used instead" in result.err
+    assert files_of(tmp_path) == before
+    assert run(f"--resume checkpoints/{BEST}").status == 0
+
+
+def test_nothing_to_resume_from(run, tmp_path):
+    result = run(f"{SMALL_BATCHES} --resume")
+    assert result.status == 2
+    assert f"checkpoints/{LAST}" in result.err and "No such file" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+# --- Numbers, memory and disks that run out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["1e30", "1e39"])
+def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path, rate):
+    result = run(f"{SMALL_BATCHES} --lr={rate} --warmup_fraction=0 --save_every=1")
+    assert result.status == 2
+    assert re.search(r"step \d .*\(learning rate [\d.]+e\+\d\d", result.err) and "--lr" in result.err
+    for name in (LAST, BEST):
+        if (tmp_path / "checkpoints" / name).exists():
+            weights = load_checkpoint(tmp_path / "checkpoints" / name)["model"]
+            assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
+    step = 12  # the third of the second epoch
+    if part == "loss":
+        function, count = train.F.cross_entropy, 0
+
+        def broken(*args, **kwargs):
+            nonlocal count
+            count += 1
+            return function(*args, **kwargs) * (math.nan if count == step else 1)
+
+        monkeypatch.setattr(train.F, "cross_entropy", broken)
+    else:
+        function, count = nn.utils.clip_grad_norm_, 0
+
+        def broken(*args, **kwargs):
+            nonlocal count
+            count += 1
+            return function(*args, **kwargs) * (math.inf if count == step else 1)
+
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", broken)
+    result = run(f"{SMALL_BATCHES} --save_every=1 --lr=0.01 --warmup_fraction=0")
+    samples = EpochBatchSampler(54, 6, shuffle=True).batches(1)[2]
+    rate = Schedule(0.01, 0, 36)(step - 1)
+    assert result.status == 2
+    assert f"the {part} of step {step} is not finite" in result.err
+    assert f"learning rate {rate:.3g}, training samples {', '.join(map(str, samples))})" in result.err
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / LAST)
+    assert checkpoint["step"] == step - 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+def test_a_score_that_is_not_a_number_is_never_best(run, monkeypatch, tmp_path):
+    collect, count = evaluation.collect_predictions, 0
+
+    def broken(*args):
+        nonlocal count
+        count += 1
+        found = collect(*args)
+        if count == 3:  # the rehearsal, epoch 1, epoch 2
+            found["logits"][0] = math.nan
+        return found
+
+    monkeypatch.setattr(evaluation, "collect_predictions", broken)
+    result = run(SMALL_BATCHES)
+    assert result.status == 2
+    assert "validation" in result.err and "--lr" in result.err
+    assert load_checkpoint(tmp_path / "checkpoints" / BEST)["epoch"] == 1
+    assert load_checkpoint(tmp_path / "checkpoints" / LAST)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you tried")],
+    ids=["cuda", "python", "cpu"],
+)
+@pytest.mark.parametrize("place", ["forward", "optimizer"])
+def test_out_of_memory(run, monkeypatch, tmp_path, made, error, place):
+    """R24."""
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if place == "forward":
+            before_step(patch, 5, fail)
+        else:
+            patch.setattr(torch.optim.AdamW, "step", fail)
+        result = run(f"{SMALL_BATCHES} --epochs=2 --save_every=3")
+    assert result.status == 2
+    assert "out of memory with batch_size 6" in result.err
+    assert place != "forward" or re.search(r"up to \d+ tokens", result.err)
+    remedies = ["--batch_size 3 --accumulation_steps 2", "--amp", "--gradient_checkpointing", "--max_seq_len"]
+    remedies += ["--model_size"]
+    places = [result.err.index(remedy) for remedy in remedies]
+    assert places == sorted(places)
+    assert load_checkpoint(tmp_path / "checkpoints" / LAST)["step"] == (3 if place == "forward" else 0)
+    assert run("--resume").status == 0
+    assert_same(
+        load_checkpoint(tmp_path / "checkpoints" / LAST)["model"],
+        load_checkpoint(made["finished"] / "checkpoints" / LAST)["model"],
+    )
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
+    def fail():
+        raise RuntimeError("a fault of ours")
+
+    before_step(monkeypatch, 2, fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run(SMALL_BATCHES)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log", "curves", "tensorboard", "folder gone"])
+def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, what):
+    """The old checkpoint stays good, nothing half-written stays, and the run can go on."""
+    checkpoints = tmp_path / "checkpoints"
+    aside = tmp_path / "aside"
+    with monkeypatch.context() as patch:
+        if what == "checkpoint":
+            before_step(patch, 12, lambda: patch.setattr(os, "fsync", full))
+        elif what == "log":
+            write = Path.write_text
+
+            def half(path, text, *args, **kwargs):
+                write(path, text[: len(text) // 2], *args, **kwargs)
+                full()
+
+            before_step(patch, 12, lambda: patch.setattr(Path, "write_text", half))
+        elif what == "curves":
+            patch.setattr(evaluation, "plot_training_curves", full)
+        elif what == "tensorboard":
+            writer = SimpleNamespace(
+                add_scalar=lambda *_: None, add_figure=lambda *_: None, flush=lambda: None, close=lambda: None
+            )
+            patch.setattr(train, "tensorboard_writer", lambda *_: writer)
+            before_step(patch, 12, lambda: setattr(writer, "flush", full))
+        else:
+            before_step(patch, 12, lambda: checkpoints.rename(aside))
+        result = run(f"{SMALL_BATCHES} --epochs=2")
+    if what == "folder gone":
+        assert not checkpoints.exists()
+        aside.rename(checkpoints)
+    assert result.status == 2
+    assert "--resume" in result.err
+    assert "No space left on device" in result.err or what == "folder gone"
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert load_checkpoint(checkpoints / LAST)["epoch"] == (2 if what == "curves" else 1)
+    assert run("--resume").status == 0
+    assert_same_run(tmp_path, made["finished"])
+
+
+def test_a_disk_too_small_for_a_checkpoint(start, tmp_path):
+    folder = tmp_path / "run"
+    assert end(start(folder, SMALL_BATCHES, file_limit=20_000)) == 2
+    assert f"cannot save checkpoints/{LAST}: File too large" in output(folder)
+    assert "Traceback" not in output(folder)
+    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["settings.json"]
+
+
+# --- Small and uneven data -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The contents of every checkpoint that is saved."""
+    contents = []
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, c: contents.append(deepcopy(c)) or save(path, c))
+    return contents
+
+
+def plain_gradient_descent(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr))
+
+
+def flat(weights):
+    return torch.cat([tensor.flatten() for tensor in weights.values()])
+
+
+def test_fewer_samples_than_a_batch(run, saved):
+    """R23."""
+    result = run(f"{SEQUENCES} --num_samples=24 --batch_size=64 --epochs=2")
+    assert result.status == 0
+    assert saved[-1]["step"] == 2
+    assert not torch.equal(flat(saved[0]["model"]), flat(saved[-1]["model"]))
+    assert all(line["train_loss"] > 0 for line in saved[-1]["progress"]["history"])
+
+
+TEN = f"{SEQUENCES} --num_samples=12 --num_classes=2 --epochs=1 --weight_decay=0 --dropout=0 --warmup_fraction=0"
+
+
+def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
+    """R25: 10 samples, so that the last step has fewer samples, and its batch too."""
+    plain_gradient_descent(monkeypatch)
+    runs = []
+    for sizes in ("--batch_size=8", "--batch_size=4 --accumulation_steps=2"):
+        assert run(f"{TEN} --lr=0.1 --grad_clip=0 {sizes}").status == 0
+        runs.append(saved[-1])
+    assert runs[0]["data"]["split_sizes"]["train"] == 10
+    assert runs[0]["step"] == runs[1]["step"] == 2
+    torch.testing.assert_close(flat(runs[0]["model"]), flat(runs[1]["model"]), rtol=0, atol=1e-6)
+    for name in ("train_loss", "gradient_norm", "train_accuracy"):
+        assert math.isclose(*(one["progress"]["history"][0][name] for one in runs), rel_tol=1e-4)
+
+
+def test_the_gradient_is_clipped_at_its_true_norm(run, monkeypatch, saved):
+    """R17: with SGD at rate 1 the change of the weights is the clipped gradient."""
+    plain_gradient_descent(monkeypatch)
+    changes, logged = [], []
+    for clip in (0, 0.01, 1000):
+        saved.clear()
+        assert run(f"{TEN} --lr=1 --batch_size=16 --grad_clip={clip}").status == 0
+        changes.append((flat(saved[-1]["model"]) - flat(saved[0]["model"])).norm().item())
+        logged.append(saved[-1]["progress"]["history"][0]["gradient_norm"])
+    assert changes[0] > 0.05
+    assert math.isclose(changes[1], 0.01, rel_tol=1e-3)
+    assert changes[0] == changes[2]
+    assert logged[0] == logged[1] == logged[2] and math.isclose(logged[0], changes[0], rel_tol=1e-3)
+
+
+def test_two_runs_of_one_seed(start, tmp_path):
+    """Also with workers, which load the same data in the same order."""
+    flags = f"{DIGITS} --epochs=2 --batch_size=256 --dropout=0.3"
+    with ThreadPoolExecutor() as threads:
+        workers = threads.submit(succeed, start, tmp_path / "two", f"{flags} --num_workers=2")
+        succeed(start, tmp_path / "none", f"{flags} --num_workers=0")
+        workers.result()
+    for name in (LAST, BEST):
+        a, b = (load_checkpoint(tmp_path / place / "checkpoints" / name) for place in ("none", "two"))
+        for part in a.keys() - {"settings"}:
+            assert_same(a[part], b[part], part)
+
+
+def test_the_command_on_a_cpu_gives_no_deprecation_warning(tmp_path):
+    """R18, through the command as it is typed."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning:__main__",
+         ROOT / "train.py", *SMALL_BATCHES.split(), "--amp=bf16", "--epochs=1"],
+        cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    assert result.stdout.count("bfloat16") == 1
+    assert (tmp_path / "checkpoints" / BEST).exists()
+
+
+# --- The learning rate and the optimizer's groups --------------------------------------------------------------------
+
+RATES = st.floats(1e-6, 1)
+LENGTHS = st.integers(1, 300)
+
+
+@given(RATES, LENGTHS, st.floats(0, 0.9))
+def test_schedule(peak, total, warmup_fraction):
+    warmup = round(warmup_fraction * total)
+    schedule = Schedule(peak, warmup, total)
+    rates = [schedule(step) for step in range(total)]
+    assert rates == [Schedule(peak, warmup, total)(step) for step in range(total)]  # a function of the step alone
+    assert min(rates) > 0 and math.isclose(max(rates), peak)
+    assert rates[:warmup] == pytest.approx([peak * (step + 1) / warmup for step in range(warmup)])
+    falling = rates[max(0, warmup - 1) :]
+    assert all(a >= b or math.isclose(a, b) for a, b in zip(falling, falling[1:], strict=False))
+    assert math.isclose(schedule(total), FINAL_RATE * peak) or warmup == total
+    assert schedule(10 * total) == pytest.approx(FINAL_RATE * peak)
+
+
+@given(RATES, LENGTHS, st.floats(0, 0.5), st.lists(st.tuples(LENGTHS, RATES, LENGTHS), max_size=4))
+def test_a_changed_schedule_never_rises(peak, total, warmup_fraction, changes):
+    """Each change: so many steps later, a new peak, so many steps left."""
+    schedule = Schedule(peak, round(warmup_fraction * total), total)
+    step, rates, jumps = 0, [], []
+    for after, new_peak, left in [*changes, (300, None, None)]:
+        rates += [schedule(number) for number in range(step, step + after)]
+        step += after
+        if new_peak:
+            assert schedule.changed(step, schedule.peak, schedule.total_steps) is schedule
+            schedule = schedule.changed(step, new_peak, step + left)
+            jumps.append(step)
+    decayed = [i for i in range(len(rates)) if i >= max(schedule.warmup_steps, 1)]
+    for i in decayed:
+        if i not in jumps or i > schedule.warmup_steps:
+            assert rates[i] <= rates[i - 1] * (1 + 1e-9), i
+    assert max(rates) <= max([peak, *(new for _, new, _ in changes)]) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+@pytest.mark.parametrize("grid_shape", [None, (2, 2)])
+def test_every_parameter_is_in_one_group(share_weights, grid_shape):
+    model = PerceiverModel(
+        input_dim=5, d_model=16, num_heads=2, num_cross_attention_layers=2, num_self_attention_layers=4, num_latents=3,
+        num_classes=4, grid_shape=grid_shape, share_weights=share_weights,
+    )  # fmt: skip
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    ids = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(parameter) for parameter in model.parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(parameter.ndim == 2 and names[id(parameter)].endswith("weight") for parameter in decayed["params"])
+    others = [parameter for parameter in plain["params"] if parameter.ndim > 1]
+    assert [names[id(parameter)].split(".")[-1] for parameter in others] == ["latents"]
