@@ -71,7 +71,7 @@ def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps it in a RuntimeError
@@ -110,6 +110,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            # torch reads nothing, without a word, from an entry that is marked as a folder
+            damaged = damaged or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
         if damaged:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -157,14 +159,17 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
 
 def load_weights(model: PerceiverModel, weights: dict[str, torch.Tensor]) -> None:
     """Load weights, saved from the plain model or from any nesting of wrappers. Raises UserError as build_model."""
-    weights = {_unwrapped(name): tensor for name, tensor in weights.items()}
+    names = [_unwrapped(name) for name in weights]
+    weights = dict(zip(names, weights.values(), strict=True))
     expected = model.state_dict()
-    problems = [f"missing {name}" for name in expected.keys() - weights.keys()]
+    problems = [f"twice {name}" for name in weights if names.count(name) > 1]
+    problems += [f"missing {name}" for name in expected.keys() - weights.keys()]
     problems += [f"unexpected {name}" for name in weights.keys() - expected.keys()]
+    problems += [f"{name} is no tensor" for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     problems += [
         f"{name} is {tuple(weights[name].shape)} where the model has {tuple(expected[name].shape)}"
         for name in expected.keys() & weights.keys()
-        if weights[name].shape != expected[name].shape
+        if isinstance(weights[name], torch.Tensor) and weights[name].shape != expected[name].shape
     ]
     if problems:
         raise UserError("the checkpoint's weights do not fit its model: " + ", ".join(sorted(problems)))
