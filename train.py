@@ -334,7 +334,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
             with disk_advice():
                 writer.flush()  # the curves are never behind the checkpoint
         contents = {
-            "model": model.state_dict(),
+            "model": dict(model.state_dict()),
             "model_args": model_args,
             "settings": settings.to_dict(),
             "data": data,
