@@ -26,9 +26,15 @@ import torch
 
 # Defaults that depend on the data set; its keys are the data sets there are.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {"model_size": "small", "num_epochs": 20, "learning_rate": 1e-3},
+    "synthetic": {"model_size": "tiny", "num_epochs": 20, "learning_rate": 1e-3},
     "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4},
-    "digits": {"model_size": "tiny", "num_epochs": 80, "patch_size": 2, "learning_rate": 1e-3},
+    "digits": {
+        "model_size": "tiny",
+        "patch_size": 2,
+        "num_epochs": 80,
+        "learning_rate": 1e-3,
+        "label_smoothing": 0.1,
+    },
 }
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
@@ -72,7 +78,8 @@ class Settings:
     dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
-        2000, "size of the generated data set, all splits", "sequences", at_least=1, applies=_SYNTHETIC)
+        2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
+        at_least=1, applies=_SYNTHETIC)
     seq_len_range: tuple[int, int] = _data(
         (50, 200), "shortest and longest sequence", "tokens", at_least=1, applies=_SYNTHETIC)
     feature_dim: int = _data(64, "width of a token", "features", at_least=1, applies=_SYNTHETIC)
