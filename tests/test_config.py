@@ -458,7 +458,7 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
         assert unit or field.type in (bool, str) or name == "seed"
         entry = text.split(f" {flag_of(name)}", 1)[1]
         assert entry.index(f"{meaning} [{unit}] (default " if unit else f"{meaning} (default ") < 80, name
-    assert "(default base; synthetic small; digits tiny)" in text
+    assert "(default base; synthetic tiny; digits tiny)" in text
 
 
 def test_the_printed_settings_are_those_in_force():
@@ -466,7 +466,7 @@ def test_the_printed_settings_are_those_in_force():
     rows = [row.split() for row in config.format_settings(chosen, sources).splitlines()]
     assert ["num_epochs", "3", "[epochs]", "flag"] in rows
     assert ["weight_decay", "0.0001", "[times", "the", "rate]", "file"] in rows
-    assert ["model_size", "small", "data", "set"] in rows
+    assert ["model_size", "tiny", "data", "set"] in rows
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
     assert FIELDS.keys() - printed == {"data_dir", "patch_size", "augment"}
