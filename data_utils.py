@@ -307,7 +307,7 @@ PATTERNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sine": lambda u: np.sin(2 * np.pi * u),
     "square": lambda u: np.where(u % 1 < 0.5, 1.0, -1.0),
     "sawtooth": lambda u: 2 * (u % 1) - 1,
-    "chirp": lambda u: np.sin(2 * np.pi * (u % 4) ** 2 / 4),
+    "chirp": lambda u: np.sin(np.pi * (u % 2) ** 2),
     "bursts": lambda u: np.exp(-((u % 2 - 1) ** 2) * 30) * np.sin(4 * np.pi * u),
     "trend": lambda u: u * 3 / (np.ptp(u) or 1) + np.sin(2 * np.pi * u),
 }

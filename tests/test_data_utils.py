@@ -160,6 +160,16 @@ def augmented_digits():
     return load_splits(Settings(dataset_type="digits", patch_size=2))[0]["train"]
 
 
+def test_augmentation_follows_the_loaders_epoch_and_the_seed():
+    loader = create_dataloader(augmented_digits(), 400)
+    passes = [next(iter(loader))["input"] for _ in range(2)]
+    set_epoch(loader, 0)
+    assert torch.equal(next(iter(loader))["input"], passes[0])
+    assert not torch.equal(*passes)
+    seeds = [load_splits(Settings(dataset_type="digits", patch_size=2, seed=seed))[0]["train"] for seed in (0, 1)]
+    assert not np.array_equal(seeds[0].offsets, seeds[1].offsets)
+
+
 @pytest.mark.parametrize("make", [augmented_digits, lambda: numbered(range(1, 60))], ids=["images", "custom"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(make, workers):
@@ -427,6 +437,11 @@ def test_the_description_is_complete_and_plain(name):
         "std", "max_seq_len", "split_sizes", "split_seed",
     }  # fmt: skip
     assert info["num_classes"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
+
+
+def test_a_stored_description_sets_the_length_limit():
+    _, info = load_splits(Settings(max_seq_len=7, **SMALL))
+    assert load_splits(Settings(**SMALL), info)[1]["max_seq_len"] == 7
 
 
 def test_every_data_set_of_the_settings_can_be_loaded():
