@@ -125,7 +125,7 @@ class Settings:
     learning_rate: float = _training(3e-4, "highest rate of the schedule", "per step", flag="lr", above=0)
     weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "times the rate", at_least=0)
     warmup_fraction: float = _training(
-        0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1)
+        0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1, on_resume="fixed")
     label_smoothing: float = _training(
         0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1)
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)

@@ -605,6 +605,21 @@ def set_aside(folder: Path) -> None:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
+def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], settings: Settings) -> None:
+    """Count the batches done of a begun epoch in the new batch size; the samples and their order stay the same."""
+    progress, size = checkpoint["progress"], settings.batch_size
+    old_size, num_samples = checkpoint["settings"]["batch_size"], checkpoint["data"]["split_sizes"]["train"]
+    done = min(progress["batch"] * old_size, num_samples)
+    if done == 0 or not inexact.keys() & {"batch_size", "bucket_by_length"}:
+        return
+    if "bucket_by_length" in inexact or settings.bucket_by_length or (done % size and done < num_samples):
+        raise UserError(
+            f"batch_size or bucket_by_length: cannot change {done} samples into an epoch; resume without it, or without "
+            f"bucketing and with a batch_size that divides {done}"
+        )
+    progress["batch"] = math.ceil(done / size)
+
+
 def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
@@ -621,12 +636,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
-    order = inexact.keys() & {"batch_size", "bucket_by_length"}
-    if order and checkpoint["progress"]["batch"]:
-        raise UserError(
-            f"{', '.join(sorted(order))}: cannot change in the middle of an epoch; resume without it, stop at an "
-            "epoch's end, and change it then"
-        )
+    keep_place(checkpoint, inexact, settings)
     for name, (old, new) in inexact.items():
         print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
     if "num_epochs" in changes["free"]:

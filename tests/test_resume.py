@@ -565,12 +565,19 @@ def test_a_setting_that_breaks_exactness_is_named(copy, run):
 
 
 @stopped
-@pytest.mark.parametrize("flag", ["--batch_size=3", "--bucket_by_length"])
+def test_a_smaller_batch_goes_on_at_the_same_sample(copy, run):
+    result = run("--resume --batch_size=3 --accumulation_steps=2")
+    assert result.status == 0
+    assert "note: batch_size changed from 6 to 3" in result.out
+
+
+@stopped
+@pytest.mark.parametrize("flag", ["--batch_size=7", "--bucket_by_length"])
 def test_the_order_cannot_change_in_an_epoch(copy, run, tmp_path, flag):
     before = files_of(tmp_path)
     result = run(f"--resume {flag}")
     assert result.status == 2
-    assert flag[2:].split("=")[0] in result.err and "in the middle of an epoch" in result.err
+    assert flag[2:].split("=")[0] in result.err and "samples into an epoch" in result.err
     assert files_of(tmp_path) == before
 
 
