@@ -66,7 +66,7 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
     return real
 
 
-def _to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor, int | None]:
+def to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor, int | None]:
     """An item, checked: (input float32 (L, C), mask bool (L,), label or None). `where` names it in an error."""
     if not isinstance(item, dict) or "input" not in item:
         found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
@@ -98,7 +98,7 @@ def collate(items: Sequence[Item] | Batch, max_seq_len: int | None = None) -> Ba
     """
     if isinstance(items, dict):
         return items
-    samples = [_to_sample(item, f"item {i} of the batch", max_seq_len) for i, item in enumerate(items)]
+    samples = [to_sample(item, f"item {i} of the batch", max_seq_len) for i, item in enumerate(items)]
     inputs, masks, labels = zip(*samples, strict=True)
     widths = {tokens.size(1) for tokens in inputs}
     if len(widths) > 1:
@@ -124,7 +124,7 @@ def check_items(dataset: Dataset, max_seq_len: int | None = None) -> tuple[np.nd
     lengths, labels, width = [], [], None
     for number in range(len(dataset)):
         where = f"sample {number}"
-        tokens, _, label = _to_sample(dataset[number], where, max_seq_len)
+        tokens, _, label = to_sample(dataset[number], where, max_seq_len)
         if label is None:
             raise UserError(f"{where}: it has no 'label'")
         width = width or tokens.size(1)

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 import evaluation
 from checkpoint import build_model, load_checkpoint
 from config import Parser, UserError, choose_device, choose_precision, exit_on_user_error, resolve
-from data_utils import Batch, collate, create_dataloader, load_splits, prepare_images
+from data_utils import Batch, collate, create_dataloader, load_splits, prepare_images, to_sample
 from perceiver_model import PerceiverModel
 
 OVERRIDES = ("data_dir", "num_workers", "batch_size", "amp", "device")  # settings that evaluation may choose anew
@@ -71,7 +71,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     answers = []
     with evaluation.evaluating(model, device, None):
         for first in range(0, len(items), batch_size):
-            batch = _batch(items[first : first + batch_size], model.data_info)
+            batch = _batch(items[first : first + batch_size], first, model.data_info)
             for row in model(*evaluation.model_inputs(batch, device)).cpu().double().softmax(1):
                 label, probabilities = int(row.argmax()), row.tolist()
                 answers.append(
@@ -85,23 +85,27 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     return answers
 
 
-def _batch(items: Sequence[Any], data: dict[str, Any]) -> Batch:
+def _batch(items: Sequence[Any], first: int, data: dict[str, Any]) -> Batch:
+    """A batch of raw items, the first of which has the number `first` in error messages."""
     if data["image_shape"] is None:
-        batch = collate([{"input": item} for item in items], data["max_seq_len"])
-        if batch["input"].size(2) != data["input_dim"]:
-            raise UserError(f"sequences of {batch['input'].size(2)} channels; the model takes {data['input_dim']}")
-        return batch
+        sequences = []
+        for i, item in enumerate(items, first):
+            tokens, _, _ = to_sample({"input": item}, f"item {i}", data["max_seq_len"])
+            if tokens.size(1) != data["input_dim"]:
+                raise UserError(f"item {i}: tokens of {tokens.size(1)} channels; the model takes {data['input_dim']}")
+            sequences.append({"input": tokens})
+        return collate(sequences)
     shape = tuple(data["image_shape"])
     images = np.empty((len(items), *shape), np.uint8)
     for i, item in enumerate(items):
         image = np.asarray(item)
         image = image[..., None] if image.ndim == 2 else image
         if image.shape != shape:
-            raise UserError(f"item {i}: an image of shape {image.shape}; the model takes {shape}")
+            raise UserError(f"item {first + i}: an image of shape {image.shape}; the model takes {shape}")
         with np.errstate(invalid="ignore"):
             images[i] = image
         if not np.array_equal(images[i], image):
-            raise UserError(f"item {i}: pixels must be whole numbers from 0 to 255, as they are stored")
+            raise UserError(f"item {first + i}: pixels must be whole numbers from 0 to 255, as they are stored")
     tokens = prepare_images(images, data["mean"], data["std"], data["patch_size"])
     return {"input": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool)}
 
