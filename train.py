@@ -261,6 +261,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     torch.manual_seed(settings.seed)
 
     # Data, model, optimizer
+    with torch.device("meta"):  # a model that cannot be is refused before any data is read or downloaded
+        new_model(settings, {"input_dim": 1, "num_classes": 2, "grid_shape": None})
     splits, data = load_splits(settings, checkpoint and checkpoint["data"])
     loaders = {
         name: create_dataloader(
@@ -278,11 +280,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     }
     for loader in loaders.values():
         loader.worker_init_fn = leave_signals_to_the_trainer
+    model = new_model(settings, data).to(device)
     model_args = model_arguments(settings, data)
-    try:
-        model = PerceiverModel(**model_args).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     run_model = torch.compile(model) if settings.compile else model
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
@@ -435,6 +434,13 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         return 128 + stop.signal
     finish(settings, folder, progress, splits["test"], data, device, amp_dtype)
     return 0
+
+
+def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
+    try:
+        return PerceiverModel(**model_arguments(settings, data))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def validate(
