@@ -24,7 +24,15 @@ from torch.utils.data import Dataset
 
 import evaluation
 from checkpoint import build_model, load_checkpoint
-from config import Parser, UserError, choose_device, choose_precision, exit_on_user_error, resolve
+from config import (
+    Parser,
+    UserError,
+    choose_device,
+    choose_precision,
+    exit_on_user_error,
+    resolve,
+    unused_settings,
+)
 from data_utils import Batch, collate, create_dataloader, load_splits, prepare_images, to_sample
 from perceiver_model import PerceiverModel
 
@@ -146,6 +154,15 @@ def evaluate(
     return results
 
 
+def _images(tokens: torch.Tensor, data: dict[str, Any]) -> np.ndarray:
+    """The images (B, H, W, C) as stored, of which `prepare_images` made these tokens."""
+    rows, columns = data["grid_shape"]
+    size = data["patch_size"]
+    patches = tokens.reshape(len(tokens), rows, columns, size, size, -1).transpose(2, 3)
+    pixels = patches.reshape(len(tokens), *data["image_shape"]).numpy()
+    return (pixels * np.array(data["std"]) + data["mean"]).round()
+
+
 def _analysis_figures(
     model: PerceiverModel, dataset: Dataset, loader: Any, found: dict, analysis: dict, amp_dtype: torch.dtype | None
 ) -> dict[str, Callable[[Path], None]]:
@@ -163,13 +180,15 @@ def _analysis_figures(
         batch = collate([dataset[i] for i in chosen], data["max_seq_len"])
         maps = evaluation.collect_attention(model, batch, device)
         if data["image_shape"]:
-            evaluation.plot_image_attention(dataset.images[chosen], maps, data["grid_shape"], captions, path)
+            images = _images(batch["input"], data)
+            evaluation.plot_image_attention(images, maps, data["grid_shape"], captions, path)
         else:
             evaluation.plot_sequence_attention(batch["input"].numpy(), batch["mask"].numpy(), maps, captions, path)
 
     def mistakes(path: Path) -> None:
         rows = analysis["most_confident_mistakes"]
-        evaluation.plot_mistakes(rows, dataset.images[[row["index"] for row in rows]], path)
+        tokens = [dataset[row["index"]]["input"] for row in rows]
+        evaluation.plot_mistakes(rows, _images(torch.stack(tokens), data) if rows else [], path)
 
     figures = {"attention.png": attention, "latents.png": latents}
     if analysis["accuracy_by_length"]:
@@ -210,7 +229,9 @@ def main(argv: list[str] | None = None) -> int:
 
     checkpoint = load_checkpoint(args.model_path)
     here = {"device": "auto", "augment": False}  # the device of training may not exist here
-    settings, _ = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
+    settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
+    for note in unused_settings(settings, sources):
+        print(f"note: {note}")
     device = choose_device(settings.device)
     if settings.amp == "fp16" and device.type != "cuda" and "amp" not in args.flags:
         print(f"note: trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
