@@ -620,8 +620,8 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
         return
     if "bucket_by_length" in inexact or settings.bucket_by_length or (done % size and done < num_samples):
         raise UserError(
-            f"batch_size or bucket_by_length: cannot change {done} samples into an epoch; resume without it, or without "
-            f"bucketing and with a batch_size that divides {done}"
+            f"batch_size or bucket_by_length: cannot change {done} samples into an epoch; resume without it, or with "
+            f"--no_bucket_by_length and a batch_size that divides {done}"
         )
     progress["batch"] = math.ceil(done / size)
 
