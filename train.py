@@ -223,8 +223,8 @@ class StepLog:
         """The epoch so far, for the progress bar."""
         totals = self.progress.totals
         return (
-            f"loss {totals['loss'] / totals['samples']:.4f}, accuracy {totals['correct'] / totals['samples']:.4f}, "
-            f"lr {self.progress.schedule(self.progress.step - 1):.2e}"
+            f"loss {totals['loss'] / totals['samples']:.3f}, acc {totals['correct'] / totals['samples']:.3f}, "
+            f"lr {self.progress.schedule(self.progress.step - 1):.1e}"
         )
 
 
@@ -519,7 +519,7 @@ def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> t
         leave=False,
         dynamic_ncols=True,
         disable=not sys.stderr.isatty(),
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",  # all of it fits into 80 columns
     )
 
 
