@@ -464,7 +464,7 @@ def is_finished(settings: Settings, progress: Progress) -> bool:
     """
     if progress.epoch >= settings.num_epochs or not settings.early_stopping_patience:
         return progress.epoch >= settings.num_epochs
-    warming = sum(line["step"] < progress.schedule.warmup_steps for line in progress.history)
+    warming = sum(line["step"] <= progress.schedule.warmup_steps for line in progress.history)
     return progress.epoch - max(progress.best.get("epoch", 0), warming) >= settings.early_stopping_patience
 
 
