@@ -308,7 +308,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
 
     # A rehearsal: what would break at the end of the first epoch breaks now, before any file is written
     validate(run_model, islice(loaders["val"], 2), settings, data, device, amp_dtype)
-    folder = make_folder(settings.checkpoint_dir)
+    folder, log_dir = make_folder(settings.checkpoint_dir), make_folder(settings.log_dir)
     if checkpoint is None:
         set_aside(folder)
     else:
@@ -316,7 +316,6 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         set_random_state(checkpoint["random_state"])
     with disk_advice():
         evaluation.write_results(folder / "settings.json", settings.to_dict())
-    log_dir = make_folder(settings.log_dir)
     if checkpoint is None:
         progress.run_name = new_folder(log_dir, progress.run_name).name
     writer = tensorboard_writer(log_dir / progress.run_name, settings, progress.step if checkpoint else None)
