@@ -106,7 +106,10 @@ def _batch(items: Sequence[Any], first: int, data: dict[str, Any]) -> Batch:
     shape = tuple(data["image_shape"])
     images = np.empty((len(items), *shape), np.uint8)
     for i, item in enumerate(items):
-        image = np.asarray(item)
+        try:
+            image = np.asarray(item, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"item {first + i}: the image is not an array of numbers: {error}") from error
         image = image[..., None] if image.ndim == 2 else image
         if image.shape != shape:
             raise UserError(f"item {first + i}: an image of shape {image.shape}; the model takes {shape}")
