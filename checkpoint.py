@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _alternative(path: Path) -> str:
-    for other in (path.with_name(LAST), path.with_name(BEST)):
+    for other in (path.parent / LAST, path.parent / BEST):
         if other != path:
             try:
                 epoch = _read(other)["epoch"]
