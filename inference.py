@@ -12,6 +12,7 @@ Data set, preprocessing and model come from the checkpoint.
     predict(model, [image_or_sequence, ...])
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -265,4 +266,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook hands down a backend that may not exist here
     sys.exit(main())
