@@ -294,9 +294,12 @@ class PerceiverEncoder(nn.Module):
             "d_model" if cross_attention_dim is None else "cross_attention_dim",
             "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads",
         )
-        for width, heads, names in ((d_model, num_heads, ("d_model", "num_heads")), (cross_dim, cross_heads, cross_names)):
+        for (width_name, heads_name), width, heads in (
+            (("d_model", "num_heads"), d_model, num_heads),
+            (cross_names, cross_dim, cross_heads),
+        ):
             if width % heads:
-                raise ValueError(f"{names[0]}={width} is not divisible by {names[1]}={heads}")
+                raise ValueError(f"{width_name}={width} is not divisible by {heads_name}={heads}")
         repeats, layers = num_cross_attention_layers, num_self_attention_layers
         if share_weights and layers % repeats:
             raise ValueError(
