@@ -260,6 +260,11 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write into {args.output_dir}: {error.strerror}; take another --output_dir") from error
+    except ExceptionGroup as error:  # of figures
+        unwritten, faults = error.split(OSError)
+        if faults:
+            raise
+        raise UserError(f"{error.message}: {unwritten.exceptions[0].strerror}; take another --output_dir") from error
     print_results(results)
     print(f"\nwrote {', '.join(['results.json', *results['figures']])} into {args.output_dir}")
     return 0
