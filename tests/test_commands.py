@@ -72,7 +72,9 @@ def command(folder, *words, unset=(), **environment):
 
 
 def train_digits(folder):
-    return command(folder, ROOT / "train.py", *DIGITS.split(), "--epochs=2", "--lr=5e-3")
+    """As in a cell of a notebook that lives in another environment."""
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    return command(folder, ROOT / "train.py", *DIGITS.split(), "--epochs=2", "--lr=5e-3", **notebook)
 
 
 def infer_without_display(folder):
@@ -359,6 +361,7 @@ def foreign(path):
         ("--model_path text.pth", lambda: Path("text.pth").write_text("hello"), ["text.pth"]),
         ("--model_path foreign.pth", lambda: foreign("foreign.pth"), ["foreign.pth"]),
         ("--model_path folder", lambda: Path("folder").mkdir(), ["folder"]),
+        ("--model_path .", None, ["checkpoint .: Is a directory"]),
         ("--model_path {} --analyse", None, ["--analyse", "nearest", "--analyze"]),
         ("--model_path {} --lr 1", None, ["--lr: unknown flag"]),
         ("--model_path {} --batch_size 0", None, ["--batch_size", "at least 1", "got 0"]),
@@ -377,6 +380,27 @@ def test_bad_input_to_inference(sequences, call, quick, flags, make, parts):
     assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
     assert all(part in done.err for part in parts), done.err
     assert files_below(Path()) == before and not Path("results").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("a fault")])
+def test_pictures_that_cannot_be_written(sequences, call, monkeypatch, error):
+    """A full disk is named in one line; a fault of ours keeps its traceback. The results are whole in both cases."""
+
+    def fail(*_):
+        raise error
+
+    for name in ("plot_confusion_matrix", "plot_confidence_histogram", "plot_confidence_analysis"):
+        monkeypatch.setattr(evaluation, name, fail)
+    if isinstance(error, OSError):
+        done = call(inference.main, ["--model_path", sequences])
+        assert done.status == 2 and done.err.count("\n") == 1, done.err
+        assert "results.json is complete" in done.err and "confusion_matrix.png" in done.err
+        assert "No space left on device" in done.err
+    else:
+        with pytest.raises(ExceptionGroup, match="confusion_matrix.png"):
+            call(inference.main, ["--model_path", sequences])
+    assert files_below(Path()) == {"results/results.json"}
+    strict_json(Path("results/results.json").read_text())
 
 
 def test_a_flag_without_effect_is_named(sequences, call, quick):
