@@ -4,7 +4,7 @@ A checkpoint is a torch file that holds tensors and plain Python values only, so
 ``weights_only=True``. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
 
     format, format_version    "perceiver-checkpoint", 1
-    model                     the weights, without any wrapper's prefix
+    model                     the weights (with --ema_decay their average), without any wrapper's prefix
     model_args                the arguments of PerceiverModel
     settings                  every setting of the run (config.py)
     data                      what the data are: class names, normalisation, patch size, ... (data_utils.py)

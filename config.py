@@ -34,6 +34,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_epochs": 80,
         "learning_rate": 1e-3,
         "label_smoothing": 0.1,
+        "ema_decay": 0.995,
     },
 }
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -129,6 +130,9 @@ class Settings:
     label_smoothing: float = _training(
         0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1)
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
+    ema_decay: float = _training(
+        0.0, "evaluate and keep a moving average of the weights; 0 = the weights themselves",
+        "share kept in a step", at_least=0, below=1)
     accumulation_steps: int = _training(1, "batches in an optimizer step", "batches", at_least=1)
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",

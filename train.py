@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluation
@@ -283,6 +284,10 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     model = new_model(settings, data).to(device)
     model_args = model_arguments(settings, data)
     run_model = torch.compile(model) if settings.compile else model
+    # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
+    moving_average = get_ema_multi_avg_fn(settings.ema_decay)
+    average = AveragedModel(model, multi_avg_fn=moving_average) if settings.ema_decay else None
+    evaluated = average.module if average else run_model
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -297,7 +302,10 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         progress = Progress(name, Schedule(settings.learning_rate, warmup_steps, total_steps))
     else:
         progress = Progress.from_dict(checkpoint["progress"])
-        load_weights(model, checkpoint["model"])
+        load_weights(model, checkpoint.get("trained_model", checkpoint["model"]))
+        if average:
+            load_weights(average.module, checkpoint["model"])
+            average.n_averaged.fill_(progress.step)
         optimizer.load_state_dict(checkpoint["optimizer"])
         for loaded, group in zip(optimizer.param_groups, groups, strict=True):
             loaded["weight_decay"] = group["weight_decay"]
@@ -307,7 +315,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
 
     # A rehearsal: what would break at the end of the first epoch breaks now, before any file is written
-    validate(run_model, islice(loaders["val"], 2), settings, data, device, amp_dtype)
+    validate(evaluated, islice(loaders["val"], 2), settings, data, device, amp_dtype)
     folder, log_dir = make_folder(settings.checkpoint_dir), make_folder(settings.log_dir)
     if checkpoint is None:
         set_aside(folder)
@@ -332,7 +340,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
             with disk_advice():
                 writer.flush()  # the curves are never behind the checkpoint
         contents = {
-            "model": dict(model.state_dict()),
+            "model": dict((average.module if average else model).state_dict()),
+            **({"trained_model": dict(model.state_dict())} if average else {}),
             "model_args": model_args,
             "settings": settings.to_dict(),
             "data": data,
@@ -384,6 +393,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                if average:
+                    average.update_parameters(model)
 
                 progress.step += 1
                 progress.batch += len(group)
@@ -405,7 +416,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 break
 
             # Validation, and the epoch's line in the log
-            metrics, matrix = validate(run_model, loaders["val"], settings, data, device, amp_dtype)
+            metrics, matrix = validate(evaluated, loaders["val"], settings, data, device, amp_dtype)
             totals = progress.totals
             record = {
                 "epoch": progress.epoch + 1,

@@ -1,8 +1,10 @@
-"""Tests import the modules that lie in the root of the repository."""
+"""Tests import the modules that lie in the root of the repository, and compute with one thread."""
 
+import os
 import pathlib
 import sys
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: a second thread costs more than it saves
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 

@@ -214,6 +214,7 @@ OPTIONS = st.fixed_dictionaries({
     "dropout": st.sampled_from([0.0, 0.3]),
     "attention_dropout": st.sampled_from([0.0, 0.2]),
     "accumulation_steps": st.sampled_from([1, 2, 3]),
+    "ema_decay": st.sampled_from([0.0, 0.5]),
     "amp": st.sampled_from(["off", "bf16"]),
     "num_workers": st.sampled_from([0, 1]),
     "save_every": st.integers(0, 3),
@@ -221,7 +222,7 @@ OPTIONS = st.fixed_dictionaries({
 })  # fmt: skip
 ALL_ON = {
     "data": BUCKETS, "dropout": 0.3, "attention_dropout": 0.2, "accumulation_steps": 2, "amp": "bf16",
-    "num_workers": 1, "save_every": 2, "seed": 1,
+    "ema_decay": 0.5, "num_workers": 1, "save_every": 2, "seed": 1,
 }  # fmt: skip
 IMAGES = ALL_ON | {"data": AUGMENTED, "num_workers": 0, "save_every": 1}
 
@@ -812,6 +813,17 @@ def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
     torch.testing.assert_close(flat(runs[0]["model"]), flat(runs[1]["model"]), rtol=0, atol=1e-6)
     for name in ("train_loss", "gradient_norm", "train_accuracy"):
         assert math.isclose(*(one["progress"]["history"][0][name] for one in runs), rel_tol=1e-4)
+
+
+def test_the_kept_weights_are_the_moving_average(run, saved):
+    assert run(f"{TEN} --batch_size=4 --save_every=1 --ema_decay=0.75").status == 0
+    steps = {state["step"]: state for state in saved}
+    assert sorted(steps) == [0, 1, 2, 3]
+    average = flat(steps[1]["trained_model"])
+    for step in (2, 3):
+        average = 0.75 * average + 0.25 * flat(steps[step]["trained_model"])
+        torch.testing.assert_close(flat(steps[step]["model"]), average)
+    assert not torch.equal(flat(steps[3]["model"]), flat(steps[3]["trained_model"]))
 
 
 def test_the_gradient_is_clipped_at_its_true_norm(run, monkeypatch, saved):
