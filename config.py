@@ -26,7 +26,7 @@ import torch
 
 # Defaults that depend on the data set; its keys are the data sets there are.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {"model_size": "tiny", "num_epochs": 20, "learning_rate": 1e-3},
+    "synthetic": {"model_size": "tiny", "num_epochs": 20, "learning_rate": 5e-4},
     "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4},
     "digits": {
         "model_size": "tiny",
