@@ -354,7 +354,7 @@ def test_changes_on_resume_are_grouped_and_the_fixed_ones_refused():
     flags = {"num_epochs": 99, "learning_rate": 0.5, "seed": 1, "patch_size": 16}
     changes = config.changed_settings(base, resolve(flags, base=base)[0])
     assert changes == {
-        "free": {"num_epochs": (20, 99)}, "inexact": {"learning_rate": (1e-3, 0.5)}, "fixed": {},
+        "free": {"num_epochs": (20, 99)}, "inexact": {"learning_rate": (5e-4, 0.5)}, "fixed": {},
     }  # fmt: skip
     lines = problems(resolve, {"seed": 2}, {"seq_len_range": [5, 9], "val_fraction": 0.2}, base)
     assert [line.split(":")[0] for line in lines] == ["seq_len_range", "val_fraction", "seed"]
