@@ -29,6 +29,7 @@ from torch import nn
 import evaluation
 import train
 from checkpoint import BEST, LAST, load_checkpoint
+from config import DATASET_DEFAULTS
 from data_utils import EpochBatchSampler
 from perceiver_model import PerceiverModel
 from train import FINAL_RATE, Schedule, parameter_groups
@@ -400,7 +401,7 @@ def test_more_epochs_never_raise_the_rate(copy, run, tmp_path):
     rates = [line["learning_rate"] for line in log_of(tmp_path)]
     assert len(rates) == 6
     assert rates == sorted(rates, reverse=True)
-    assert rates[2:] == [FINAL_RATE * 0.001] * 4
+    assert rates[2:] == [FINAL_RATE * DATASET_DEFAULTS["synthetic"]["learning_rate"]] * 4
 
 
 def test_the_best_score_is_remembered(copy, run, tmp_path):
