@@ -9,7 +9,8 @@ The limit is made of every matrix product and every attention call that one such
 of nothing else. They are recorded as an uncompiled step hands them to the kernels: aten mm, addmm, bmm, and
 scaled_dot_product_attention and its backward. They are then called again, in the same order, on the very tensors they
 were given, so shapes, layouts and values are the step's; addmm as mm, without its bias. What is not counted is what the
-ratio shows: norms, GELU, biases, residuals, copies, casts, the loss, clipping, the optimizer, Python.
+ratio shows: norms, GELU, biases, residuals, copies, casts, the loss, clipping, the optimizer, Python. The aim for
+sequences in float32 is at most 1.10. The process of the limit holds all those tensors: 2 GiB for sequences.
 
 The third row is one large square product in the same precision, as a measure of the rate that the machine can reach.
 """
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     grid_shape: tuple[int, int] | None
 
 
-CASES = {"sequences": Case(16, 200, 64, None), "cifar10": Case(128, 64, 48, (8, 8))}
+CASES = {"sequences": Case(16, 200, 64, None), "cifar10": Case(32, 64, 48, (8, 8))}
 
 
 def record(run: measure.Step) -> list[tuple[Any, tuple, dict]]:
@@ -129,7 +130,7 @@ def main() -> None:
             measure.print_row(cells, widths)
         speed = case.batch / statistics.median(step.seconds)
         print(f"Step over its {limit.facts['calls']} products and attention calls:", end=" ")
-        print(f"{measure.spread(measure.ratios(step, limit), '.3f')} (at most 1.10); {speed:,.1f} samples/s\n")
+        print(f"{measure.spread(measure.ratios(step, limit), '.3f')}; {speed:,.1f} samples/s\n")
 
 
 if __name__ == "__main__":
