@@ -146,9 +146,12 @@ class MultiHeadAttention(nn.Module):
         """Groups G that the folded queries form, as if each were a head.
 
         The CPU kernel gives a thread of the backward pass one head of one sample, so a small batch needs a few groups
-        to keep the threads busy; each costs the memory of one gradient to the keys and one to the values, (L, C).
+        to keep the threads busy. Each costs the memory of one gradient to the keys and one to the values, (L, C),
+        which groups of fewer than 512 queries do not pay back.
         """
-        wanted = min(4, -(-CPU_THREADS // max(1, inputs.size(0)))) if inputs.device.type == "cpu" else 1
+        wanted = 1
+        if inputs.device.type == "cpu":
+            wanted = max(1, min(4, num_queries // 512, -(-CPU_THREADS // max(1, inputs.size(0)))))
         return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
 
     def _split_heads(self, x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
