@@ -27,7 +27,7 @@ import torch
 # Defaults that depend on the data set; its keys are the data sets there are.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "synthetic": {"model_size": "tiny", "num_epochs": 20, "learning_rate": 5e-4},
-    "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4},
+    "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4, "flip": True},
     "digits": {
         "model_size": "tiny",
         "patch_size": 2,
@@ -36,7 +36,12 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
     },
+    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50, "flip": True},
+    "sequences": {"model_size": "tiny", "num_epochs": 100, "learning_rate": 1e-3},
+    "text": {"model_size": "tiny", "num_epochs": 20, "max_seq_len": 2048},
+    "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
+OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
@@ -65,7 +70,11 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
-_IMAGES = {"dataset_type": ("cifar10", "digits")}
+_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
+_OWN = {"dataset_type": OWN_DATA}
+_TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
+_MULTIMODAL = {"dataset_type": ("multimodal",)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,17 @@ class Settings:
     """
 
     dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
+    data_path: str | None = _data(None, "your data, a file or folder", applies=_OWN, on_resume="free")
+    test_path: str | None = _data(
+        None, "your test data; none = its test folder, or test_fraction", applies=_OWN, on_resume="free")
+    test_fraction: float = _data(
+        0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
+        applies=_OWN | {"test_path": (None,)})
+    id_column: str = _data("id", "column of a series' name in a table", applies={"dataset_type": ("sequences",)})
+    text_column: str = _data("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
+    image_column: str = _data("image", "column of the image's file", applies=_MULTIMODAL)
+    series_column: str = _data("series", "column of the series' file", applies=_MULTIMODAL)
+    label_column: str = _data("label", "column of the label", applies=_TABLES)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -86,12 +106,18 @@ class Settings:
     feature_dim: int = _data(64, "width of a token", "features", at_least=1, applies=_SYNTHETIC)
     num_classes: int = _data(5, "number of classes", "classes", at_least=2, applies=_SYNTHETIC)
     max_seq_len: int | None = _data(
-        None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SYNTHETIC)
+        None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SEQUENCES)
+    image_size: int = _data(
+        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1,
+        applies={"dataset_type": ("images", "multimodal")})
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
-    augment: bool = _data(True, "vary the training images at random", applies=_IMAGES, on_resume="inexact")
+    augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
+    flip: bool = _data(
+        False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
+        on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
-        False, "batch sequences of similar length: less padding", applies=_SYNTHETIC, on_resume="inexact")
+        False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int = _data(
         0, "processes that load data; 0 = the training process", "processes", at_least=0, on_resume="free")
 

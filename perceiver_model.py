@@ -403,98 +403,197 @@ class PositionFeatures(nn.Module):
         return self.table[:length]
 
 
-# --- Model -----------------------------------------------------------------------------------------------------------
+# --- Modalities ------------------------------------------------------------------------------------------------------
 
 
-class PerceiverModel(nn.Module):
-    """A Perceiver that classifies a set of tokens: positions, encoder, mean over latents, linear classifier.
+class TokenFeatures(nn.Module):
+    """What the encoder reads of one modality's tokens: features, positions and, among several, which modality it is.
 
     Args:
         input_dim: features of a token.
-        num_classes: logits.
+        vocab_size: tokens are whole numbers below it (bytes: 256), each with a learned embedding, as Perceiver IO reads
+            text (section 4.1); input_dim is then 1. None for tokens that are features already.
+        embedding_dim: width of that embedding.
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
-        use_positions: concatenate position features to the input; off for data that carries its own.
+        use_positions: concatenate position features; off for data that carries its own.
         num_frequency_bands: see :class:`PositionFeatures`.
-        encoder: the arguments of :class:`PerceiverEncoder` after input_dim, and their defaults (the base preset).
 
     Raises:
-        ValueError: as for :class:`PerceiverEncoder`.
+        ValueError: a size that is not a whole number of 1 or more, or that does not fit another.
     """
 
     def __init__(
         self,
-        input_dim: int,
-        num_classes: int,
+        input_dim: int = 1,
+        vocab_size: int | None = None,
+        embedding_dim: int = 64,
         grid_shape: tuple[int, int] | None = None,
         use_positions: bool = True,
         num_frequency_bands: int | None = None,
-        **encoder,
     ):
         super().__init__()
-        check_sizes(input_dim=input_dim, num_classes=num_classes)
+        check_sizes(input_dim=input_dim, embedding_dim=embedding_dim)
         if grid_shape is not None:
             if not (isinstance(grid_shape, (tuple, list)) and len(grid_shape) == 2):
                 raise ValueError(f"grid_shape must be (rows, cols), not {grid_shape!r}")
             check_sizes(**dict(zip(("rows of grid_shape", "cols of grid_shape"), grid_shape, strict=True)))
-        self.input_dim, self.grid_shape = input_dim, grid_shape
+        self.input_dim, self.grid_shape, self.embedding = input_dim, grid_shape, None
+        if vocab_size is not None:
+            check_sizes(vocab_size=vocab_size)
+            if input_dim != 1:
+                raise ValueError(f"with vocab_size a token is one whole number: input_dim must be 1, not {input_dim}")
+            # From a unit normal, as large as the position features beside it: the layer norm is over both
+            self.embedding = nn.Embedding(vocab_size, embedding_dim)
         self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
-        self.encoder = PerceiverEncoder(input_dim + (self.positions.num_channels if use_positions else 0), **encoder)
+        self.num_channels = input_dim if vocab_size is None else embedding_dim
+        self.num_channels += self.positions.num_channels if use_positions else 0
+        self.encoding = None
+
+    def pad_channels(self, width: int) -> None:
+        """Fill up to `width` channels with a learned encoding of the modality (as in the paper, audio and video)."""
+        self.encoding = nn.Parameter(nn.init.trunc_normal_(torch.empty(width - self.num_channels), std=0.02))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, input_dim), mask bool (B, L) -> (B, L, C)."""
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
+        features = [x if self.embedding is None else self.embedding(x[..., 0].long())]  # (B, L, features)
+        if self.positions is not None:
+            features.append(self.positions(features[0]).expand(x.size(0), -1, -1))
+        if self.encoding is not None:
+            features.append(self.encoding.expand(*x.shape[:2], -1))
+        return torch.cat(features, -1) if len(features) > 1 else features[0]
+
+    def missing(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of samples that lack this modality: zeros (B, L, input_dim), False (B, L)."""
+        length = math.prod(self.grid_shape) if self.grid_shape else 1
+        x = like.new_zeros(like.size(0), length, self.input_dim)
+        return x, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+
+    def check(self, x: Tensor, name: str) -> None:
+        """Raise ValueError if x is no batch of these tokens."""
+        if x.dim() != 3 or x.size(2) != self.input_dim or not x.size(1):
+            shape = tuple(x.shape)
+            raise ValueError(f"{name} has shape {shape}, but the model takes (batch, tokens, {self.input_dim})")
+        if self.grid_shape and x.size(1) != math.prod(self.grid_shape):
+            rows, cols = self.grid_shape
+            raise ValueError(f"{name} has {x.size(1)} tokens, but grid_shape {rows} x {cols} needs {rows * cols}")
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are filled up to its width
+Modal = Tensor | dict[str, Tensor]  # of one modality, or of each by its name
+
+
+class PerceiverModel(nn.Module):
+    """A Perceiver that classifies a set of tokens: token features, encoder, mean over latents, linear classifier.
+
+    The tokens of several modalities stand one after another; each has its own positions, and channels filled up to a
+    common width by a learned encoding (as the paper does for audio and video). One modality is the case of one entry.
+
+    Args:
+        input_dim: features of a token; or, for several modalities, a dict from the name of each to its arguments of
+            :class:`TokenFeatures`, such as {"image": {"input_dim": 48, "grid_shape": (8, 8)}, "text": {"vocab_size":
+            256}}.
+        num_classes: logits.
+        features: further arguments of :class:`TokenFeatures`; with a dict, those that a modality does not give itself.
+        encoder: the arguments of :class:`PerceiverEncoder` after input_dim, and their defaults (the base preset).
+
+    Raises:
+        ValueError: as for :class:`PerceiverEncoder` and :class:`TokenFeatures`.
+    """
+
+    def __init__(self, input_dim: int | dict[str, dict], num_classes: int, **features_and_encoder):
+        super().__init__()
+        check_sizes(num_classes=num_classes)
+        features = {name: features_and_encoder.pop(name) for name in FEATURES & features_and_encoder.keys()}
+        modalities = input_dim if isinstance(input_dim, dict) else {"input": {"input_dim": input_dim}}
+        if not modalities:
+            raise ValueError("input_dim is a dict of no modality; it needs at least one")
+        self.modalities = nn.ModuleDict({name: TokenFeatures(**features | own) for name, own in modalities.items()})
+        width = max(tokens.num_channels for tokens in self.modalities.values())
+        if len(self.modalities) > 1:
+            width += MODALITY_CHANNELS
+            for tokens in self.modalities.values():
+                tokens.pad_channels(width)
+        self.encoder = PerceiverEncoder(width, **features_and_encoder)
         d_model = self.encoder.latents.size(1)
         self.norm = nn.LayerNorm(d_model)
         self.classifier = nn.Linear(d_model, num_classes)
         self.apply(initialise)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, return_attention: bool = False
+        self, x: Modal, mask: Modal | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Classify a batch.
 
         Args:
-            x: float (B, L, input_dim). What it holds at padding (NaN and infinity included) reaches no result.
-            mask: (B, L) of bool or of 1 and 0 in any dtype, True at real tokens; None when all are real. A sample
-                without a real token gets the logits of the latents alone.
+            x: float (B, L, input_dim), or a dict of them by modality. What it holds at padding (NaN and infinity
+                included) reaches no result. A modality that the dict lacks is missing in every sample.
+            mask: (B, L) of bool or of 1 and 0 in any dtype, True at real tokens, or a dict of them; None when all are
+                real. A sample misses a modality where its mask is 0 throughout; a sample without any real token gets
+                the logits of the latents alone.
             return_attention: also return the cross-attention maps.
 
         Returns:
             logits (B, num_classes), and with ``return_attention`` one map (B, H, N, L) per cross-attend, whose rows
-            sum to 1 over real tokens and are 0 at padding.
+            sum to 1 over real tokens and are 0 at padding. L runs over the modalities in the order of the model.
 
         Raises:
-            ValueError: x or mask has a wrong shape, or the mask holds other numbers than 1 and 0.
+            ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
         """
         latents, *maps = self._encode(x, mask, return_attention)
         logits = self.classifier(self._pool(latents))
         return (logits, *maps) if return_attention else logits
 
-    def pooled_latents(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def pooled_latents(self, x: Modal, mask: Modal | None = None) -> Tensor:
         """What the classifier reads: the mean over the normalised latents, (B, D). Arguments as for forward."""
         return self._pool(self._encode(x, mask, False)[0])
 
     def _pool(self, latents: Tensor) -> Tensor:
         return self.norm(latents).mean(1)  # (B, N, D) -> (B, D)
 
-    def _encode(self, x: Tensor, mask: Tensor | None, return_attention: bool) -> tuple:
-        self._check_input(x)
-        if mask is not None:
-            mask = _as_bool(mask, x.shape)
-            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
-        if self.positions is not None:
-            positions = self.positions(x).expand(x.size(0), -1, -1)
-            x = torch.cat([x, positions], -1)  # (B, L, C)
-        encoded = self.encoder(x, mask, return_attention)
+    def _encode(self, x: Modal, mask: Modal | None, return_attention: bool) -> tuple:
+        x = self._by_modality(x, "input")
+        mask = self._by_modality(mask, "mask") if mask is not None else {}
+        if not x:
+            raise ValueError("the input holds no modality")
+        inputs, masks = [], []
+        for name, tokens in self.modalities.items():
+            if name in x:
+                title = name if len(self.modalities) > 1 else "input"
+                tokens.check(x[name], title)
+                values, real = x[name], mask.get(name)
+                real = real if real is None else _as_bool(real, values.shape, title)
+            else:
+                values, real = tokens.missing(next(iter(x.values())))
+            inputs.append(tokens(values, real))  # (B, L of this modality, C)
+            if real is None and len(self.modalities) > 1:
+                real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+            masks.append(real)
+        if len(inputs) > 1:
+            inputs = [torch.cat(inputs, 1)]  # (B, L, C)
+            masks = [torch.cat(masks, 1)]  # (B, L)
+        encoded = self.encoder(inputs[0], masks[0], return_attention)
         return encoded if return_attention else (encoded,)
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.size(2) != self.input_dim or not x.size(1):
-            raise ValueError(f"input has shape {tuple(x.shape)}, but the model takes (batch, tokens, {self.input_dim})")
-        if self.grid_shape and x.size(1) != math.prod(self.grid_shape):
-            rows, cols = self.grid_shape
-            raise ValueError(f"input has {x.size(1)} tokens, but grid_shape {rows} x {cols} needs {rows * cols}")
+    def _by_modality(self, values: Modal, what: str) -> dict[str, Tensor]:
+        if not isinstance(values, dict):
+            if len(self.modalities) > 1:
+                raise ValueError(f"{what} must be a dict with the modalities {', '.join(self.modalities)}")
+            return {next(iter(self.modalities)): values}
+        for name in values.keys() - self.modalities.keys():
+            raise ValueError(f"{what} has the modality {name!r}; the model knows {', '.join(self.modalities)}")
+        return values
 
 
-def _as_bool(mask: Tensor, input_shape: torch.Size) -> Tensor:
+FEATURES = set(inspect.signature(TokenFeatures).parameters) - {"input_dim"}
+
+
+def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
     if mask.shape != input_shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, but the input needs {tuple(input_shape[:2])}")
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but the {name} needs {tuple(input_shape[:2])}")
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask holds other numbers than 1 (real token) and 0 (padding)")
     return mask.bool()
@@ -520,14 +619,16 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def create_perceiver_model(input_dim: int, num_classes: int, model_size: str = "base", **overrides) -> PerceiverModel:
+def create_perceiver_model(
+    input_dim: int | dict[str, dict], num_classes: int, model_size: str = "base", **overrides
+) -> PerceiverModel:
     """Make a Perceiver from a preset.
 
     Args:
-        input_dim: features of a token.
+        input_dim: features of a token, or a dict of modalities, see :class:`PerceiverModel`.
         num_classes: logits.
         model_size: a name in MODEL_SIZES.
-        overrides: any argument of :class:`PerceiverModel` or :class:`PerceiverEncoder`, over the preset.
+        overrides: any argument of :class:`TokenFeatures` or :class:`PerceiverEncoder`, over the preset.
 
     Raises:
         ValueError: an unknown model_size, or a value that the model refuses.
@@ -535,8 +636,7 @@ def create_perceiver_model(input_dim: int, num_classes: int, model_size: str = "
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"unknown model_size {model_size!r}; choose from {', '.join(MODEL_SIZES)}")
-    valid = {*inspect.signature(PerceiverModel).parameters, *inspect.signature(PerceiverEncoder).parameters}
-    valid.remove("encoder")
+    valid = FEATURES | set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
     for name in overrides.keys() - valid:
         nearest = difflib.get_close_matches(name, valid, 1, 0)[0]
         raise TypeError(f"create_perceiver_model() got an unknown argument {name!r}; did you mean {nearest!r}?")

@@ -35,7 +35,7 @@ def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]
     return (
         lambda: measure.training_step(model, optimizer, x[:, :16], label),
         lambda: measure.training_step(model, optimizer, x, label),
-        {"position_channels": model.positions.num_channels},
+        {"position_channels": model.modalities["input"].positions.num_channels},
     )
 
 

@@ -390,7 +390,8 @@ def test_compiled_model_is_the_eager_one(folded, checkpointing):
     compiled = torch.compile(model, backend="aot_eager")
     with path_taken(folded):
         expected = loss_and_gradients(model, x, mask)
-        model.positions.table = model.positions.table[:0]  # also made within the compiled code
+        positions = model.modalities["input"].positions
+        positions.table = positions.table[:0]  # also made within the compiled code
         model.zero_grad()
         logits = compiled(x, mask)
         F.cross_entropy(logits.float(), torch.arange(3)).backward()
@@ -633,7 +634,8 @@ def test_sequence_positions_tell_tokens_apart_and_stay_below_nyquist():
 
 @pytest.mark.parametrize("rows, cols", [(1, 1), (1, 9), (2, 2), (4, 4), (8, 8), (5, 11), (32, 32)])
 def test_grid_positions_tell_tokens_apart(rows, cols):
-    table = PerceiverModel(3, 2, **SMALL, grid_shape=(rows, cols)).positions(torch.zeros(1, rows * cols, 3))
+    model = PerceiverModel(3, 2, **SMALL, grid_shape=(rows, cols))
+    table = model.modalities["input"].positions(torch.zeros(1, rows * cols, 3))
     assert table.isfinite().all()
     assert len(table.unique(dim=0)) == rows * cols
 
@@ -659,15 +661,14 @@ def test_default_number_of_bands(grid_shape, bands):
         default, explicit = (
             PerceiverModel(3, 2, **SMALL, grid_shape=grid_shape, num_frequency_bands=number) for number in (None, bands)
         )
-    assert default.positions.num_channels == explicit.positions.num_channels
-    inputs = default.encoder.cross_attention[0].attention.key.in_features
-    assert inputs == 3 + (2 * bands if grid_shape is None else 4 * bands + 2)
+    inputs, same = (model.encoder.cross_attention[0].attention.key.in_features for model in (default, explicit))
+    assert inputs == same == 3 + (2 * bands if grid_shape is None else 4 * bands + 2)
 
 
 @pytest.mark.parametrize("grid_shape", [None, (4, 3)])
 def test_positions_do_not_depend_on_content(grid_shape):
     model, seen = small_model(grid_shape=grid_shape), []
-    model.positions.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    model.modalities["input"].positions.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     x = torch.randn(3, 12, 5, dtype=torch.float64)
     for batch in (x, 2 * x, x[:1], x.flip(1)):
         model(batch)
@@ -1088,7 +1089,7 @@ def through_state_dict(model):
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = small_model(grid_shape=model.grid_shape)
+    other = small_model(grid_shape=model.modalities["input"].grid_shape)
     other.load_state_dict(torch.load(file, weights_only=True))
     return other
 
