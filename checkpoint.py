@@ -3,11 +3,11 @@
 A checkpoint is a torch file that holds tensors and plain Python values only, so that it loads with
 ``weights_only=True``. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
 
-    format, format_version    "perceiver-checkpoint", 1
+    format, format_version    "perceiver-checkpoint", 2
     model                     the weights (with --ema_decay their average), without any wrapper's prefix
     model_args                the arguments of PerceiverModel
     settings                  every setting of the run (config.py)
-    data                      what the data are: class names, normalisation, patch size, ... (data_utils.py)
+    data                      what the data are: class names, adapters (normalisation, patch size, ...; data_utils.py)
     epoch, step, best         epochs and optimizer steps done; epoch and figures of the best validation
     versions                  of Python and the libraries
 """
@@ -27,7 +27,7 @@ from config import LAST_CHECKPOINT, Settings, UserError
 from perceiver_model import MODEL_SIZES, PerceiverModel
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
-FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 1
+FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 2  # 2: the data are described by adapters
 CONTENTS = {"model": dict, "model_args": dict, "settings": dict, "data": dict, "epoch": int, "step": int, "best": dict}
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
@@ -48,8 +48,10 @@ MODEL_SETTINGS = (
 def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
     """The arguments of PerceiverModel that settings and data ask for: the preset's, and over them what is set."""
     chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
-    from_data = {name: data[name] for name in ("input_dim", "num_classes", "grid_shape")}
-    return MODEL_SIZES[settings.model_size] | chosen | from_data
+    return MODEL_SIZES[settings.model_size] | chosen | {
+        "input_dim": data["features"],
+        "num_classes": data["num_classes"],
+    }
 
 
 def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 
 
 _data = functools.partial(_setting, group="Data", on_resume="fixed")
+_column = functools.partial(_setting, group="Data", on_resume="free")
 _model = functools.partial(_setting, group="Model", on_resume="fixed")
 _training = functools.partial(_setting, group="Training", on_resume="inexact")
 _files = functools.partial(_setting, group="Files", on_resume="free")
@@ -92,11 +93,11 @@ class Settings:
     test_fraction: float = _data(
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
-    id_column: str = _data("id", "column of a series' name in a table", applies={"dataset_type": ("sequences",)})
-    text_column: str = _data("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
-    image_column: str = _data("image", "column of the image's file", applies=_MULTIMODAL)
-    series_column: str = _data("series", "column of the series' file", applies=_MULTIMODAL)
-    label_column: str = _data("label", "column of the label", applies=_TABLES)
+    id_column: str = _column("id", "column of a series' name in a table", applies={"dataset_type": ("sequences",)})
+    text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
+    image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
+    series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
+    label_column: str = _column("label", "column of the label", applies=_TABLES)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -499,7 +500,8 @@ class Parser(argparse.ArgumentParser):
                 groups[title].add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), **options)
             else:
                 choices = ",".join(field.metadata.get("choices", ()))
-                metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: "DIR"}[kind]
+                text = "NAME" if name.endswith("_column") else "PATH"
+                metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: text}[kind]
                 groups[title].add_argument(flag, metavar=metavar, **options)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:

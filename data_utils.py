@@ -1,11 +1,12 @@
-"""Data: data sets of token sequences, the batches made of them and the splits.
+"""Data: data sets of tokens, the batches made of them and the splits.
 
 An item of a data set is {'input': (L, C), 'label': int} with an optional 'mask': (L,); every loader yields
 
     {'input': float32 (B, L, C), 'mask': bool (B, L), 'label': int64 (B,)}
 
 with B samples, L tokens (of the longest sample) and C channels. The mask is True at real tokens and False at padding,
-which is zero. Any `torch.utils.data.Dataset` of such items can be used:
+which is zero. With several modalities, 'input' and 'mask' are dicts of these by modality, in items and in batches; an
+item leaves out a modality that it lacks. Any `torch.utils.data.Dataset` of such items can be used:
 
     loader = create_dataloader(my_dataset, batch_size=32, shuffle=True, num_classes=10)
 
@@ -20,7 +21,8 @@ import shutil
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,30 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from adapters import (
+    Adapter,
+    ImageAdapter,
+    SeriesAdapter,
+    TensorAdapter,
+    TextAdapter,
+    check_patch_size,
+    describe,
+    from_description,
+    square_pixels,
+)
 from config import Settings, UserError
+from data_files import (
+    Items,
+    class_order,
+    read_images,
+    read_manifest,
+    read_one_series,
+    read_series,
+    read_texts,
+    split_folders,
+)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Item = dict[str, Any]
 
 
@@ -66,12 +89,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
     return real
 
 
-def to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor, int | None]:
-    """An item, checked: (input float32 (L, C), mask bool (L,), label or None). `where` names it in an error."""
-    if not isinstance(item, dict) or "input" not in item:
-        found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
-        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is {found}")
-    tokens = item["input"]
+def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
+    """(input float32 (L, C), mask bool (L,)) of one modality."""
     try:
         if not isinstance(tokens, Tensor):
             tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
@@ -79,33 +98,67 @@ def to_sample(item: Item, where: str, max_seq_len: int | None) -> tuple[Tensor, 
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: the input is not an array of numbers: {error}") from error
     shape = tuple(tokens.shape)
-    if len(shape) != 2:
+    if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
-    mask = _to_mask(item.get("mask"), len(tokens), where)
+    mask = _to_mask(mask, len(tokens), where)
     tokens, mask = tokens[:max_seq_len], mask[:max_seq_len]
-    if not mask.any() or not tokens.size(1):
-        raise UserError(f"{where}: empty, no real token (input {shape}); remove the sample")
     if not tokens[mask].isfinite().all():
         raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
-    return tokens, mask, _to_label(item["label"], where) if "label" in item else None
+    return tokens, mask
+
+
+Sample = tuple[dict[str, tuple[Tensor, Tensor]], int | None]
+ONLY = "input"  # what errors and samples call the modality of data that have just one
+
+
+def to_sample(item: Item, where: str, max_seq_len: int | None) -> Sample:
+    """An item, checked: ({modality: (input float32 (L, C), mask bool (L,))}, label or None).
+
+    `where` names it in an error. A modality without a real token counts as missing; one at least must have some.
+    """
+    if not isinstance(item, dict) or "input" not in item:
+        found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
+        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is {found}")
+    inputs, masks = item["input"], item.get("mask")
+    if not isinstance(inputs, dict):
+        inputs, masks = {ONLY: inputs}, {ONLY: masks}
+    elif masks is not None and not isinstance(masks, dict):
+        raise UserError(f"{where}: the input is a dict of modalities, so the mask must be one too")
+    parts = {}
+    for name, tokens in inputs.items():
+        place = where if name == ONLY else f"{where}, {name}"
+        tokens, mask = _to_tokens(tokens, (masks or {}).get(name), place, max_seq_len)
+        if mask.any():
+            parts[name] = tokens, mask
+    if not parts:
+        shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
+        raise UserError(f"{where}: empty, no real token (input {shapes}); remove the sample")
+    return parts, _to_label(item["label"], where) if "label" in item else None
 
 
 def collate(items: Sequence[Item] | Batch, max_seq_len: int | None = None) -> Batch:
     """The batch of a list of items; sequences longer than max_seq_len are cut to it.
 
     A batch that the data set assembled itself (`__getitems__`) is passed on. Items without a label give a batch without
-    one. Tokens hidden by an item's mask become zeros, as padding is. Raises UserError for an item that cannot be used.
+    one. Tokens hidden by an item's mask become zeros, as padding is. A modality that no item has is not in the batch.
+    Raises UserError for an item that cannot be used.
     """
     if isinstance(items, dict):
         return items
     samples = [to_sample(item, f"item {i} of the batch", max_seq_len) for i, item in enumerate(items)]
-    inputs, masks, labels = zip(*samples, strict=True)
-    widths = {tokens.size(1) for tokens in inputs}
-    if len(widths) > 1:
-        raise UserError(f"the batch mixes sequences of {sorted(widths)} channels; all must have the same number")
-    mask = pad_sequence(masks, batch_first=True)
-    batch = {"input": pad_sequence(inputs, batch_first=True).masked_fill_(~mask[..., None], 0), "mask": mask}
-    if labels != (None,) * len(labels):
+    inputs, masks = {}, {}
+    for name in dict.fromkeys(name for parts, _ in samples for name in parts):
+        widths = {parts[name][0].size(1) for parts, _ in samples if name in parts}
+        if len(widths) > 1:
+            raise UserError(f"the batch mixes sequences of {sorted(widths)} channels; all must have the same number")
+        missing = torch.zeros(0, *widths), torch.zeros(0, dtype=torch.bool)
+        tokens, real = zip(*(parts.get(name, missing) for parts, _ in samples), strict=True)
+        masks[name] = pad_sequence(real, batch_first=True)
+        inputs[name] = pad_sequence(tokens, batch_first=True).masked_fill_(~masks[name][..., None], 0)
+    several = isinstance(items[0]["input"], dict)
+    batch = {"input": inputs, "mask": masks} if several else {"input": inputs[ONLY], "mask": masks[ONLY]}
+    labels = [label for _, label in samples]
+    if labels != [None] * len(labels):
         batch["label"] = torch.tensor(labels)
     return batch
 
@@ -121,16 +174,19 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 def check_items(dataset: Dataset, max_seq_len: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read every item once. Returns (lengths in tokens, labels), int64; raises UserError that names a bad sample."""
-    lengths, labels, width = [], [], None
+    lengths, labels, widths = [], [], {}
     for number in range(len(dataset)):
         where = f"sample {number}"
-        tokens, _, label = to_sample(dataset[number], where, max_seq_len)
+        parts, label = to_sample(dataset[number], where, max_seq_len)
         if label is None:
             raise UserError(f"{where}: it has no 'label'")
-        width = width or tokens.size(1)
-        if tokens.size(1) != width:
-            raise UserError(f"{where}: {tokens.size(1)} channels, the samples before it have {width}; make them equal")
-        lengths.append(len(tokens))
+        for name, (tokens, _) in parts.items():
+            width = widths.setdefault(name, tokens.size(1))
+            if tokens.size(1) != width:
+                raise UserError(
+                    f"{where}: {tokens.size(1)} channels, the samples before it have {width}; make them equal"
+                )
+        lengths.append(sum(len(tokens) for tokens, _ in parts.values()))
         labels.append(label)
     return np.array(lengths, np.int64), np.array(labels, np.int64)
 
@@ -296,6 +352,20 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
+def _known(info: Info | None, modality: str) -> Any:
+    """The adapter of a description made in training; None without one."""
+    return from_description(info["adapters"][modality]) if info else None
+
+
+def _describe(adapters: dict[str, Adapter], class_names: Sequence[str], notes: Sequence[str] = ()) -> Info:
+    return {
+        "class_names": list(class_names),
+        "features": {name: adapter.features for name, adapter in adapters.items()},
+        "adapters": {name: describe(adapter) for name, adapter in adapters.items()},
+        "notes": list(notes),
+    }
+
+
 def _split_off_validation(labels: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     return stratified_split(labels, settings.val_fraction, random_stream("validation", settings.seed))
 
@@ -363,12 +433,11 @@ def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple
     train, val = _split_off_validation(data.labels, settings)
     rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
     names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
+    adapter = _known(info, "series") or TensorAdapter(settings.feature_dim, settings.max_seq_len)
     splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
-    return splits, {
-        "class_names": names,
-        "input_dim": settings.feature_dim,
-        "max_seq_len": info["max_seq_len"] if info else settings.max_seq_len,
-    }
+    for split in splits.values():
+        split.sequences = [adapter(sequence) for sequence in split.sequences]
+    return splits, _describe({"series": adapter}, names)
 
 
 def create_synthetic_sequence_dataloader(
@@ -397,47 +466,6 @@ def create_synthetic_sequence_dataloader(
 # -- images ---------------------------------------------------------------------------------------------------
 
 
-def check_patch_size(patch_size: int, height: int, width: int) -> None:
-    """Raise UserError if patches of this size (pixels) do not tile the image."""
-    if patch_size < 1 or height % patch_size or width % patch_size:
-        valid = [size for size in range(1, height + 1) if not height % size and not width % size]
-        raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
-
-
-def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[float], patch_size: int) -> Tensor:
-    """Images as sequences of patches, normalised. The one preparation of images, in training and in prediction.
-
-    Args:
-        images: uint8 (B, H, W, C).
-        mean, std: per channel (C), in units of the stored pixels.
-        patch_size: P, divides H and W.
-
-    Returns:
-        float32 (B, H/P * W/P, P*P*C). Patches run along the rows of the image; inside a patch the order is row, column,
-        channel.
-
-    Raises UserError for another type or shape.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise UserError(f"images must be uint8 (B, H, W, C), these are {images.dtype} {images.shape}")
-    (num, height, width, channels), size = images.shape, patch_size
-    check_patch_size(size, height, width)
-    strip = np.dtype((np.void, size * channels))  # one row of a patch, moved as a whole
-    strips = np.ascontiguousarray(images).reshape(num, height // size, size, -1).view(strip)
-    patches = strips.swapaxes(2, 3).copy().view(np.uint8)  # (B, H/P, W/P, P*P*C)
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), height * width)
-    pixels = torch.from_numpy(patches).view(num, -1).float()
-    return torch.addcmul(shift, pixels, scale, out=pixels).view(num, -1, size * size * channels)
-
-
-@lru_cache
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pixels: int) -> tuple[Tensor, Tensor]:
-    """(value - mean) / std as value * scale + shift, for all the values of an image, (pixels * C,) each."""
-    scale = 1 / torch.tensor(std)
-    return scale.repeat(pixels), (-torch.tensor(mean) * scale).repeat(pixels)
-
-
 def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, margin: int) -> np.ndarray:
     """Images uint8 (B, H, W, C), mirrored where `flips` (B,) is true and moved over a black ground.
 
@@ -460,7 +488,7 @@ class ImageDataset(Dataset):
     Args:
         images: uint8 (N, H, W, C).
         labels: N class numbers.
-        mean, std, patch_size: see `prepare_images`.
+        adapter: makes the tokens.
         margin: training images are moved by up to so many pixels (0: not).
         flip: half of the training images are mirrored.
         seed: of margin and flip, which are drawn anew for each epoch.
@@ -470,18 +498,15 @@ class ImageDataset(Dataset):
         self,
         images: np.ndarray,
         labels: np.ndarray,
-        mean: Sequence[float],
-        std: Sequence[float],
-        patch_size: int,
+        adapter: ImageAdapter,
         margin: int = 0,
         flip: bool = False,
         seed: int = 0,
     ):
         self.images = np.ascontiguousarray(images)
         self.labels = np.array([_to_label(label, f"sample {i}") for i, label in enumerate(labels)])
-        self.mean, self.std, self.patch_size = mean, std, patch_size
-        self.margin, self.flip, self.seed = margin, flip, seed
-        self.lengths = np.full(len(images), images[0, ..., 0].size // patch_size**2)
+        self.adapter, self.margin, self.flip, self.seed = adapter, margin, flip, seed
+        self.lengths = np.full(len(images), math.prod(adapter.grid_shape))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -497,7 +522,7 @@ class ImageDataset(Dataset):
         images = self.images[numbers]
         if self.margin or self.flip:
             images = shift_and_flip(images, self.offsets[numbers], self.flips[numbers], self.margin)
-        tokens = prepare_images(images, self.mean, self.std, self.patch_size)
+        tokens = self.adapter.tokens(images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
         return {"input": tokens, "mask": mask, "label": torch.from_numpy(self.labels[numbers])}
 
@@ -505,48 +530,29 @@ class ImageDataset(Dataset):
         return {name: values[0] for name, values in self.__getitems__([number]).items()}
 
 
-def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """(mean, standard deviation) per channel of uint8 (N, H, W, C); a constant channel has deviation 1."""
-    planes = [torch.from_numpy(images[..., c].ravel()) for c in range(images.shape[-1])]
-    share = np.stack([plane.bincount(minlength=256) / len(plane) for plane in planes])  # (C, 256)
-    values = np.arange(256)
-    mean = share @ values
-    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
-    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
-
-
 def _image_splits(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    images: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
     class_names: Sequence[str],
     settings: Settings,
     info: Info | None,
     margin: int,
-    flip: bool = False,
+    any_size: bool = False,
+    notes: Sequence[str] = (),
 ) -> tuple[Splits, Info]:
-    """The splits of (images, labels), with `margin` and `flip` for the training images if the settings augment."""
-    images, labels = train
-    kept, held_out = _split_off_validation(labels, settings)
-    kept_images = images[kept]
-    height, width, channels = images.shape[1:]
-    patch_size = info["patch_size"] if info else settings.patch_size
-    mean, std = (info["mean"], info["std"]) if info else channel_statistics(kept_images)
-    make = partial(ImageDataset, mean=mean, std=std, patch_size=patch_size)
-    augmentation = {"margin": margin, "flip": flip, "seed": settings.seed} if settings.augment else {}
-    splits = {
-        "train": make(kept_images, labels[kept], **augmentation),
-        "val": make(images[held_out], labels[held_out]),
-        "test": make(*test),
-    }
-    return splits, {
-        "class_names": list(class_names),
-        "input_dim": patch_size**2 * channels,
-        "grid_shape": [height // patch_size, width // patch_size],
-        "image_shape": [height, width, channels],
-        "patch_size": patch_size,
-        "mean": mean,
-        "std": std,
-    }
+    """The splits of images and labels (validation comes out of 'train' where there is none), with augmentation."""
+    if "val" not in images:
+        kept, held_out = _split_off_validation(labels["train"], settings)
+        images = images | {"train": images["train"][kept], "val": images["train"][held_out]}
+        labels = labels | {"train": labels["train"][kept], "val": labels["train"][held_out]}
+    adapter = _known(info, "image") or ImageAdapter.fit(images["train"], settings.patch_size, any_size)
+    splits = {name: ImageDataset(images[name], labels[name], adapter) for name in ("val", "test")}
+    splits["train"] = ImageDataset(images["train"], labels["train"], adapter, **_augmentation(settings, margin))
+    return splits, _describe({"image": adapter}, class_names, notes)
+
+
+def _augmentation(settings: Settings, margin: int) -> dict[str, Any]:
+    return {"margin": margin, "flip": settings.flip, "seed": settings.seed} if settings.augment else {}
 
 
 def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -560,9 +566,10 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8)[..., None], digits.target
     rest, test = stratified_split(labels, 0.2, random_stream("digits test set"))
+    parts = {"train": rest, "test": test}
     return _image_splits(
-        (images[rest], labels[rest]),
-        (images[test], labels[test]),
+        {name: images[numbers] for name, numbers in parts.items()},
+        {name: labels[numbers] for name, numbers in parts.items()},
         [str(name) for name in digits.target_names],
         settings,
         info,
@@ -574,15 +581,9 @@ def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[S
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if not there."""
     check_patch_size(settings.patch_size, 32, 32)
     train, test = _open_cifar10(Path(settings.data_dir))
-    return _image_splits(
-        (train.data, np.array(train.targets)),
-        (test.data, np.array(test.targets)),
-        train.classes,
-        settings,
-        info,
-        margin=4,
-        flip=True,
-    )
+    images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
+    labels = {name: np.array(numbers) for name, numbers in labels.items()}
+    return _image_splits(images, labels, train.classes, settings, info, margin=4)
 
 
 def _open_cifar10(folder: Path) -> tuple[Any, Any]:
@@ -652,10 +653,162 @@ def create_cifar10_sequence_dataset(
         patch_size=patch_size,
         data_dir=data_dir,
         augment=augment,
+        flip=augment,
         seed=seed,
     )
     splits, info = load_splits(settings)
     return create_dataloader(splits[split], batch_size, split == "train", seed, num_workers, info["num_classes"])
+
+
+# -- your own data --------------------------------------------------------------------------------------------
+
+
+class MultimodalDataset(Dataset):
+    """Several modalities of the same samples.
+
+    Args:
+        parts: for each modality a data set of the samples that have it, and (N,) each sample's number in it, -1 where
+            it lacks the modality.
+        labels: N class numbers.
+    """
+
+    def __init__(self, parts: dict[str, tuple[Dataset, np.ndarray]], labels: np.ndarray):
+        self.parts, self.labels = parts, labels
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset, _ in self.parts.values():
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> Item:
+        there = {name: (data, numbers[number]) for name, (data, numbers) in self.parts.items() if numbers[number] >= 0}
+        inputs = {name: data[place]["input"] for name, (data, place) in there.items()}
+        return {"input": inputs, "label": self.labels[number]}
+
+
+OwnSplits = tuple[dict[str, Items], dict[str, np.ndarray], list[str]]
+
+
+def _own_splits(settings: Settings, info: Info | None, read: Callable[[Path], Items]) -> OwnSplits:
+    """(items, class numbers) of each split of the user's data, and the names of the classes.
+
+    What data_path does not say itself (test_path, or the folders train, val and test of images) is split off, the same
+    test set for every seed.
+    """
+    if settings.data_path is None:
+        raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
+    path = Path(settings.data_path)
+    places = (split_folders(path) if settings.dataset_type == "images" else None) or {"train": path}
+    if settings.test_path is not None:
+        places["test"] = Path(settings.test_path)
+    items = {name: read(place) for name, place in places.items()}
+    class_names = info["class_names"] if info else class_order(items["train"].labels)
+    if len(class_names) < 2:
+        raise UserError(f"{path}: every item has the label {class_names[0]!r}; at least two classes are needed")
+    numbers = {name: number for number, name in enumerate(class_names)}
+    for found in items.values():
+        for place, label in zip(found.places, found.labels, strict=True):
+            if label not in numbers:
+                raise UserError(f"{place}: label {label!r} does not occur in the training data; correct or remove it")
+    streams = {
+        "test": (settings.test_fraction, random_stream("test set")),
+        "val": (settings.val_fraction, random_stream("validation", settings.seed)),
+    }
+    for name in streams.keys() - items.keys():
+        labels = np.array([numbers[label] for label in items["train"].labels])
+        kept, held_out = stratified_split(labels, *streams[name])
+        items[name], items["train"] = items["train"].subset(held_out), items["train"].subset(kept)
+    labels = {name: np.array([numbers[label] for label in found.labels]) for name, found in items.items()}
+    return items, labels, class_names
+
+
+def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
+    """function(value) of each, in threads (files are read and decoded in C); an error says at which place."""
+
+    def call(value: Any, place: str) -> Any:
+        try:
+            return function(value)
+        except UserError as error:
+            raise error if place in str(error) else UserError(f"{place}: {error}") from error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(call, values, places))
+
+
+def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The user's images: a folder of a folder for each class, or of train, val and test above those.
+
+    They are kept in memory as bytes, image_size x image_size x 3 each.
+    """
+    check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
+    items, labels, class_names = _own_splits(settings, info, read_images)
+    size = _known(info, "image").image_shape[0] if info else settings.image_size
+    read = partial(square_pixels, size=size)
+    images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
+    notes = items["train"].notes
+    return _image_splits(images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes)
+
+
+def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
+    columns = {"id_column": settings.id_column, "label_column": settings.label_column}
+    items, labels, class_names = _own_splits(settings, info, partial(read_series, **columns))
+    adapter = _known(info, "series") or SeriesAdapter.fit(items["train"].values, settings.max_seq_len)
+    splits = {
+        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
+    }
+    return splits, _describe({"series": adapter}, class_names, items["train"].notes)
+
+
+def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The user's texts: a .csv, .tsv or .jsonl file."""
+    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
+    items, labels, class_names = _own_splits(settings, info, partial(read_texts, **columns))
+    adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
+    splits = {
+        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
+    }
+    return splits, _describe({"text": adapter}, class_names, items["train"].notes)
+
+
+def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+    """The user's manifest: a .csv, .tsv or .jsonl file whose columns name an image, a text, a series and a label."""
+    check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
+    columns = {name: getattr(settings, f"{name}_column") for name in ("image", "text", "series")}
+    read = partial(read_manifest, columns=columns, label_column=settings.label_column)
+    items, labels, class_names = _own_splits(settings, info, read)
+    size = _known(info, "image").image_shape[0] if info and "image" in info["adapters"] else settings.image_size
+    prepare = {"image": partial(square_pixels, size=size), "text": str, "series": read_one_series}
+    there = {name for item in items["train"].values for name in item}
+    adapters, parts = {}, {name: {} for name in items}
+    for modality in (name for name in columns if name in (info["adapters"] if info else there)):
+        for name in ("train", "val", "test"):
+            found = items[name]
+            have = [number for number, item in enumerate(found.values) if modality in item]
+            raw = _each(prepare[modality], [found.values[i][modality] for i in have], [found.places[i] for i in have])
+            if name == "train":
+                adapters[modality] = _known(info, modality) or _fit(modality, raw, settings)
+            adapter, numbers = adapters[modality], np.full(len(found.values), -1)
+            numbers[have] = np.arange(len(have))
+            if modality == "image":
+                augmentation = _augmentation(settings, size // 8) if name == "train" else {}
+                images = np.stack(raw) if raw else np.empty((0, size, size, 3), np.uint8)
+                data = ImageDataset(images, labels[name][have], adapter, **augmentation)
+            else:
+                data = SequenceDataset(_each(adapter, raw, [found.places[i] for i in have]), labels[name][have])
+            parts[name][modality] = data, numbers
+    splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
+    return splits, _describe(adapters, class_names, items["train"].notes)
+
+
+def _fit(modality: str, raw: list[Any], settings: Settings) -> Adapter:
+    """The adapter of a modality's training items."""
+    if modality == "image":
+        return ImageAdapter.fit(np.stack(raw), settings.patch_size, any_size=True)
+    return TextAdapter(settings.max_seq_len) if modality == "text" else SeriesAdapter.fit(raw, settings.max_seq_len)
 
 
 # -- by name --------------------------------------------------------------------------------------------------
@@ -664,25 +817,27 @@ DATASETS: dict[str, Callable[[Settings, Info | None], tuple[Splits, Info]]] = {
     "synthetic": load_synthetic_splits,
     "cifar10": load_cifar10_splits,
     "digits": load_digits_splits,
+    "images": load_images_splits,
+    "sequences": load_sequences_splits,
+    "text": load_text_splits,
+    "multimodal": load_multimodal_splits,
 }
 
 
 def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The data sets {'train', 'val', 'test'} of settings.dataset_type and their description.
 
-    The description holds plain values that a checkpoint can store: dataset_type, class_names, num_classes, input_dim
-    (channels of a token), grid_shape ([rows, columns] of patches), image_shape ([H, W, C]), patch_size, mean and std
-    per channel, max_seq_len, split_sizes and split_seed; None where it does not apply.
+    The description holds plain values that a checkpoint can store: dataset_type, class_names, num_classes, for each
+    modality the adapter (see adapters.py) and the features that the model is told of, split_sizes, split_seed, and
+    notes for the user.
 
-    info: a description made in training. Its preprocessing (patch_size, mean, std, max_seq_len) is then used.
+    info: a description made in training. Its adapters and classes are then used.
     """
     splits, specific = DATASETS[settings.dataset_type](settings, info)
-    nothing = dict.fromkeys(("grid_shape", "image_shape", "patch_size", "mean", "std", "max_seq_len"))
     return splits, {
         "dataset_type": settings.dataset_type,
         "num_classes": len(specific["class_names"]),
-        **nothing,
         **specific,
-        "split_sizes": {name: len(split) for name, split in splits.items()},
+        "split_sizes": {name: len(splits[name]) for name in ("train", "val", "test")},
         "split_seed": settings.seed,
     }

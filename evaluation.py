@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # plotting libraries are imported where they are used: import
 
 PathLike = str | os.PathLike
 Device = str | torch.device
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # told apart by colour-blind readers too
 STYLE = {
@@ -56,11 +56,21 @@ def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) 
             module.training = training
 
 
-def model_inputs(batch: Batch, device: Device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Input and mask on the device; no mask where the whole batch has full length."""
+def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
+    """Input and mask on the device, for each modality if there are several; no mask where a whole batch is real."""
+    if isinstance(batch["input"], dict):
+        names = batch["input"].keys()
+        pairs = [model_inputs({key: batch[key][name] for key in ("input", "mask")}, device) for name in names]
+        return tuple(dict(zip(names, values, strict=True)) for values in zip(*pairs, strict=True))
     mask = batch["mask"]
     x = batch["input"].to(device, non_blocking=True)
     return x, None if mask.all() else mask.to(device, non_blocking=True)
+
+
+def token_counts(batch: Batch) -> torch.Tensor:
+    """Real tokens of each sample, (B,) int64, of all modalities together."""
+    masks = batch["mask"].values() if isinstance(batch["mask"], dict) else [batch["mask"]]
+    return sum(mask.sum(1) for mask in masks)
 
 
 def collect_predictions(
@@ -76,7 +86,7 @@ def collect_predictions(
         for batch in loader:
             logits.append(model(*model_inputs(batch, device)).float())
             labels.append(batch["label"])
-            lengths.append(batch["mask"].sum(1))
+            lengths.append(token_counts(batch))
     if not logits:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
     parts = {"logits": logits, "labels": labels, "lengths": lengths}
@@ -600,6 +610,42 @@ def plot_sequence_attention(
                 heat_map(axes, latents[order], "multiple of uniform", cmap="viridis", vmin=0)
                 axes.set_ylabel(f"latents of cross-attend {number}\n(in order of their peaks)")
             below[-1].set_xlabel("time (tokens)")
+
+
+def plot_text_attention(
+    texts: np.ndarray, masks: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """Cross-attention over the characters of a few texts: its mean over heads, latents and cross-attends.
+
+    Args:
+        texts: (B, L), the bytes of each text in UTF-8.
+        masks, attention, captions: as for `plot_sequence_attention`.
+    """
+    width, most = 64, 12  # characters in a line, lines of a text
+    shown = []
+    for i, (data, mask) in enumerate(zip(texts, masks, strict=True)):
+        data = data[mask].astype(np.uint8)
+        share = np.mean([weights[i].mean((0, 1))[mask] for weights in attention], axis=0)  # of each byte
+        starts = np.flatnonzero((data & 0xC0) != 0x80)  # the bytes that begin a character
+        share = np.add.reduceat(share, starts) if len(starts) else share[:0]
+        ends = [*starts[1:], len(data)]
+        characters = [bytes(data[a:b]).decode(errors="replace") for a, b in zip(starts, ends, strict=True)]
+        shown.append((characters[: width * most], (share * len(share))[: width * most]))
+    lines = [max(1, -(-len(characters) // width)) for characters, _ in shown]
+    with _page(path, 9, 0.6 + sum(0.55 + 0.2 * number for number in lines)) as figure:
+        figure.suptitle("Cross-attention to each character, as a multiple of uniform attention")
+        panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
+        for axes, (characters, share), number, caption in zip(panels, shown, lines, captions, strict=True):
+            grid = np.full(number * width, np.nan)
+            grid[: len(share)] = share
+            picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto")
+            for place, character in enumerate(characters):
+                row, column = divmod(place, width)
+                character = character if character.isprintable() else "·"
+                axes.text(column, row, character, ha="center", va="center", fontsize=7)
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=8)
+            figure.colorbar(picture, ax=axes, fraction=0.02, pad=0.01)
 
 
 def plot_latent_projection(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from adapters import TensorAdapter, describe
 from checkpoint import model_arguments, save_checkpoint
 from config import UserError, resolve
 from data_utils import (
@@ -114,8 +115,9 @@ def a_few_training_steps() -> PerceiverModel:
 
 def saving_loading_and_prediction(trained: PerceiverModel) -> None:
     settings, _ = resolve({"model_size": "tiny", "use_positions": True})
-    data = {"class_names": ["rises", "falls"], "num_classes": 2, "input_dim": 3}
-    data |= dict.fromkeys(("grid_shape", "image_shape", "max_seq_len"))
+    adapter = TensorAdapter(input_dim=3)
+    data = {"class_names": ["rises", "falls"], "num_classes": 2}
+    data |= {"features": {"series": adapter.features}, "adapters": {"series": describe(adapter)}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ramps.pth"
         contents = {"model": trained.state_dict(), "model_args": model_arguments(settings, data)}

@@ -1,21 +1,26 @@
-"""Evaluate a checkpoint on the data that it was trained for, or use it in a notebook.
+"""Evaluate a checkpoint on the data that it was trained for, predict the classes of new items, or use it in a notebook.
 
     python inference.py --model_path checkpoints/best_model.pth
     python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
+    python inference.py --model_path checkpoints/best_model.pth --input new_images/
 
-writes results.json, confusion_matrix.png, confidence_histogram.png and confidence_analysis.png; --analyze adds the
-calibration table, accuracy by length, the most confident mistakes, attention maps and a projection of the latents.
-Data set, preprocessing and model come from the checkpoint.
+The first two write results.json, confusion_matrix.png, confidence_histogram.png and confidence_analysis.png; --analyze
+adds the calibration table, accuracy by length, the most confident mistakes, attention maps and a projection of the
+latents. --input writes predictions.csv: id, class, confidence and the next best classes. It takes what the model was
+trained on (a folder of images, a .ts, .npz or .csv of series, a table of texts, a manifest; no labels needed) or a
+single image, .txt or .npy. Data set, preprocessing and model come from the checkpoint.
 
     from inference import load_model, predict
     model, settings = load_model("checkpoints/best_model.pth")
-    predict(model, [image_or_sequence, ...])
+    predict(model, [image_or_series_or_text, ...])
 """
 
+import csv
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,11 @@ import torch
 from torch.utils.data import Dataset
 
 import evaluation
+from adapters import ImageAdapter, TextAdapter, from_description
 from checkpoint import build_model, load_checkpoint
 from config import (
     Parser,
+    Settings,
     UserError,
     choose_device,
     choose_precision,
@@ -34,11 +41,16 @@ from config import (
     resolve,
     unused_settings,
 )
-from data_utils import Batch, collate, create_dataloader, load_splits, prepare_images, to_sample
+from data_files import Items, read_images, read_manifest, read_series, read_texts
+from data_utils import Item, collate, create_dataloader, load_splits
 from perceiver_model import PerceiverModel
 
-OVERRIDES = ("data_dir", "num_workers", "batch_size", "amp", "device")  # settings that evaluation may choose anew
+COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
+# Settings that evaluation may choose anew
+OVERRIDES = ("data_path", "test_path", *COLUMNS, "data_dir", "num_workers", "batch_size", "amp", "device")
 EXAMPLES = 3  # samples whose attention maps are drawn
+TOP = 3  # classes of an item in predictions.csv
+MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
 # --- In a notebook ---------------------------------------------------------------------------------------------------
@@ -64,8 +76,10 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     """Classify raw items with a model from :func:`load_model`.
 
     Args:
-        items: sequences, float arrays (length, channels) of any length; or for an image model images as stored, whole
-            numbers 0..255 (of the digits 0..16), arrays (H, W) or (H, W, channels).
+        items: texts (str); series, float arrays (length, channels) of any length, NaN where a value is missing; images,
+            PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size where the model was
+            trained on the user's own images, else as stored (of the digits 0..16); or the Path of a file of any of
+            these. For a model of several modalities, dicts of them; one that is missing is left out.
         batch_size: items at a time; it changes no result.
 
     Returns:
@@ -75,51 +89,41 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     Raises:
         UserError: an item that the model cannot take.
     """
+    prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
+    return list(_classify(model, prepared, batch_size))
+
+
+def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
+    """The tokens of a raw item, by modality."""
+    adapters = {name: from_description(known) for name, known in model.data_info["adapters"].items()}
+    if len(adapters) == 1 and not isinstance(item, dict):
+        item = dict.fromkeys(adapters, item)
+    if not isinstance(item, dict) or not item or item.keys() - adapters.keys():
+        found = f"one of {list(item)}" if isinstance(item, dict) else f"a {type(item).__name__}"
+        raise UserError(f"{where}: an item must be a dict with some of {', '.join(adapters)}, this is {found}")
+    tokens = {}
+    for name, value in item.items():
+        try:
+            tokens[name] = adapters[name](value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return {"input": tokens}
+
+
+def _classify(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> Iterator[dict[str, Any]]:
     device = next(model.parameters()).device
     names = model.data_info["class_names"]
-    answers = []
-    with evaluation.evaluating(model, device, None):
-        for first in range(0, len(items), batch_size):
-            batch = _batch(items[first : first + batch_size], first, model.data_info)
-            for row in model(*evaluation.model_inputs(batch, device)).cpu().double().softmax(1):
-                label, probabilities = int(row.argmax()), row.tolist()
-                answers.append(
-                    {
-                        "label": label,
-                        "class": names[label],
-                        "confidence": probabilities[label],
-                        "probabilities": dict(zip(names, probabilities, strict=True)),
-                    }
-                )
-    return answers
-
-
-def _batch(items: Sequence[Any], first: int, data: dict[str, Any]) -> Batch:
-    """A batch of raw items, the first of which has the number `first` in error messages."""
-    if data["image_shape"] is None:
-        sequences = []
-        for i, item in enumerate(items, first):
-            tokens, _, _ = to_sample({"input": item}, f"item {i}", data["max_seq_len"])
-            if tokens.size(1) != data["input_dim"]:
-                raise UserError(f"item {i}: tokens of {tokens.size(1)} channels; the model takes {data['input_dim']}")
-            sequences.append({"input": tokens})
-        return collate(sequences)
-    shape = tuple(data["image_shape"])
-    images = np.empty((len(items), *shape), np.uint8)
-    for i, item in enumerate(items):
-        try:
-            image = np.asarray(item, np.float64)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"item {first + i}: the image is not an array of numbers: {error}") from error
-        image = image[..., None] if image.ndim == 2 else image
-        if image.shape != shape:
-            raise UserError(f"item {first + i}: an image of shape {image.shape}; the model takes {shape}")
-        with np.errstate(invalid="ignore"):
-            images[i] = image
-        if not np.array_equal(images[i], image):
-            raise UserError(f"item {first + i}: pixels must be whole numbers from 0 to 255, as they are stored")
-    tokens = prepare_images(images, data["mean"], data["std"], data["patch_size"])
-    return {"input": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool)}
+    while batch := list(islice(items, batch_size)):
+        with evaluation.evaluating(model, device, None):
+            logits = model(*evaluation.model_inputs(collate(batch), device))
+        for row in logits.cpu().double().softmax(1):
+            label, probabilities = int(row.argmax()), row.tolist()
+            yield {
+                "label": label,
+                "class": names[label],
+                "confidence": probabilities[label],
+                "probabilities": dict(zip(names, probabilities, strict=True)),
+            }
 
 
 def evaluate(
@@ -141,9 +145,7 @@ def evaluate(
     """
     data, device = model.data_info, next(model.parameters()).device
     names = data["class_names"]
-    loader = create_dataloader(
-        dataset, batch_size, num_classes=len(names), max_seq_len=data["max_seq_len"], num_workers=num_workers
-    )
+    loader = create_dataloader(dataset, batch_size, num_classes=len(names), num_workers=num_workers)
     found = evaluation.collect_predictions(model, loader, device, amp_dtype)
     logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
     results = {**(about or {}), **evaluation.compute_metrics(logits, labels, names)}
@@ -158,48 +160,118 @@ def evaluate(
     return results
 
 
-def _images(tokens: torch.Tensor, data: dict[str, Any]) -> np.ndarray:
-    """The images (B, H, W, C) as stored, of which `prepare_images` made these tokens."""
-    rows, columns = data["grid_shape"]
-    size = data["patch_size"]
-    patches = tokens.reshape(len(tokens), rows, columns, size, size, -1).transpose(2, 3)
-    pixels = patches.reshape(len(tokens), *data["image_shape"]).numpy()
-    return (pixels * np.array(data["std"]) + data["mean"]).round()
-
-
 def _analysis_figures(
     model: PerceiverModel, dataset: Dataset, loader: Any, found: dict, analysis: dict, amp_dtype: torch.dtype | None
 ) -> dict[str, Callable[[Path], None]]:
     """The figures of an analysis; what they need beyond the predictions is computed when they are drawn."""
     data, device = model.data_info, next(model.parameters()).device
+    adapters = {name: from_description(known) for name, known in data["adapters"].items()}
     names, labels, predicted = data["class_names"], found["labels"], found["logits"].argmax(1)
+    only = next(iter(adapters)) if len(adapters) == 1 else None
+
+    def by_modality(number: int) -> dict[str, Any]:
+        tokens = dataset[number]["input"]
+        return tokens if isinstance(tokens, dict) else {only: tokens}
 
     def latents(path: Path) -> None:
         pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
         evaluation.plot_latent_projection(pooled, labels, names, path)
 
-    def attention(path: Path) -> None:
-        chosen = np.sort(np.unique(labels, return_index=True)[1][:EXAMPLES])  # the first sample of a few classes
+    def attention(modality: str, path: Path) -> None:
+        examples = {}  # class -> its first sample with the modality
+        for number, label in enumerate(labels):
+            if label not in examples and modality in by_modality(number):
+                examples[label] = number
+            if len(examples) == EXAMPLES:
+                break
+        chosen = list(examples.values())
+        batch = collate([{"input": by_modality(i)} for i in chosen])
+        maps, tokens = evaluation.collect_attention(model, batch, device), batch["input"][modality]
+        maps = [weights[..., model.token_ranges(batch["input"])[modality]] for weights in maps]
         captions = [f"true {names[labels[i]]}, predicted {names[predicted[i]]}" for i in chosen]
-        batch = collate([dataset[i] for i in chosen], data["max_seq_len"])
-        maps = evaluation.collect_attention(model, batch, device)
-        if data["image_shape"]:
-            images = _images(batch["input"], data)
-            evaluation.plot_image_attention(images, maps, data["grid_shape"], captions, path)
+        if not only:
+            shares = [np.mean([weights[i].sum(-1).mean() for weights in maps]) for i in range(len(chosen))]
+            captions = [f"{text}, {share:.0%} of the attention" for text, share in zip(captions, shares, strict=True)]
+            maps = [weights / weights.sum(-1, keepdims=True) for weights in maps]
+        mask, adapter = batch["mask"][modality].numpy(), adapters[modality]
+        if isinstance(adapter, ImageAdapter):
+            evaluation.plot_image_attention(adapter.images(tokens), maps, adapter.grid_shape, captions, path)
+        elif isinstance(adapter, TextAdapter):
+            evaluation.plot_text_attention(tokens[..., 0].numpy(), mask, maps, captions, path)
         else:
-            evaluation.plot_sequence_attention(batch["input"].numpy(), batch["mask"].numpy(), maps, captions, path)
+            evaluation.plot_sequence_attention(tokens.numpy(), mask, maps, captions, path)
 
     def mistakes(path: Path) -> None:
         rows = analysis["most_confident_mistakes"]
         tokens = [dataset[row["index"]]["input"] for row in rows]
-        evaluation.plot_mistakes(rows, _images(torch.stack(tokens), data) if rows else [], path)
+        evaluation.plot_mistakes(rows, adapters["image"].images(torch.stack(tokens)) if rows else [], path)
 
-    figures = {"attention.png": attention, "latents.png": latents}
+    figures = {f"attention_{name}.png": partial(attention, name) for name in adapters}
+    if only:
+        figures = {"attention.png": partial(attention, only)}
+    figures["latents.png"] = latents
     if analysis["accuracy_by_length"]:
         figures["accuracy_by_length.png"] = partial(evaluation.plot_accuracy_by_length, analysis["accuracy_by_length"])
-    if data["image_shape"]:
+    if only == "image":
         figures["mistakes.png"] = mistakes
     return figures
+
+
+# --- New items -------------------------------------------------------------------------------------------------------
+
+
+def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: Callable[[UserError], None]) -> Items:
+    """The items of a file or folder, without labels: what training took, or one image, text or series."""
+    modalities = list(model.data_info["adapters"])
+    options = {"labelled": False, "on_error": on_error}
+    if len(modalities) > 1 and path.suffix.lower() in MANIFESTS:
+        columns = {name: getattr(settings, f"{name}_column") for name in modalities}
+        return read_manifest(path, columns, settings.label_column, **options)
+    if len(modalities) > 1:
+        modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
+    else:
+        (modality,) = modalities
+    if modality == "image":
+        items = read_images(path, labelled=False)
+    elif modality == "text":
+        items = read_texts(path, settings.text_column, settings.label_column, **options)
+    else:
+        items = read_series(path, settings.id_column, settings.label_column, **options)
+    items.values = [{modality: value} for value in items.values]
+    return items
+
+
+def write_predictions(
+    model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
+) -> int:
+    """Write a table of id, class, confidence and the next best classes; returns its number of rows.
+
+    An item that the model cannot take goes to on_error and is left out.
+    """
+    done = []  # ids, in the order of the answers
+
+    def prepared() -> Iterator[Item]:
+        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
+            try:
+                item = _prepare(model, value, place)
+            except UserError as error:
+                on_error(error)
+                continue
+            done.append(id)
+            yield item
+
+    top = min(TOP, len(model.data_info["class_names"]))
+    header = ["id", "class", "confidence"]
+    header += [f"{what}_{rank}" for rank in range(2, top + 1) for what in ("class", "confidence")]
+    rows = []
+    for answer in _classify(model, prepared(), batch_size):
+        best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:top]
+        rows.append([done[len(rows)], *(cell for name, share in best for cell in (name, f"{share:.6f}"))])
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    return len(rows)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -220,6 +292,29 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"{row['class']:<{width}}  {figures[0]:>9}  {figures[1]:>6}  {figures[2]:>6}  {row['support']:>7}")
 
 
+def predict_files(model: PerceiverModel, path: str, settings: Settings, output_dir: str) -> int:
+    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others."""
+    errors = []
+
+    def report(error: UserError) -> None:
+        errors.append(error)
+        print(f"error: {error}", file=sys.stderr)
+
+    table = Path(output_dir) / "predictions.csv"
+    items = read_input(Path(path), model, settings, report)
+    for note in items.notes:
+        print(f"note: {note}")
+    try:
+        count = write_predictions(model, items, settings.batch_size, table, report)
+    except OSError as error:
+        raise UserError(f"cannot write {table}: {error.strerror}; take another --output_dir") from error
+    left_out = f"; {len(errors)} could not be read" if errors else ""
+    if not count:
+        raise UserError(f"{path}: no item could be read, so no predictions were written")
+    print(f"wrote {table}: {count} predictions{left_out}")
+    return 0
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
@@ -228,8 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
     parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"), default="test",
                         help="what to evaluate on (default test); train is taken without augmentation")  # fmt: skip
+    parser.add_argument("--input", metavar="PATH", help="predict the classes of these items, instead of evaluating")
     parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
     args = parser.parse_args(argv)
+    if args.input is not None and args.analyze:
+        raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
 
     checkpoint = load_checkpoint(args.model_path)
     here = {"device": "auto", "augment": False}  # the device of training may not exist here
@@ -243,14 +341,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
         amp_dtype = choose_precision(settings.amp, device)
     model = _model(checkpoint, device)
-    splits, _ = load_splits(settings, model.data_info)
+    if args.input is not None:
+        return predict_files(model, args.input, settings, args.output_dir)
+    splits, data = load_splits(settings, model.data_info)
     about = {
         "model_path": args.model_path,
         "epoch": checkpoint["epoch"],
         "dataset": settings.dataset_type,
         "split": args.split,
-        "split_sizes": model.data_info["split_sizes"],
-        "split_seed": model.data_info["split_seed"],
+        "split_sizes": data["split_sizes"],
+        "split_seed": data["split_seed"],
     }
     print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
     try:

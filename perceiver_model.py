@@ -447,6 +447,7 @@ class TokenFeatures(nn.Module):
         self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
         self.num_channels = input_dim if vocab_size is None else embedding_dim
         self.num_channels += self.positions.num_channels if use_positions else 0
+        self.missing_length = math.prod(grid_shape) if grid_shape else 1  # tokens of a modality that is not there
         self.encoding = None
 
     def pad_channels(self, width: int) -> None:
@@ -463,12 +464,6 @@ class TokenFeatures(nn.Module):
         if self.encoding is not None:
             features.append(self.encoding.expand(*x.shape[:2], -1))
         return torch.cat(features, -1) if len(features) > 1 else features[0]
-
-    def missing(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and mask of samples that lack this modality: zeros (B, L, input_dim), False (B, L)."""
-        length = math.prod(self.grid_shape) if self.grid_shape else 1
-        x = like.new_zeros(like.size(0), length, self.input_dim)
-        return x, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
 
     def check(self, x: Tensor, name: str) -> None:
         """Raise ValueError if x is no batch of these tokens."""
@@ -554,27 +549,35 @@ class PerceiverModel(nn.Module):
     def _pool(self, latents: Tensor) -> Tensor:
         return self.norm(latents).mean(1)  # (B, N, D) -> (B, D)
 
+    def token_ranges(self, x: Modal) -> dict[str, slice]:
+        """Where the tokens of each modality stand along the L of the attention maps of this input."""
+        x, start, ranges = self._by_modality(x, "input"), 0, {}
+        for name, tokens in self.modalities.items():
+            length = x[name].size(1) if name in x else tokens.missing_length
+            ranges[name] = slice(start, start := start + length)
+        return ranges
+
     def _encode(self, x: Modal, mask: Modal | None, return_attention: bool) -> tuple:
-        x = self._by_modality(x, "input")
-        mask = self._by_modality(mask, "mask") if mask is not None else {}
-        if not x:
-            raise ValueError("the input holds no modality")
+        x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
+        if len({len(values) for values in x.values()}) != 1:
+            sizes = {name: len(values) for name, values in x.items()}
+            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
+        like, several = next(iter(x.values())), len(self.modalities) > 1
         inputs, masks = [], []
         for name, tokens in self.modalities.items():
-            if name in x:
-                title = name if len(self.modalities) > 1 else "input"
-                tokens.check(x[name], title)
-                values, real = x[name], mask.get(name)
-                real = real if real is None else _as_bool(real, values.shape, title)
-            else:
-                values, real = tokens.missing(next(iter(x.values())))
+            values, real = x.get(name), mask.get(name)
+            if values is None:  # missing in every sample: one path for all, as if by the mask
+                values = like.new_zeros(len(like), tokens.missing_length, tokens.input_dim)
+                real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
+            tokens.check(values, name if several else "input")
+            if real is not None:
+                real = _as_bool(real, values.shape, name if several else "input")
+            elif several:
+                real = torch.ones(values.shape[:2], dtype=torch.bool, device=like.device)
             inputs.append(tokens(values, real))  # (B, L of this modality, C)
-            if real is None and len(self.modalities) > 1:
-                real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
             masks.append(real)
-        if len(inputs) > 1:
-            inputs = [torch.cat(inputs, 1)]  # (B, L, C)
-            masks = [torch.cat(masks, 1)]  # (B, L)
+        if several:
+            inputs, masks = [torch.cat(inputs, 1)], [torch.cat(masks, 1)]  # (B, L, C), (B, L)
         encoded = self.encoder(inputs[0], masks[0], return_attention)
         return encoded if return_attention else (encoded,)
 

@@ -263,14 +263,18 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
 
     # Data, model, optimizer
     with torch.device("meta"):  # a model that cannot be is refused before any data is read or downloaded
-        new_model(settings, {"input_dim": 1, "num_classes": 2, "grid_shape": None})
+        new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
     splits, data = load_splits(settings, checkpoint and checkpoint["data"])
+    if checkpoint and data["split_sizes"] != checkpoint["data"]["split_sizes"]:
+        raise UserError(
+            f"the data have changed: the checkpoint has {checkpoint['data']['split_sizes']} samples, these are "
+            f"{data['split_sizes']}; bring the old data back, or start a new run without --resume"
+        )
     loaders = {
         name: create_dataloader(
             splits[name],
             settings.batch_size,
             num_classes=data["num_classes"],
-            max_seq_len=data["max_seq_len"],
             shuffle=name == "train",
             bucket_by_length=settings.bucket_by_length and name == "train",
             seed=settings.seed,
@@ -377,7 +381,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 figures = torch.zeros(2, device=device)  # sum of losses, right answers
                 for _ in group:
                     batch = next(batches)
-                    with memory_advice(settings, f"sequences of up to {batch['input'].size(1)} tokens"):
+                    with memory_advice(settings, f"samples of up to {evaluation.token_counts(batch).max()} tokens"):
                         x, mask = evaluation.model_inputs(batch, device)
                         label = batch["label"].to(device, non_blocking=True)
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -486,7 +490,7 @@ def finish(
     with disk_advice():
         evaluation.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
     best = build_model(load_checkpoint(folder / BEST)).to(device)
-    loader = create_dataloader(test_set, settings.batch_size, max_seq_len=data["max_seq_len"])
+    loader = create_dataloader(test_set, settings.batch_size)
     found = evaluation.collect_predictions(best, loader, device, amp_dtype)
     metrics = evaluation.compute_metrics(found["logits"], found["labels"], data["class_names"])
     if progress.epoch < settings.num_epochs:
@@ -511,12 +515,24 @@ def print_run(
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
     print(
         f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
-        f"samples; {data['num_classes']} classes; tokens of {data['input_dim']} features\n"
+        f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
         "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
         "{num_self_attention_layers} self-attention layers; ".format(**model_args)
         + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
         f"device  {device}, {precision}" + (", compiled" if settings.compile else "")
     )
+    for note in data["notes"]:
+        print(f"note: {note}")
+
+
+def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
+    """'image 8 x 8 tokens of 48 features, text tokens of 256 kinds'."""
+    parts = []
+    for name, known in features.items():
+        grid = " x ".join(map(str, known["grid_shape"])) + " " if "grid_shape" in known else ""
+        kind = f"{known['vocab_size']} kinds" if "vocab_size" in known else f"{known['input_dim']} features"
+        parts.append(f"{name} {grid}tokens of {kind}")
+    return ", ".join(parts)
 
 
 def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> tqdm:

@@ -31,9 +31,11 @@ def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]
     labels = rng.integers(10, size=images)
 
     if spec["name"] == OURS:
+        from adapters import ImageAdapter
         from data_utils import ImageDataset, create_dataloader
 
-        dataset = ImageDataset(pixels, labels, MEAN, STD, patch_size, margin=4, flip=True)
+        adapter = ImageAdapter([32, 32, 3], patch_size, MEAN, STD)
+        dataset = ImageDataset(pixels, labels, adapter, margin=4, flip=True)
         loader = create_dataloader(dataset, spec["batch_size"], shuffle=True, num_classes=10, pin_memory=pin_memory)
     else:
         from PIL import Image

@@ -365,10 +365,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, kind, read):
 
 
 def test_a_future_version_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
     save_checkpoint(tmp_path / "model.pth", OLD)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="model.pth has format version 2, this code reads 1"):
+    with pytest.raises(UserError, match="model.pth has format version 3, this code reads 2"):
         load_checkpoint(tmp_path / "model.pth")
 
 
@@ -480,11 +480,11 @@ def assert_plain(value, where="checkpoint"):
 def test_a_real_checkpoint_holds_plain_values(written, name):
     contents = torch.load(written / name, weights_only=True)
     assert_plain(contents)
-    assert contents["format_version"] == 1
+    assert contents["format_version"] == 2
     assert {"python", "torch", "numpy"} <= contents["versions"].keys()
     data = contents["data"]
     assert len(data["class_names"]) == data["num_classes"]
-    assert {"patch_size", "mean", "std", "max_seq_len", "split_sizes", "split_seed"} <= data.keys()
+    assert {"features", "adapters", "split_sizes", "split_seed"} <= data.keys()
     assert Settings.from_dict(contents["settings"]).to_dict() == contents["settings"]
     assert not any(key.startswith(checkpoint.WRAPPERS) for key in contents["model"])
     assert build_model(contents).classifier.out_features == data["num_classes"]

@@ -25,6 +25,7 @@ from torch.utils.data import Subset
 import evaluation
 import inference
 import train
+from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
 from config import Settings, UserError
 from data_utils import collate, create_dataloader, load_splits
@@ -251,7 +252,9 @@ def test_the_printed_settings_are_those_stored(digits_run):
             for name, value in stored.items()}  # fmt: skip
     assert printed == {name: text[name] for name in printed}
     only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
-    assert stored.keys() - printed.keys() == {"data_dir", *only_sequences}
+    own_data = {"data_path", "test_path", "test_fraction", "image_size"}
+    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
         "learning_rate", "num_cross_attention_layers", "num_self_attention_layers",
@@ -418,7 +421,7 @@ def probabilities(answers):
 def test_prediction_on_sequences(sequences):
     model, settings = load_model(sequences)
     assert not model.training and settings["dataset_type"] == "synthetic"
-    assert model.data_info["input_dim"] == 4 and len(model.data_info["class_names"]) == 3
+    assert model.data_info["features"] == {"series": {"input_dim": 4}} and len(model.data_info["class_names"]) == 3
     items = [np.random.default_rng(i).normal(size=(length, 4)) for i, length in enumerate([3, 30, 1, 12, 7])]
     answers = predict(model, items)
     with torch.inference_mode():
@@ -462,7 +465,7 @@ GOOD = np.zeros((5, 4))
 @pytest.mark.parametrize(
     ("bad", "parts"),
     [
-        (np.zeros((5, 3)), ["3 channels", "4"]),
+        (np.zeros((5, 3)), ["(5, 3)", "4"]),
         (np.zeros(5), ["(5,)"]),
         (np.zeros((2, 5, 4)), ["(2, 5, 4)"]),
         (np.zeros((0, 4)), ["empty"]),
@@ -545,7 +548,7 @@ def test_drawn_images_are_those_stored(digits):
     model, settings = load_model(digits)
     test = load_splits(Settings.from_dict(settings), model.data_info)[0]["test"]
     tokens = collate(test.__getitems__(list(range(50))))["input"]
-    assert np.array_equal(inference._images(tokens, model.data_info), test.images[:50])
+    assert np.array_equal(from_description(model.data_info["adapters"]["image"]).images(tokens), test.images[:50])
 
 
 def test_labels_that_the_model_does_not_know(sequences):

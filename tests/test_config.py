@@ -40,8 +40,8 @@ def valid_values(name):
         return st.sampled_from(rules["choices"])
     if declared is bool:
         return st.booleans()
-    if declared is str:
-        return st.sampled_from(["data", "a folder", "데이터"])
+    if declared in (str, str | None):
+        return st.sampled_from(["data", "a folder", "데이터", *[None] * (declared is not str)])
     if typing.get_origin(declared) is tuple:
         return st.lists(st.integers(1, 999), min_size=2, max_size=2).map(sorted)
     if declared in (int, float):
@@ -455,10 +455,10 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     assert "--resume [FILE] go on" in text
     for name, field in FIELDS.items():
         meaning, unit = field.metadata["help"], field.metadata["unit"]
-        assert unit or field.type in (bool, str) or name == "seed"
+        assert unit or field.type in (bool, str, str | None) or name == "seed"
         entry = text.split(f" {flag_of(name)}", 1)[1]
         assert entry.index(f"{meaning} [{unit}] (default " if unit else f"{meaning} (default ") < 80, name
-    assert "(default base; synthetic tiny; digits tiny)" in text
+    assert "(default base; synthetic tiny; digits tiny; images small; sequences tiny; text tiny; multimodal tiny)" in text
 
 
 def test_the_printed_settings_are_those_in_force():
@@ -469,7 +469,9 @@ def test_the_printed_settings_are_those_in_force():
     assert ["model_size", "tiny", "data", "set"] in rows
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
-    assert FIELDS.keys() - printed == {"data_dir", "patch_size", "augment"}
+    others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
+    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
 import data_utils
+from adapters import ImageAdapter, from_description, prepare_images
 from config import DATASET_DEFAULTS, Settings, UserError
 from data_utils import (
     EpochBatchSampler,
@@ -31,7 +32,6 @@ from data_utils import (
     create_synthetic_sequence_dataloader,
     load_splits,
     make_synthetic,
-    prepare_images,
     set_epoch,
     shift_and_flip,
     stratified_split,
@@ -283,7 +283,7 @@ def item(tokens=3, channels=2, label=1, **rest):
 
 BAD_ITEMS = {
     "empty": (item(0), "empty"),
-    "no channels": (item(channels=0), "empty"),
+    "no channels": (item(channels=0), r"the input has shape \(3, 0\), it must be \(tokens, channels\)"),
     "all hidden": (item(mask=np.zeros(3)), "no real token"),
     "nan": ({"input": np.array([[1.0, np.nan]]), "label": 0}, "NaN or infinity"),
     "infinite": ({"input": np.array([[1.0, -np.inf]]), "label": 0}, "NaN or infinity"),
@@ -433,15 +433,16 @@ def test_the_description_is_complete_and_plain(name):
     _, info = load_splits(Settings(dataset_type=name, patch_size=2, max_seq_len=7, **SMALL))
     assert json.loads(json.dumps(info)) == info
     assert info.keys() == {
-        "dataset_type", "class_names", "num_classes", "input_dim", "grid_shape", "image_shape", "patch_size", "mean",
-        "std", "max_seq_len", "split_sizes", "split_seed",
+        "dataset_type", "class_names", "num_classes", "features", "adapters", "notes", "split_sizes", "split_seed",
     }  # fmt: skip
     assert info["num_classes"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
 
 
 def test_a_stored_description_sets_the_length_limit():
     _, info = load_splits(Settings(max_seq_len=7, **SMALL))
-    assert load_splits(Settings(**SMALL), info)[1]["max_seq_len"] == 7
+    splits, again = load_splits(Settings(**SMALL), info)
+    assert again == info
+    assert max(len(item["input"]) for split in splits.values() for item in split) == 7
 
 
 def test_every_data_set_of_the_settings_can_be_loaded():
@@ -538,7 +539,8 @@ def test_shift_and_flip_is_a_padded_crop_of_each_image(margin, channels, seed):
 
 
 def image_dataset(**augmentation):
-    return ImageDataset(random_images(40), np.arange(40) % 10, [0.0] * 3, [1.0] * 3, 4, **augmentation)
+    images = random_images(40)
+    return ImageDataset(images, np.arange(40) % 10, ImageAdapter([8, 12, 3], 4, [0.0] * 3, [1.0] * 3), **augmentation)
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone():
@@ -561,7 +563,7 @@ def test_only_training_images_are_augmented():
     for augment in (True, False):
         splits, info = load_splits(Settings(dataset_type="digits", patch_size=2, augment=augment))
         for name, split in splits.items():
-            plain = prepare_images(split.images[:50], info["mean"], info["std"], 2)
+            plain = from_description(info["adapters"]["image"]).tokens(split.images[:50])
             seen = next(iter(create_dataloader(split, 50)))
             assert torch.equal(seen["input"], plain) == (name != "train" or not augment)
             assert seen["mask"].all() and seen["mask"].shape == (50, 16)
@@ -577,16 +579,20 @@ def test_digits_splits():
     assert sum(info["split_sizes"].values()) == 1797 and abs(info["split_sizes"]["test"] - 359) <= 5
     assert np.array_equal(splits["test"].images, other["test"].images)
     assert not np.array_equal(splits["val"].images, other["val"].images)
-    assert (info["input_dim"], info["grid_shape"], info["image_shape"]) == (4, [4, 4], [8, 8, 1])
+    assert info["features"] == {"image": {"input_dim": 4, "grid_shape": [4, 4]}}
+    assert info["adapters"]["image"]["image_shape"] == [8, 8, 1]
     shares = [np.bincount(split.labels) / len(split) for split in splits.values()]
     assert np.ptp(shares, 0).max() < 0.01
-    tokens = prepare_images(splits["train"].images, info["mean"], info["std"], 2)
+    tokens = from_description(info["adapters"]["image"]).tokens(splits["train"].images)
     assert abs(tokens.mean()) < 1e-4 and abs(tokens.std() - 1) < 1e-3
 
-    stored = {**other_info, "mean": [1.0], "std": [2.0], "patch_size": 4}
-    evaluated, again = load_splits(Settings(dataset_type="digits", patch_size=2), stored)
-    assert (again["mean"], again["std"], again["input_dim"], again["grid_shape"]) == ([1.0], [2.0], 16, [2, 2])
-    assert evaluated["test"].patch_size == 4
+    known = other_info["adapters"]["image"] | {"mean": [1.0], "std": [2.0], "patch_size": 4}
+    evaluated, again = load_splits(
+        Settings(dataset_type="digits", patch_size=2), other_info | {"adapters": {"image": known}}
+    )
+    assert again["adapters"] == {"image": known}
+    assert again["features"] == {"image": {"input_dim": 16, "grid_shape": [2, 2]}}
+    assert evaluated["test"][0]["input"].shape == (4, 16)
 
 
 # -- CIFAR-10 -------------------------------------------------------------------------------------------------
@@ -631,7 +637,8 @@ def test_cifar10_from_a_good_archive_works_offline(archive, tmp_path, capfd):
     splits, info = load_cifar10(tmp_path, patch_size=4)
     assert info["split_sizes"] == {"train": 180, "val": 20, "test": 40}
     assert info["class_names"][3] == "class 3"
-    assert (info["input_dim"], info["grid_shape"], info["image_shape"]) == (48, [8, 8], [32, 32, 3])
+    assert info["features"] == {"image": {"input_dim": 48, "grid_shape": [8, 8]}}
+    assert info["adapters"]["image"]["image_shape"] == [32, 32, 3]
     assert np.array_equal(splits["test"].images, CIFAR10(tmp_path, train=False).data)
     train, val = fingerprints(splits["train"]), fingerprints(splits["val"])
     assert len(train) == 180 and len(val) == 20 and not train & val

@@ -1,0 +1,288 @@
+"""Raw items as tokens: one adapter for each modality, the same in training, evaluation and prediction.
+
+An adapter turns a raw item into the tokens (L, C) that the model reads, and knows what the model has to be told:
+
+    adapter = SeriesAdapter.fit(training_series)          # or TextAdapter(), ImageAdapter(...), TensorAdapter(...)
+    adapter(series)                                       # (L, C), float32
+    create_perceiver_model({"series": adapter.features}, num_classes=9)
+
+It is plain data: `describe` gives what a checkpoint stores, `from_description` the adapter again. `UserError` says what
+is wrong with an item; who calls adds which item it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from config import UserError
+from data_files import open_image, read_one_series, to_rgb
+
+# -- any tensor -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorAdapter:
+    """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
+
+    input_dim: int
+    max_seq_len: int | None = None
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"input_dim": self.input_dim}
+
+    def __call__(self, item: Any) -> Tensor:
+        tokens = _numbers(item, np.float32)
+        if tokens.ndim != 2 or tokens.shape[1] != self.input_dim:
+            raise UserError(f"the input has shape {tokens.shape}, it must be (tokens, {self.input_dim})")
+        if not len(tokens):
+            raise UserError(f"the input is empty, it has shape {tokens.shape}")
+        if not np.isfinite(tokens).all():
+            raise UserError("the input holds NaN or infinity; replace it")
+        return torch.from_numpy(tokens[: self.max_seq_len])
+
+
+def _numbers(item: Any, dtype: type) -> np.ndarray:
+    try:
+        return np.require(item.detach().cpu() if isinstance(item, Tensor) else item, dtype, ["C", "W"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the input is not an array of numbers: {error}") from error
+
+
+# -- text -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextAdapter:
+    """Text as its UTF-8 bytes, one token each, for the model to embed: no tokenizer, any language.
+
+    As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
+    """
+
+    max_seq_len: int | None = None
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"vocab_size": 256}
+
+    def __call__(self, text: str) -> Tensor:
+        """(L, 1), float32: the bytes, 0..255."""
+        if not isinstance(text, str):
+            raise UserError(f"a text is expected, this is of type {type(text).__name__}")
+        if not text.strip():
+            raise UserError("the text is empty")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text holds {text[error.start]!r}, half a character; it has no UTF-8 form") from error
+        return torch.tensor(list(data[: self.max_seq_len]), dtype=torch.float32)[:, None]
+
+
+# -- series ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SeriesAdapter:
+    """A time series (L, C), standardised per channel with the statistics of the training series.
+
+    A missing value (NaN) becomes 0, the channel's mean; a channel of which the training series lack values has a flag
+    beside it, 1 where the value is missing. Of a longer series the first max_seq_len steps are taken.
+
+    Args:
+        mean, std: per channel (C).
+        flagged: numbers of the channels with a flag.
+    """
+
+    mean: list[float]
+    std: list[float]
+    flagged: list[int] = field(default_factory=list)
+    max_seq_len: int | None = None
+
+    @classmethod
+    def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
+        """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
+        steps = np.concatenate([_numbers(one, np.float64)[:max_seq_len] for one in series])  # (all steps, C)
+        missing = np.isnan(steps)
+        for channel in np.flatnonzero(missing.all(0)):
+            raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
+        mean, std = np.nanmean(steps, 0), np.nanstd(steps, 0)
+        flagged = np.flatnonzero(missing.any(0)).tolist()
+        return cls(mean.tolist(), np.where(std > 0, std, 1.0).tolist(), flagged, max_seq_len)
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"input_dim": len(self.mean) + len(self.flagged)}
+
+    def __call__(self, series: Any) -> Tensor:
+        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
+        values = _numbers(read_one_series(series) if isinstance(series, Path) else series, np.float64)
+        values = values[:, None] if values.ndim == 1 else values
+        if values.ndim != 2 or values.shape[1] != len(self.mean):
+            raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
+        if not len(values):
+            raise UserError(f"the series is empty, it has shape {values.shape}")
+        if np.isinf(values).any():
+            raise UserError("the series holds infinity; replace it")
+        values = values[: self.max_seq_len]
+        missing = np.isnan(values)
+        scaled = np.where(missing, 0, (values - self.mean) / self.std)
+        return torch.from_numpy(np.concatenate([scaled, missing[:, self.flagged]], 1, dtype=np.float32))
+
+
+# -- images ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageAdapter:
+    """An image as a sequence of square patches, normalised per channel.
+
+    Args:
+        image_shape: (H, W, channels).
+        patch_size: side of a patch, divides H and W [pixels].
+        mean, std: per channel, in units of the stored pixels.
+        any_size: images of any size and mode become RGB, upright (EXIF), scaled and cropped about the centre to
+            (H, W); without it only arrays of image_shape are taken, as they were stored in training.
+    """
+
+    image_shape: list[int]
+    patch_size: int
+    mean: list[float]
+    std: list[float]
+    any_size: bool = False
+
+    @classmethod
+    def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
+        """The adapter of training images, uint8 (N, H, W, channels)."""
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size)
+
+    @property
+    def grid_shape(self) -> list[int]:
+        return [side // self.patch_size for side in self.image_shape[:2]]
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape}
+
+    def __call__(self, image: Any) -> Tensor:
+        """(L, C), float32, of a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
+        return self.tokens(self.pixels(image)[None])[0]
+
+    def tokens(self, images: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, channels) -> float32 (B, L, C)."""
+        return prepare_images(images, self.mean, self.std, self.patch_size)
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """The image as it is kept: uint8 (H, W, channels)."""
+        if self.any_size:
+            return square_pixels(image, self.image_shape[0])
+        return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
+
+    def images(self, tokens: Tensor) -> np.ndarray:
+        """The stored images, float (B, H, W, channels), of which `tokens` (B, L, C) were made."""
+        size = self.patch_size
+        patches = tokens.unflatten(1, self.grid_shape).unflatten(3, (size, size, -1)).transpose(2, 3)
+        pixels = patches.reshape(len(tokens), *self.image_shape).double().numpy()
+        return (pixels * np.array(self.std) + self.mean).round()
+
+
+def _stored_pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        values = np.asarray(image, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the image is not an array of numbers: {error}") from error
+    values = values[..., None] if values.ndim == 2 else values
+    if values.shape != shape:
+        raise UserError(f"an image of shape {values.shape}; the model takes {shape}")
+    with np.errstate(invalid="ignore"):
+        pixels = values.astype(np.uint8)
+    if not np.array_equal(pixels, values):
+        raise UserError("pixels must be whole numbers from 0 to 255, as they are stored")
+    return pixels
+
+
+def square_pixels(image: Any, size: int) -> np.ndarray:
+    """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
+    if isinstance(image, Path):
+        image = open_image(image)
+    elif not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        shape = array.shape[:-1] if array.ndim == 3 and array.shape[2] == 1 else array.shape
+        image = Image.fromarray(_stored_pixels(array, shape if len(shape) == 3 else (*shape, 1)).reshape(shape))
+    image = to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def check_patch_size(patch_size: int, height: int, width: int) -> None:
+    """Raise UserError if patches of this size (pixels) do not tile the image."""
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        valid = [size for size in range(1, height + 1) if not height % size and not width % size]
+        raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
+
+
+def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[float], patch_size: int) -> Tensor:
+    """Images as sequences of patches, normalised.
+
+    Args:
+        images: uint8 (B, H, W, C).
+        mean, std: per channel (C), in units of the stored pixels.
+        patch_size: P, divides H and W.
+
+    Returns:
+        float32 (B, H/P * W/P, P*P*C). Patches run along the rows of the image; inside a patch the order is row, column,
+        channel.
+
+    Raises UserError for another type or shape.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(f"images must be uint8 (B, H, W, C), these are {images.dtype} {images.shape}")
+    (num, height, width, channels), size = images.shape, patch_size
+    check_patch_size(size, height, width)
+    strip = np.dtype((np.void, size * channels))  # one row of a patch, moved as a whole
+    strips = np.ascontiguousarray(images).reshape(num, height // size, size, -1).view(strip)
+    patches = strips.swapaxes(2, 3).copy().view(np.uint8)  # (B, H/P, W/P, P*P*C)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), height * width)
+    pixels = torch.from_numpy(patches).view(num, -1).float()
+    return torch.addcmul(shift, pixels, scale, out=pixels).view(num, -1, size * size * channels)
+
+
+@lru_cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pixels: int) -> tuple[Tensor, Tensor]:
+    """(value - mean) / std as value * scale + shift, for all the values of an image, (pixels * C,) each."""
+    scale = 1 / torch.tensor(std)
+    return scale.repeat(pixels), (-torch.tensor(mean) * scale).repeat(pixels)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) per channel of uint8 (N, H, W, C); a constant channel has deviation 1."""
+    planes = [torch.from_numpy(images[..., c].ravel()) for c in range(images.shape[-1])]
+    share = np.stack([plane.bincount(minlength=256) / len(plane) for plane in planes])  # (C, 256)
+    values = np.arange(256)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
+    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+# -- descriptions ---------------------------------------------------------------------------------------------
+
+Adapter = TensorAdapter | TextAdapter | SeriesAdapter | ImageAdapter
+KINDS: dict[str, type] = {"tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter}
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Plain values that a checkpoint can store."""
+    kind = next(name for name, cls in KINDS.items() if type(adapter) is cls)
+    return {"kind": kind, **asdict(adapter)}
+
+
+def from_description(description: dict[str, Any]) -> Adapter:
+    """The adapter that `describe` described."""
+    values = dict(description)
+    return KINDS[values.pop("kind")](**values)
