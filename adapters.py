@@ -209,13 +209,14 @@ def _stored_pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def square_pixels(image: Any, size: int) -> np.ndarray:
     """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
+    name = str(image) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
     elif not isinstance(image, Image.Image):
         array = np.asarray(image)
         shape = array.shape[:-1] if array.ndim == 3 and array.shape[2] == 1 else array.shape
         image = Image.fromarray(_stored_pixels(array, shape if len(shape) == 3 else (*shape, 1)).reshape(shape))
-    image = to_rgb(ImageOps.exif_transpose(image))
+    image = to_rgb(ImageOps.exif_transpose(image), name)
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 

@@ -37,7 +37,13 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.995,
     },
     "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50, "flip": True},
-    "sequences": {"model_size": "tiny", "num_epochs": 100, "learning_rate": 1e-3},
+    "sequences": {
+        "model_size": "tiny",
+        "num_epochs": 100,
+        "learning_rate": 1e-3,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.995,
+    },
     "text": {"model_size": "tiny", "num_epochs": 20, "max_seq_len": 2048},
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }

@@ -87,6 +87,10 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def _extension(path: Path, valid: list[str], labelled: bool = False, unlabelled: str = "") -> str:
     """The lower-case extension: one of `valid`, or `unlabelled`, of files that hold no label."""
     extension = path.suffix.lower()
@@ -206,9 +210,8 @@ def _csv_table(path: Path) -> Table:
     where = f"{path}, line {lines.pop(0)}"
     if "" in columns:
         raise UserError(f"{where}: column {columns.index('') + 1} has no name; name it, or remove it")
-    twice = [name for name, count in Counter(columns).items() if count > 1]
-    if twice:
-        raise UserError(f"{where}: column {twice[0]!r} is there more than once; rename one")
+    if twice := _repeated(columns):
+        raise UserError(f"{where}: column {twice!r} is there more than once; rename one")
     for index, row in enumerate(rows):
         if len(row) != len(columns):
             faults[index] = (f"{path}, line {lines[index]}: {len(row)} fields for {len(columns)} columns; "
@@ -218,9 +221,9 @@ def _csv_table(path: Path) -> Table:
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"key {twice[0]!r} is there more than once")
+    twice = _repeated(key for key, _ in pairs)
+    if twice is not None:
+        raise ValueError(f"key {twice!r} is there more than once")
     return dict(pairs)
 
 
@@ -234,7 +237,8 @@ def _jsonl_table(path: Path) -> Table:
             if not isinstance(value, dict):
                 raise ValueError(f"{_shown(value)} is no object")
         except (ValueError, RecursionError) as error:
-            faults[len(lines)] = f'{path}, line {number}: {error}; write one object per line: {{"text": "..."}}'
+            what = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
+            faults[len(lines)] = f'{path}, line {number}: {what}; write one object per line: {{"text": "..."}}'
             value = {}
         columns.update(dict.fromkeys(value))
         objects.append(value)
@@ -282,15 +286,21 @@ def read_series(
     .npy        one series (L, C) or (L,), without label.
     .csv, .tsv  a line per time step: columns of series id and label, all others are features. The steps of a series
                 are in file order and may lie between those of others; its label is the same in all its rows.
-                Missing: an empty cell, ?, nan or NA.
+                Missing: an empty cell, ?, nan or NA. Without labels, a file that has no column of series id is one
+                series, see `read_one_series`.
     """
     path = Path(path)
     extension = _extension(path, [".ts", ".npz", ".csv", ".tsv"], labelled, ".npy")
-    if extension == ".npy":
+    if extension == ".npy" or (extension in (".csv", ".tsv") and not labelled and not _has_column(path, id_column)):
         return Items([path.name], [str(path)], [read_one_series(path)], None)
     if extension in (".csv", ".tsv"):
         return _read_long_table(path, id_column, label_column, labelled, on_error)
     return _gather((_ts_parts if extension == ".ts" else _npz_parts)(path, labelled), labelled, on_error)
+
+
+def _has_column(path: Path, name: str) -> bool:
+    rows, _ = _csv_rows(path)
+    return bool(rows) and name in [cell.strip() for cell in rows[0]]
 
 
 def read_one_series(path: str | Path) -> np.ndarray:
@@ -302,12 +312,12 @@ def read_one_series(path: str | Path) -> np.ndarray:
             raise UserError(f"{path}: holds {_kind(array)}; it must be numbers (steps, channels) or (steps,)")
         return _checked(array if array.ndim == 2 else array[:, None], str(path))
     rows, lines = _csv_rows(path)
-    if rows and all(_is_text(cell) for cell in rows[0]):
-        del rows[0], lines[0]
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(rows[0]):
             raise UserError(f"{path}, line {line}: {len(row)} fields, {len(rows[0])} in line {lines[0]}; "
                             "make them equal")
+    if rows and all(_is_text(cell) for cell in rows[0]):
+        del rows[0], lines[0]
     values = np.array([_numbers(row) for row in rows], ndmin=2)
     return _checked(values, str(path), lambda t, c: f"{path}, line {lines[t]}, column {c + 1}: {_shown(rows[t][c])}")
 
@@ -467,17 +477,18 @@ def _ts_series(
 _NPZ_KEYS = ("x", "y", "lengths", "id")
 
 
-def _load_numpy(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of an .npy file, or those of an .npz file by key."""
+def _load_numpy(path: Path, unread: str = "") -> np.ndarray | dict[str, np.ndarray]:
+    """The array of an .npy file, or those of an .npz file by key, without the one that is `unread`."""
     try:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+            return loaded if isinstance(loaded, np.ndarray) else {
+                key: loaded[key] for key in loaded.files if key != unread}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; correct the path, or save anew") from error
     except Exception as error:  # damaged bytes come out as a dozen kinds
-        raise UserError(f"{path}: not plain NumPy arrays: {error}; objects (pickled) are not read, save series of "
-                        "unequal length as one array x and their lengths") from error
+        raise UserError(f"{path}: not plain NumPy arrays: {error}; objects (pickled) are not read, save labels as "
+                        "y.astype(str), and series of unequal length as one array x and their lengths") from error
 
 
 def _kind(array: Any) -> str:
@@ -485,7 +496,7 @@ def _kind(array: Any) -> str:
 
 
 def _npz_parts(path: Path, labelled: bool) -> Iterator[Part]:
-    arrays = _load_numpy(path)
+    arrays = _load_numpy(path, unread="" if labelled else "y")
     needed = ("x", "y") if labelled else ("x",)
     if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= set(_NPZ_KEYS):
         raise UserError(f"{path}: holds {_listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
@@ -497,11 +508,12 @@ def _npz_parts(path: Path, labelled: bool) -> Iterator[Part]:
 
     labels = column("y", "biufUS") if labelled else None
     ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
-    twice = [id for id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: id {_shown(twice[0])} is there more than once; give each series its own")
+    twice = _repeated(ids)
+    if twice is not None:
+        raise UserError(f"{path}: id {_shown(twice)} is there more than once; give each series its own")
 
     def make(row: int, place: str) -> tuple[np.ndarray, str | None]:
+        _text(ids[row], f"{place}: the id")
         return _checked(series[row], place), _label(labels[row], place) if labelled else None
 
     for row, id in enumerate(ids):
@@ -590,7 +602,7 @@ def read_manifest(
     def values(row: int) -> dict[str, Any]:
         found = {}
         for modality, cells in there.items():
-            if cells[row] is None or cells[row] == "" or str(cells[row]).isspace():
+            if cells[row] is None or not str(cells[row]).strip():
                 continue
             where = f"{table.place(row)}, column {columns[modality]!r}:"
             found[modality] = _text(cells[row], f"{where} it")
@@ -664,10 +676,10 @@ def read_images(path: str | Path, labelled: bool = True) -> Items:
         raise UserError(f"{stray[0]}: the image is in no class folder; move it into that of its class")
     others = beside + [file for files in found.values() for file in files if not _is_image(file)]
     values = [file for files in images.values() for file in files]
-    notes = [f"{path}: {len(others)} files that are not images were left out, the first is {others[0]}"] * bool(others)
+    notes = [f"{path}: {len(others)} files that are not images were left out, first {file}" for file in others[:1]]
     labels = [folder.name for folder, files in images.items() for _ in files] if labelled else None
-    return Items([file.relative_to(path).as_posix() for file in values], [str(file) for file in values], values, labels,
-                 notes=notes)
+    ids = [_text(file.relative_to(path).as_posix(), f"{path}: the file name") for file in values]
+    return Items(ids, [str(file) for file in values], values, labels, notes=notes)
 
 
 def split_folders(path: str | Path) -> dict[str, Path] | None:
@@ -711,7 +723,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     16-bit grey (0..65535) is divided by 257, floating-point grey (0..1) multiplied by 255; values outside raise
     UserError with this name.
     """
-    if image.mode == "F" or image.mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow itself would clip at 255
         values, top = np.asarray(image), 1 if image.mode == "F" else 65535
         if not ((values >= 0) & (values <= top)).all():
             raise UserError(f"{name}: mode {image.mode} with values {values.min()} to {values.max()}; "
@@ -726,5 +738,5 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     try:
         return image.convert("RGB")
-    except ValueError as error:
+    except ValueError as error:  # LAB in older Pillows
         raise UserError(f"{name}: mode {image.mode} cannot be converted to RGB; save it as RGB") from error

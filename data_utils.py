@@ -44,7 +44,7 @@ from adapters import (
     from_description,
     square_pixels,
 )
-from config import Settings, UserError
+from config import FIELDS, Settings, UserError
 from data_files import (
     Items,
     class_order,
@@ -717,7 +717,7 @@ def _own_splits(settings: Settings, info: Info | None, read: Callable[[Path], It
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
     }
-    for name in streams.keys() - items.keys():
+    for name in (name for name in streams if name not in items):  # the test set first: it is the same for every seed
         labels = np.array([numbers[label] for label in items["train"].labels])
         kept, held_out = stratified_split(labels, *streams[name])
         items[name], items["train"] = items["train"].subset(held_out), items["train"].subset(kept)
@@ -783,6 +783,9 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     size = _known(info, "image").image_shape[0] if info and "image" in info["adapters"] else settings.image_size
     prepare = {"image": partial(square_pixels, size=size), "text": str, "series": read_one_series}
     there = {name for item in items["train"].values for name in item}
+    for name, column in columns.items():
+        if name not in there and column != FIELDS[f"{name}_column"].default:
+            raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
     adapters, parts = {}, {name: {} for name in items}
     for modality in (name for name in columns if name in (info["adapters"] if info else there)):
         for name in ("train", "val", "test"):

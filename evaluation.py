@@ -603,7 +603,7 @@ def plot_sequence_attention(
                 limit = np.abs(signal).max()
                 heat_map(top, signal.T, "value", cmap="RdBu_r", vmin=-limit, vmax=limit)
                 top.set_ylabel("input channel")
-            top.set_title(captions[i])
+            top.set_title(captions[i].replace(", ", "\n") if len(captions[i]) > 40 else captions[i])
             for number, (axes, weights) in enumerate(zip(below, attention, strict=True), start=1):
                 latents = weights[i].mean(0)[:, masks[i]] * len(signal)
                 order = np.argsort(latents.argmax(1), kind="stable")
@@ -621,7 +621,8 @@ def plot_text_attention(
         texts: (B, L), the bytes of each text in UTF-8.
         masks, attention, captions: as for `plot_sequence_attention`.
     """
-    width, most = 64, 12  # characters in a line, lines of a text
+    most = 12  # lines of a text
+    width = int(min(64, masks.sum(1).max()))  # characters in a line
     shown = []
     for i, (data, mask) in enumerate(zip(texts, masks, strict=True)):
         data = data[mask].astype(np.uint8)
@@ -632,13 +633,13 @@ def plot_text_attention(
         characters = [bytes(data[a:b]).decode(errors="replace") for a, b in zip(starts, ends, strict=True)]
         shown.append((characters[: width * most], (share * len(share))[: width * most]))
     lines = [max(1, -(-len(characters) // width)) for characters, _ in shown]
-    with _page(path, 9, 0.6 + sum(0.55 + 0.2 * number for number in lines)) as figure:
+    with _page(path, max(6, 1.2 + 0.14 * width), 0.5 + sum(0.5 + 0.25 * number for number in lines)) as figure:
         figure.suptitle("Cross-attention to each character, as a multiple of uniform attention")
         panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
         for axes, (characters, share), number, caption in zip(panels, shown, lines, captions, strict=True):
             grid = np.full(number * width, np.nan)
             grid[: len(share)] = share
-            picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto")
+            picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto", alpha=0.6)
             for place, character in enumerate(characters):
                 row, column = divmod(place, width)
                 character = character if character.isprintable() else "·"
