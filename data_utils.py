@@ -738,6 +738,12 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
         return list(pool.map(call, values, places))
 
 
+def _cut_note(modality: str, lengths: Sequence[int], limit: int | None) -> list[str]:
+    """What to tell the user of training items that the length limit cuts."""
+    count = sum(length > (limit or math.inf) for length in lengths)
+    return [f"{count} of {len(lengths)} training items are cut to max_seq_len {limit} ({modality})"] * bool(count)
+
+
 def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The user's images: a folder of a folder for each class, or of train, val and test above those.
 
@@ -760,7 +766,8 @@ def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
-    return splits, _describe({"series": adapter}, class_names, items["train"].notes)
+    notes = _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
+    return splits, _describe({"series": adapter}, class_names, notes)
 
 
 def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -771,7 +778,8 @@ def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Spli
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
-    return splits, _describe({"text": adapter}, class_names, items["train"].notes)
+    notes = _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
+    return splits, _describe({"text": adapter}, class_names, notes)
 
 
 def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -786,7 +794,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     for name, column in columns.items():
         if name not in there and column != FIELDS[f"{name}_column"].default:
             raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
-    adapters, parts = {}, {name: {} for name in items}
+    adapters, parts, notes = {}, {name: {} for name in items}, []
     for modality in (name for name in columns if name in (info["adapters"] if info else there)):
         for name in ("train", "val", "test"):
             found = items[name]
@@ -794,6 +802,9 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
             raw = _each(prepare[modality], [found.values[i][modality] for i in have], [found.places[i] for i in have])
             if name == "train":
                 adapters[modality] = _known(info, modality) or _fit(modality, raw, settings)
+                if modality != "image":
+                    lengths = [len(one.encode() if modality == "text" else one) for one in raw]
+                    notes += _cut_note(modality, lengths, adapters[modality].max_seq_len)
             adapter, numbers = adapters[modality], np.full(len(found.values), -1)
             numbers[have] = np.arange(len(have))
             if modality == "image":
@@ -804,7 +815,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
                 data = SequenceDataset(_each(adapter, raw, [found.places[i] for i in have]), labels[name][have])
             parts[name][modality] = data, numbers
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, items["train"].notes)
+    return splits, _describe(adapters, class_names, notes)
 
 
 def _fit(modality: str, raw: list[Any], settings: Settings) -> Adapter:
