@@ -796,24 +796,24 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
             raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
     adapters, parts, notes = {}, {name: {} for name in items}, []
     for modality in (name for name in columns if name in (info["adapters"] if info else there)):
-        for name in ("train", "val", "test"):
-            found = items[name]
-            have = [number for number, item in enumerate(found.values) if modality in item]
-            raw = _each(prepare[modality], [found.values[i][modality] for i in have], [found.places[i] for i in have])
-            if name == "train":
-                adapters[modality] = _known(info, modality) or _fit(modality, raw, settings)
-                if modality != "image":
-                    lengths = [len(one.encode() if modality == "text" else one) for one in raw]
-                    notes += _cut_note(modality, lengths, adapters[modality].max_seq_len)
-            adapter, numbers = adapters[modality], np.full(len(found.values), -1)
-            numbers[have] = np.arange(len(have))
+        have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
+        raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
+        places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
+        raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
+        adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], settings)
+        for name, found in items.items():
+            numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
+            numbers[have[name]] = np.arange(len(have[name]))
             if modality == "image":
                 augmentation = _augmentation(settings, size // 8) if name == "train" else {}
-                images = np.stack(raw) if raw else np.empty((0, size, size, 3), np.uint8)
-                data = ImageDataset(images, labels[name][have], adapter, **augmentation)
+                images = np.array(raw[name], np.uint8).reshape(-1, size, size, 3)
+                data = ImageDataset(images, its_labels, adapter, **augmentation)
             else:
-                data = SequenceDataset(_each(adapter, raw, [found.places[i] for i in have]), labels[name][have])
+                data = SequenceDataset(_each(adapter, raw[name], places[name]), its_labels)
             parts[name][modality] = data, numbers
+        if modality != "image":
+            lengths = [len(one.encode() if modality == "text" else one) for one in raw["train"]]
+            notes += _cut_note(modality, lengths, adapter.max_seq_len)
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
     return splits, _describe(adapters, class_names, notes)
 
