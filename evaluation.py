@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,11 @@ STYLE = {
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E5E5E5",
     "text.parse_math": False,  # a class may be called "$"
 }  # fmt: skip
+# Where DejaVu Sans, which comes with matplotlib, has no glyph: Korean, Chinese, Japanese and others
+OTHER_FONTS = (
+    "Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Arial Unicode MS",
+)  # fmt: skip
 FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
@@ -317,9 +324,33 @@ def save_evaluation(
 def _style() -> Iterator[None]:
     """The one style of all figures; the user's own is back afterwards."""
     import matplotlib.style
+    from matplotlib.font_manager import fontManager
 
-    with matplotlib.style.context(["default", STYLE]):
+    fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in set(fontManager.get_font_names()))]
+    with matplotlib.style.context(["default", STYLE, {"font.family": fonts}]):
         yield
+
+
+@contextmanager
+def missing_glyphs_noted() -> Iterator[None]:
+    """Characters that no font has are drawn as boxes: say so once, instead of a warning for each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    glyphs = [each for each in caught if "missing from font" in str(each.message)]
+    if glyphs:
+        _note_boxes()
+    for other in (each for each in caught if each not in glyphs):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+
+
+@lru_cache  # once in a process
+def _note_boxes() -> None:
+    print(
+        "note: some characters are drawn as boxes in the figures, for no font here has them; install one that does, such "
+        f"as {OTHER_FONTS[0]}",
+        file=sys.stderr,
+    )
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -334,7 +365,8 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with missing_glyphs_noted():
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 @contextmanager
