@@ -347,7 +347,7 @@ def missing_glyphs_noted() -> Iterator[None]:
 @lru_cache  # once in a process
 def _note_boxes() -> None:
     print(
-        "note: some characters are drawn as boxes in the figures, for no font here has them; install one that does, such "
+        "note: some characters are drawn as boxes in the figures, no font here has them; install one that does, such "
         f"as {OTHER_FONTS[0]}",
         file=sys.stderr,
     )
