@@ -10,7 +10,8 @@ It is plain data: `describe` gives what a checkpoint stores, `from_description` 
 is wrong with an item; who calls adds which item it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,17 @@ from torch import Tensor
 
 from config import UserError
 from data_files import open_image, read_one_series, to_rgb
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """A UserError within the block says at which place it was, if it does not yet."""
+    try:
+        yield
+    except UserError as error:
+        if place in str(error):
+            raise
+        raise UserError(f"{place}: {error}") from error
+
 
 # -- any tensor -----------------------------------------------------------------------------------------------
 

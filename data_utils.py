@@ -42,6 +42,7 @@ from adapters import (
     check_patch_size,
     describe,
     from_description,
+    naming,
     square_pixels,
 )
 from config import FIELDS, Settings, UserError
@@ -729,10 +730,8 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
     """function(value) of each, in threads (files are read and decoded in C); an error says at which place."""
 
     def call(value: Any, place: str) -> Any:
-        try:
+        with naming(place):
             return function(value)
-        except UserError as error:
-            raise error if place in str(error) else UserError(f"{place}: {error}") from error
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(call, values, places))

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import Dataset
 
 import evaluation
-from adapters import ImageAdapter, TextAdapter, from_description
+from adapters import ImageAdapter, TextAdapter, from_description, naming
 from checkpoint import build_model, load_checkpoint
 from config import (
     Parser,
@@ -59,7 +59,8 @@ MANIFESTS = (".csv", ".tsv", ".jsonl")
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[PerceiverModel, dict[str, Any]]:
     """The model of a checkpoint, ready for prediction, and the settings that it was trained with.
 
-    ``model.data_info`` describes the data: class names, normalisation, patch size, length limit (see data_utils.py).
+    ``model.data_info`` describes the data (class names, splits, ...; see data_utils.py), ``model.adapters`` prepares
+    raw items of each modality (see adapters.py).
     Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project.
     """
     checkpoint = load_checkpoint(path)
@@ -69,6 +70,7 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
 def _model(checkpoint: dict[str, Any], device: str | torch.device) -> PerceiverModel:
     model = build_model(checkpoint).to(device)
     model.data_info = checkpoint["data"]
+    model.adapters = {name: from_description(known) for name, known in checkpoint["data"]["adapters"].items()}
     return model
 
 
@@ -95,7 +97,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
 
 def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
     """The tokens of a raw item, by modality."""
-    adapters = {name: from_description(known) for name, known in model.data_info["adapters"].items()}
+    adapters = model.adapters
     if len(adapters) == 1 and not isinstance(item, dict):
         item = dict.fromkeys(adapters, item)
     if not isinstance(item, dict) or not item or item.keys() - adapters.keys():
@@ -103,10 +105,8 @@ def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
         raise UserError(f"{where}: an item must be a dict with some of {', '.join(adapters)}, this is {found}")
     tokens = {}
     for name, value in item.items():
-        try:
+        with naming(where):
             tokens[name] = adapters[name](value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
     return {"input": tokens}
 
 
@@ -165,7 +165,7 @@ def _analysis_figures(
 ) -> dict[str, Callable[[Path], None]]:
     """The figures of an analysis; what they need beyond the predictions is computed when they are drawn."""
     data, device = model.data_info, next(model.parameters()).device
-    adapters = {name: from_description(known) for name, known in data["adapters"].items()}
+    adapters = model.adapters
     names, labels, predicted = data["class_names"], found["labels"], found["logits"].argmax(1)
     only = next(iter(adapters)) if len(adapters) == 1 else None
 
@@ -222,7 +222,7 @@ def _analysis_figures(
 
 def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: Callable[[UserError], None]) -> Items:
     """The items of a file or folder, without labels: what training took, or one image, text or series."""
-    modalities = list(model.data_info["adapters"])
+    modalities = list(model.adapters)
     options = {"labelled": False, "on_error": on_error}
     if len(modalities) > 1 and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
