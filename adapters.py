@@ -25,6 +25,7 @@ from torch import Tensor
 from config import UserError
 from data_files import open_image, read_one_series, to_rgb
 
+
 @contextmanager
 def naming(place: str) -> Iterator[None]:
     """A UserError within the block says at which place it was, if it does not yet."""
