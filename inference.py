@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import Dataset
 
 import evaluation
+import plots
 from adapters import ImageAdapter, TextAdapter, from_description, naming
 from checkpoint import build_model, load_checkpoint
 from config import (
@@ -149,7 +150,7 @@ def evaluate(
     found = evaluation.collect_predictions(model, loader, device, amp_dtype)
     logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
     results = {**(about or {}), **evaluation.compute_metrics(logits, labels, names)}
-    figures = evaluation.evaluation_figures(logits, labels, names)
+    figures = plots.evaluation_figures(logits, labels, names)
     if analyze:
         results["analysis"] = evaluation.analyze_predictions(logits, labels, lengths, names)
     if output_dir is not None:
@@ -175,7 +176,7 @@ def _analysis_figures(
 
     def latents(path: Path) -> None:
         pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
-        evaluation.plot_latent_projection(pooled, labels, names, path)
+        plots.plot_latent_projection(pooled, labels, names, path)
 
     def attention(modality: str, path: Path) -> None:
         examples = {}  # class -> its first sample with the modality
@@ -195,23 +196,23 @@ def _analysis_figures(
             maps = [weights / weights.sum(-1, keepdims=True) for weights in maps]
         mask, adapter = batch["mask"][modality].numpy(), adapters[modality]
         if isinstance(adapter, ImageAdapter):
-            evaluation.plot_image_attention(adapter.images(tokens), maps, adapter.grid_shape, captions, path)
+            plots.plot_image_attention(adapter.images(tokens), maps, adapter.grid_shape, captions, path)
         elif isinstance(adapter, TextAdapter):
-            evaluation.plot_text_attention(tokens[..., 0].numpy(), mask, maps, captions, path)
+            plots.plot_text_attention(tokens[..., 0].numpy(), mask, maps, captions, path)
         else:
-            evaluation.plot_sequence_attention(tokens.numpy(), mask, maps, captions, path)
+            plots.plot_sequence_attention(tokens.numpy(), mask, maps, captions, path)
 
     def mistakes(path: Path) -> None:
         rows = analysis["most_confident_mistakes"]
         tokens = [dataset[row["index"]]["input"] for row in rows]
-        evaluation.plot_mistakes(rows, adapters["image"].images(torch.stack(tokens)) if rows else [], path)
+        plots.plot_mistakes(rows, adapters["image"].images(torch.stack(tokens)) if rows else [], path)
 
     figures = {f"attention_{name}.png": partial(attention, name) for name in adapters}
     if only:
         figures = {"attention.png": partial(attention, only)}
     figures["latents.png"] = latents
     if analysis["accuracy_by_length"]:
-        figures["accuracy_by_length.png"] = partial(evaluation.plot_accuracy_by_length, analysis["accuracy_by_length"])
+        figures["accuracy_by_length.png"] = partial(plots.plot_accuracy_by_length, analysis["accuracy_by_length"])
     if only == "image":
         figures["mistakes.png"] = mistakes
     return figures

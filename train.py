@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import evaluation
+import plots
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
 from config import (
     Settings,
@@ -488,7 +489,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Draw the curves, test the best model, and say what to do next."""
     with disk_advice():
-        evaluation.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
+        plots.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
     best = build_model(load_checkpoint(folder / BEST)).to(device)
     loader = create_dataloader(test_set, settings.batch_size)
     found = evaluation.collect_predictions(best, loader, device, amp_dtype)
@@ -569,8 +570,8 @@ def log_epoch(
             writer.add_scalar(name.replace("_", "/", 1), record[name], record["step"])
         writer.add_scalar("train/samples_per_second", record["samples_per_second"], record["step"])
         if matrix:
-            figure = evaluation.confusion_matrix_figure(matrix, class_names)
-            with evaluation.missing_glyphs_noted():
+            figure = plots.confusion_matrix_figure(matrix, class_names)
+            with plots.missing_glyphs_noted():
                 writer.add_figure("val/confusion_matrix", figure, record["step"])
         writer.flush()
 

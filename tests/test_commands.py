@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 
 import evaluation
 import inference
+import plots
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -207,8 +208,8 @@ def call(tmp_path, monkeypatch, capsys):
 def quick(monkeypatch):
     """Without TensorBoard and pictures, which cost more than the tiny runs here."""
     monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
-    monkeypatch.setattr(evaluation, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-    monkeypatch.setattr(evaluation, "evaluation_figures", lambda *_: {})
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+    monkeypatch.setattr(plots, "evaluation_figures", lambda *_: {})
 
 
 # --- Training, then evaluation ---------------------------------------------------------------------------------------
@@ -393,7 +394,7 @@ def test_pictures_that_cannot_be_written(sequences, call, monkeypatch, error):
         raise error
 
     for name in ("plot_confusion_matrix", "plot_confidence_histogram", "plot_confidence_analysis"):
-        monkeypatch.setattr(evaluation, name, fail)
+        monkeypatch.setattr(plots, name, fail)
     if isinstance(error, OSError):
         done = call(inference.main, ["--model_path", sequences])
         assert done.status == 2 and done.err.count("\n") == 1, done.err
@@ -733,7 +734,7 @@ def test_importing_changes_nothing(processes):
 def test_the_tour(processes):
     result, folder = processes(tour)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("1234567")
+    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("12345678")
     assert files_below(folder) == set()
 
 

@@ -1,4 +1,4 @@
-"""evaluation.py: metrics against scikit-learn and plain computations, results.json, figures."""
+"""evaluation.py and plots.py: metrics against scikit-learn and plain computations, results.json, figures."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from sklearn import metrics as reference
 from torch import nn
 
 import evaluation as ev
+import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("error")
@@ -292,7 +293,7 @@ def test_a_failed_figure_loses_nothing_and_is_reported(tmp_path):  # R45, R47
         raise RuntimeError("no ink")
 
     (tmp_path / "bad.png").write_text("the picture of an earlier run")
-    figures = {"bad.png": broken, **ev.evaluation_figures(*made_up(30, 3), names(3))}
+    figures = {"bad.png": broken, **plots.evaluation_figures(*made_up(30, 3), names(3))}
     with pytest.raises(ExceptionGroup, match="bad.png") as caught:
         ev.save_evaluation(tmp_path, {"accuracy": 0.5}, figures)
     (error,) = caught.value.exceptions
@@ -309,14 +310,14 @@ def test_a_failed_figure_loses_nothing_and_is_reported(tmp_path):  # R45, R47
 def drawn(monkeypatch):
     """The figures that would have been written, to look into."""
     figures = []
-    monkeypatch.setattr(ev, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     return figures
 
 
 @pytest.mark.parametrize("classes", [2, 10, 20, 21, 100])
 def test_confusion_matrix_is_annotated_in_every_cell_or_not_at_all(classes):  # R45
     matrix = np.arange(classes**2).reshape(classes, classes)
-    figure = ev.confusion_matrix_figure(matrix, names(classes))
+    figure = plots.confusion_matrix_figure(matrix, names(classes))
     axes = figure.axes[0]
     texts = [text.get_text() for text in axes.texts]
     labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -332,27 +333,27 @@ def test_confusion_matrix_is_annotated_in_every_cell_or_not_at_all(classes):  # 
 def test_confusion_matrix_of_absent_classes_and_awkward_names():
     matrix = [[2, 0, 0], [0, 0, 0], [0, 1, 1]]
     stem = "a very long name of a class, the same as "
-    figure = ev.confusion_matrix_figure(matrix, [stem + "one", stem + "two", "$x_{"])
+    figure = plots.confusion_matrix_figure(matrix, [stem + "one", stem + "two", "$x_{"])
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == list("200000011")
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert len(set(labels)) == 3 and max(map(len, labels)) <= 21 and labels[0].endswith("one")
     figure.canvas.draw()  # "$x_{" is not taken for mathematics
-    axes = ev.confusion_matrix_figure(np.eye(2, dtype=int), ["start " + "x" * 40 + " end"] * 2).axes[0]
+    axes = plots.confusion_matrix_figure(np.eye(2, dtype=int), ["start " + "x" * 40 + " end"] * 2).axes[0]
     assert len({label.get_text() for label in axes.get_yticklabels()}) == 2
 
 
 def test_tensorboard_takes_the_confusion_matrix(tmp_path):
     from torch.utils.tensorboard._utils import figure_to_image
 
-    image = figure_to_image(ev.confusion_matrix_figure(np.eye(3, dtype=int), names(3)))
+    image = figure_to_image(plots.confusion_matrix_figure(np.eye(3, dtype=int), names(3)))
     assert image.shape[0] == 3 and min(image.shape[1:]) > 200 and image.std() > 10
 
 
 def test_confidence_figures_show_their_numbers(drawn):
     logits, labels = made_up(500, 4)
     metrics = ev.compute_metrics(logits, labels, names(4))
-    for draw in ev.evaluation_figures(logits, labels, names(4)).values():
+    for draw in plots.evaluation_figures(logits, labels, names(4)).values():
         draw("unused")
     _, histogram, analysis = drawn
     right, wrong = histogram.axes
@@ -368,7 +369,7 @@ def test_confidence_figures_show_their_numbers(drawn):
 
 def test_equally_confident_samples_are_answered_together(drawn):
     confidence, correct = np.array([0.9, 0.5, 0.9, 0.5]), np.array([True, True, False, False])
-    ev.plot_confidence_analysis(confidence, correct, "unused")
+    plots.plot_confidence_analysis(confidence, correct, "unused")
     answered, accuracy = drawn[0].axes[2].lines[0].get_data()
     assert answered.tolist() == [0.5, 1.0] and accuracy.tolist() == [0.5, 0.5]
 
@@ -377,7 +378,7 @@ def test_sequence_attention_leaves_padding_out(drawn):
     rng = np.random.default_rng(0)
     masks = np.arange(9) < np.array([[9], [4]])
     attention = [rng.random((2, 2, 6, 9)) for _ in range(2)]
-    ev.plot_sequence_attention(rng.normal(size=(2, 9, 12)), masks, attention, ["one", "two"], "unused")
+    plots.plot_sequence_attention(rng.normal(size=(2, 9, 12)), masks, attention, ["one", "two"], "unused")
     panels = [axes for axes in drawn[0].axes if axes.get_label() != "<colorbar>"]
     shapes = sorted(axes.images[0].get_array().shape for axes in panels)
     assert shapes == [(6, 4), (6, 4), (6, 9), (6, 9), (12, 4), (12, 9)]
@@ -389,7 +390,7 @@ def test_sequence_attention_leaves_padding_out(drawn):
 
 def test_image_attention_lies_over_the_image(drawn):
     attention = [np.random.default_rng(0).dirichlet(np.ones(8), size=(1, 2, 5))]
-    ev.plot_image_attention(np.full((1, 8, 16, 3), 200), attention, (2, 4), ["true a, predicted b"], "unused")
+    plots.plot_image_attention(np.full((1, 8, 16, 3), 200), attention, (2, 4), ["true a, predicted b"], "unused")
     panels = [axes for axes in drawn[0].axes if axes.get_label() != "<colorbar>"]
     assert [len(axes.images) for axes in panels] == [1, 2, 2, 2, 2, 2]
     assert panels[0].get_title(loc="left") == "true a\npredicted b"
@@ -401,7 +402,7 @@ def test_image_attention_lies_over_the_image(drawn):
 
 def test_latent_projection_says_what_it_shows(drawn):
     logits, labels = made_up(60, 3)
-    ev.plot_latent_projection(np.repeat(logits, 4, axis=1), labels, names(3), "unused")
+    plots.plot_latent_projection(np.repeat(logits, 4, axis=1), labels, names(3), "unused")
     figure = drawn[0]
     assert "PCA" in figure.get_suptitle() and "60 samples" in figure.get_suptitle()
     assert "% of the variance" in figure.axes[0].get_xlabel()
@@ -417,9 +418,9 @@ def history(epochs):
 
 
 def test_training_curves_mark_the_best_epoch(drawn):
-    ev.plot_training_curves(history(200), "unused")
-    ev.plot_training_curves(history(200), "unused", best_epoch=150)
-    ev.plot_training_curves(history(1), "unused")
+    plots.plot_training_curves(history(200), "unused")
+    plots.plot_training_curves(history(200), "unused", best_epoch=150)
+    plots.plot_training_curves(history(1), "unused")
     for figure, best in zip(drawn, (9, 150, 1), strict=True):
         loss, accuracy, rate = figure.axes
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy", "Learning rate"]
@@ -432,20 +433,20 @@ def every_figure(folder, samples=30, classes=3):
     """Draw one of each kind into `folder`."""
     logits, labels = made_up(samples, classes)
     rng = np.random.default_rng(1)
-    figures = ev.evaluation_figures(logits, labels, names(classes))
+    figures = plots.evaluation_figures(logits, labels, names(classes))
     for name, draw in figures.items():
         draw(folder / name)
     analysis = ev.analyze_predictions(logits, labels, np.arange(samples) % 40 + 1, names(classes))
     mistakes = analysis["most_confident_mistakes"]
     if analysis["accuracy_by_length"]:
-        ev.plot_accuracy_by_length(analysis["accuracy_by_length"], folder / "length.png")
-    ev.plot_mistakes(mistakes, rng.integers(0, 17, (len(mistakes), 8, 8, 1)), folder / "mistakes.png")
+        plots.plot_accuracy_by_length(analysis["accuracy_by_length"], folder / "length.png")
+    plots.plot_mistakes(mistakes, rng.integers(0, 17, (len(mistakes), 8, 8, 1)), folder / "mistakes.png")
     weights = rng.dirichlet(np.ones(16), size=(1, 2, 5))
-    ev.plot_image_attention(rng.random((1, 8, 8, 3)), [weights], (4, 4), ["true a"], folder / "image.png")
+    plots.plot_image_attention(rng.random((1, 8, 8, 3)), [weights], (4, 4), ["true a"], folder / "image.png")
     inputs, mask = rng.normal(size=(1, 16, 2)), np.ones((1, 16), dtype=bool)
-    ev.plot_sequence_attention(inputs, mask, [weights], ["true a"], folder / "sequence.png")
-    ev.plot_latent_projection(rng.normal(size=(samples, 8)), labels, names(classes), folder / "latents.png")
-    ev.plot_training_curves(history(2), folder / "curves.png")
+    plots.plot_sequence_attention(inputs, mask, [weights], ["true a"], folder / "sequence.png")
+    plots.plot_latent_projection(rng.normal(size=(samples, 8)), labels, names(classes), folder / "latents.png")
+    plots.plot_training_curves(history(2), folder / "curves.png")
 
 
 @pytest.mark.parametrize(("samples", "classes"), [(1, 2), (10_000, 100)])
@@ -461,10 +462,10 @@ def test_every_figure_is_a_picture_of_sensible_size(tmp_path, samples, classes):
 @pytest.mark.parametrize("correct", [True, False])
 def test_figures_of_one_kind_of_answer_and_of_equal_latents(tmp_path, correct):
     confidence = np.full(5, 1.0)
-    ev.plot_confidence_histogram(confidence, np.full(5, correct), tmp_path / "a.png")
-    ev.plot_confidence_analysis(confidence, np.full(5, correct), tmp_path / "b.png")
-    ev.plot_latent_projection(np.ones((5, 3)), np.arange(5), names(5), tmp_path / "c.png")
-    ev.plot_mistakes([], np.zeros((0, 8, 8, 1)), tmp_path / "d.png")
+    plots.plot_confidence_histogram(confidence, np.full(5, correct), tmp_path / "a.png")
+    plots.plot_confidence_analysis(confidence, np.full(5, correct), tmp_path / "b.png")
+    plots.plot_latent_projection(np.ones((5, 3)), np.arange(5), names(5), tmp_path / "c.png")
+    plots.plot_mistakes([], np.zeros((0, 8, 8, 1)), tmp_path / "d.png")
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -497,8 +498,8 @@ def run(code, tmp_path, **environment):
 def test_figures_need_no_display(tmp_path):  # R45
     code = """
 from pathlib import Path
-import evaluation as ev, numpy as np
-figures = ev.evaluation_figures(np.eye(2), np.array([0, 1]), ["a", "b"])
+import evaluation as ev, numpy as np, plots
+figures = plots.evaluation_figures(np.eye(2), np.array([0, 1]), ["a", "b"])
 ev.save_evaluation("new/sub/dir", {}, figures)
 assert len(list(Path("new/sub/dir").iterdir())) == 4
 import sys, matplotlib.pyplot as plt
@@ -508,5 +509,5 @@ assert not plt.get_fignums() and "tkinter" not in sys.modules
 
 
 def test_importing_is_light(tmp_path):
-    code = "import sys, evaluation; assert not {'matplotlib', 'seaborn', 'sklearn'} & set(sys.modules)"
+    code = "import sys, evaluation, plots; assert not {'matplotlib', 'seaborn', 'sklearn'} & set(sys.modules)"
     run(code, tmp_path)

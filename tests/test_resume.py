@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import evaluation
+import plots
 import train
 from checkpoint import BEST, LAST, load_checkpoint
 from config import DATASET_DEFAULTS
@@ -265,7 +266,7 @@ def run(tmp_path, monkeypatch, capsys):
     """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
-    monkeypatch.setattr(evaluation, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
 
     def call(flags):
         try:
@@ -740,7 +741,7 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
 
             before_step(patch, 12, lambda: patch.setattr(Path, "write_text", half))
         elif what == "curves":
-            patch.setattr(evaluation, "plot_training_curves", full)
+            patch.setattr(plots, "plot_training_curves", full)
         elif what == "tensorboard":
             writer = SimpleNamespace(
                 add_scalar=lambda *_: None, add_figure=lambda *_: None, flush=lambda: None, close=lambda: None

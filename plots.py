@@ -1,0 +1,499 @@
+"""The figures of training and evaluation. Every `plot_*` function takes plain data and, last, the path to write.
+
+Figures are built without pyplot: they need no display, ignore the user's own style, change no global state.
+
+Letters: N samples, C classes, B batch, L tokens, D latent width.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluation import PathLike, calibration_error, confidences, reliability_table
+
+if TYPE_CHECKING:  # plotting libraries are imported where they are used: importing this module is quick
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # told apart by colour-blind readers too
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "figure.titlesize": 10, "figure.titleweight": "bold", "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E5E5E5",
+    "text.parse_math": False,  # a class may be called "$"
+}  # fmt: skip
+# Where DejaVu Sans, which comes with matplotlib, has no glyph: Korean, Chinese, Japanese and others
+OTHER_FONTS = (
+    "Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Arial Unicode MS",
+)  # fmt: skip
+FEW_CLASSES = 20  # up to here each class is written out, above only some are
+
+
+# -------------------------------------------------------------------------------------------- drawing: basics
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The one style of all figures; the user's own is back afterwards."""
+    import matplotlib.style
+    from matplotlib.font_manager import fontManager
+
+    fonts = ["DejaVu Sans", *(name for name in OTHER_FONTS if name in set(fontManager.get_font_names()))]
+    with matplotlib.style.context(["default", STYLE, {"font.family": fonts}]):
+        yield
+
+
+@contextmanager
+def missing_glyphs_noted() -> Iterator[None]:
+    """Characters that no font has are drawn as boxes: say so once, instead of a warning for each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    glyphs = [each for each in caught if "missing from font" in str(each.message)]
+    if glyphs:
+        _note_boxes()
+    for other in (each for each in caught if each not in glyphs):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+
+
+@lru_cache  # once in a process
+def _note_boxes() -> None:
+    print(
+        "note: some characters are drawn as boxes in the figures, no font here has them; install one that does, such "
+        f"as {OTHER_FONTS[0]}",
+        file=sys.stderr,
+    )
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure (sizes in inches) with an Agg canvas of its own, unknown to pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with missing_glyphs_noted():
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+@contextmanager
+def _page(path: PathLike, width: float, height: float) -> Iterator[Figure]:
+    """A new figure in our style, written to `path` at the end of the block."""
+    with _style():
+        figure = _new_figure(width, height)
+        yield figure
+        _save(figure, path)
+
+
+def _short(name: str, limit: int = 18) -> str:
+    """The name; where it is longer than `limit` characters, its middle is left out."""
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - limit // 2 - 1) :]}"
+
+
+def _tick_names(class_names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
+    """The class numbers to label, at most `most` where there are many, and their short and distinct names."""
+    names = [_short(str(name)) for name in class_names]
+    if len(set(names)) < len(names):
+        names = [f"{i}: {name}" for i, name in enumerate(names)]
+    step = 1 if len(names) <= FEW_CLASSES else -(-len(names) // most)
+    return np.arange(0, len(names), step), names[::step]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
+    return [np.array([row[key] for row in rows]) for key in keys]
+
+
+def _interval(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval of a share that was measured on `count` samples."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return np.minimum(centre - half, share), np.maximum(centre + half, share)
+
+
+def _bars(axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width: float, at=None) -> None:
+    """Bars of accuracies with their 95 % intervals, which stand at `at` (by default in the middle)."""
+    low, high = _interval(share, count)
+    axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
+    dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
+    label = "accuracy with 95 % interval"
+    axes.errorbar(x if at is None else at, share, (share - low, high - share), label=label, **dots)
+    axes.set(ylabel="accuracy", ylim=(0, 1))
+
+
+# -------------------------------------------------------------------------------- figures of every evaluation
+
+
+def evaluation_figures(
+    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> dict[str, Callable[[Path], None]]:
+    """The three figures of every evaluation: file name -> function that draws it to a path."""
+    from sklearn.metrics import confusion_matrix
+
+    matrix = confusion_matrix(labels, logits.argmax(1), labels=range(len(class_names)))
+    confidence, correct = confidences(logits, labels)
+    return {
+        "confusion_matrix.png": partial(plot_confusion_matrix, matrix, class_names),
+        "confidence_histogram.png": partial(plot_confidence_histogram, confidence, correct),
+        "confidence_analysis.png": partial(plot_confidence_analysis, confidence, correct),
+    }
+
+
+def confusion_matrix_figure(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Counts (C, C), coloured by share of the true class; on an Agg canvas, as TensorBoard needs it."""
+    import seaborn
+    from matplotlib.colors import PowerNorm
+
+    matrix = np.asarray(matrix)
+    classes, total, right = len(matrix), matrix.sum(), np.trace(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    few = classes <= FEW_CLASSES
+    side = np.clip(0.45 * classes, 2.6, 9)
+    ticks, names = _tick_names(class_names, most=50)
+    with _style():
+        figure = _new_figure(side + 2, side + 1.2)
+        axes = figure.subplots()
+        seaborn.heatmap(
+            shares, ax=axes, cmap="Blues", norm=PowerNorm(0.5, 0, 1), square=True,
+            linewidths=0.5 if few else 0, annot=matrix if few else None, fmt="d", annot_kws={"fontsize": 8},
+            cbar_kws={"label": "share of the true class", "fraction": 0.05, "pad": 0.02},
+        )  # fmt: skip
+        for text in axes.texts:
+            text.set_alpha(0.4 if text.get_text() == "0" else 1)
+        fontsize = 9 if few else 6.5
+        level = few and max(map(len, names)) * 0.085 < side / classes  # inches per character
+        axes.set_xticks(ticks + 0.5, names, rotation=0 if level else 90, fontsize=fontsize)
+        axes.set_yticks(ticks + 0.5, names, rotation=0, fontsize=fontsize)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.set_title(f"{right:,} of {total:,} right ({right / max(total, 1):.1%})")
+    return figure
+
+
+def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: PathLike) -> None:
+    """Write `confusion_matrix_figure`."""
+    with _style():
+        _save(confusion_matrix_figure(matrix, class_names), path)
+
+
+def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path: PathLike) -> None:
+    """Confidences (N,) of the right predictions above, of the wrong ones below, each on its own scale."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _page(path, 6, 4.5) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        parts = ((upper, "Right", correct, BLUE), (lower, "Wrong", ~correct, VERMILION))
+        for axes, name, chosen, colour in parts:
+            values = confidence[chosen]
+            title = f"{name}: {len(values):,} of {len(confidence):,} predictions ({chosen.mean():.1%})"
+            axes.hist(values, bins=20, range=(0, 1), color=colour, edgecolor="white")
+            axes.set(ylabel="samples", xlim=(0, 1))
+            axes.set_ylim(top=None if len(values) else 1)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            if len(values):
+                axes.axvline(np.median(values), color="black", linestyle="--", linewidth=1)
+                title += f", median {np.median(values):.3f}"
+            axes.set_title(title)
+        lower.set_xlabel("confidence (probability of the predicted class)")
+
+
+def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: PathLike) -> None:
+    """Reliability diagram with the count of each bin; accuracy if only the most confident are answered."""
+    table = reliability_table(confidence, correct)
+    rows = [row for row in table if row["count"]]
+    start, count, mean, accuracy = _columns(rows, "low", "count", "confidence", "accuracy")
+    width = 1 / len(table)
+    centre = start + width / 2
+    order = np.argsort(-confidence, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    share = np.cumsum(correct[order]) / answered
+    last = np.append(np.diff(confidence[order]) != 0, True)  # equally confident samples are answered together
+    share, answered = share[last], answered[last]
+    coverage = answered / len(order)
+    low, high = _interval(share, answered)
+
+    with _page(path, 10, 5) as figure:
+        left, right = figure.subfigures(1, 2)
+        diagram, counts = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        _bars(diagram, centre, accuracy, count, width, at=mean)
+        diagram.plot([0, 1], [0, 1], "--", color=VERMILION, linewidth=1, label="perfectly calibrated")
+        diagram.set_title(f"Reliability: expected calibration error {calibration_error(table):.3f}")
+        counts.bar(centre, count, width, color=GREY, edgecolor="white")
+        for x, number in zip(centre, count, strict=True):
+            counts.text(x, number, f"{number}", ha="center", va="bottom", fontsize=6.5)
+        counts.set(xlabel="confidence (probability of the predicted class)", ylabel="samples", xlim=(0, 1))
+        counts.set_ylim(0, 1.2 * count.max())
+        left.legend(*diagram.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+        axes = right.subplots()
+        axes.fill_between(coverage, low, high, color=BLUE, alpha=0.2, linewidth=0, label="95 % interval")
+        axes.plot(coverage, share, color=BLUE, marker="o" if len(share) == 1 else None, label="accuracy")
+        axes.axhline(share[-1], color=GREY, linestyle="--", label=f"all answered: {share[-1]:.3f}")
+        axes.set_title("Accuracy against coverage, most confident first")
+        axes.set(xlabel="share of samples answered", ylabel="accuracy", xlim=(0, 1))
+        axes.set_ylim(min(share.min(), low[coverage >= 0.2].min()) - 0.01, 1.002)
+        right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+# ------------------------------------------------------------------------------------- figures of an analysis
+
+
+def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
+    """The rows of `accuracy_by_length` as bars."""
+    count, accuracy = _columns(rows, "count", "accuracy")
+    x = np.arange(len(rows))
+    with _page(path, 7, 3.6) as figure:
+        axes = figure.subplots()
+        _bars(axes, x, accuracy, count, width=0.8)
+        mean = accuracy @ count / count.sum()
+        axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3f}")
+        axes.set_xticks(x, [f"{row['shortest']}–{row['longest']}\nn = {row['count']}" for row in rows])
+        axes.set(xlabel="length (real tokens)")
+        axes.set_title("Accuracy by sequence length")
+        axes.grid(axis="x", visible=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def _unit_range(images: np.ndarray) -> np.ndarray:
+    """Images of any scale from 0 (0..255, 0..16, 0..1) as floats in [0, 1]."""
+    images = np.asarray(images, dtype=np.float64)
+    return np.clip(images / max(images.max(initial=0), 1e-12), 0, 1)
+
+
+def _show_image(axes: Axes, image: np.ndarray) -> None:
+    """Draw an image (H, W, 1 or 3) in [0, 1]."""
+    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_off()
+
+
+def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) -> None:
+    """The images (M, H, W, 1 or 3), before normalisation, of M `most_confident_mistakes`, in their order."""
+    rows = -(-len(mistakes) // 4)
+    with _page(path, 7.6, 2.25 * rows + 0.4) as figure:
+        figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
+        if not mistakes:
+            return
+        grid = figure.subplots(rows, 4, squeeze=False).ravel()
+        for axes in grid[len(mistakes) :]:
+            axes.set_axis_off()
+        for axes, mistake, image in zip(grid[: len(mistakes)], mistakes, _unit_range(images), strict=True):
+            _show_image(axes, image)
+            true, predicted = _short(mistake["true"]), _short(mistake["predicted"])
+            title = f"true {true}\npredicted {predicted}\nconfidence {mistake['confidence']:.1%}"
+            axes.set_title(title, fontsize=7.5, weight="normal")
+
+
+def _distinct_rows(rows: np.ndarray, number: int) -> list[int]:
+    """The most peaked row of (latents, L), then again and again the one farthest from those chosen."""
+    chosen = [int(rows.max(1).argmax())]
+    while len(chosen) < number:
+        distance = np.min([np.abs(rows - rows[i]).sum(1) for i in chosen], axis=0)
+        distance[chosen] = -1
+        chosen.append(int(distance.argmax()))
+    return chosen
+
+
+def plot_image_attention(
+    images: np.ndarray, attention: Sequence[np.ndarray], grid_shape: Sequence[int], captions: Sequence[str],
+    path: PathLike,
+) -> None:  # fmt: skip
+    """Cross-attention over a few images: its mean over heads and latents, then the latents that differ most.
+
+    Args:
+        images: (B, H, W, 1 or 3), before normalisation.
+        attention: for each cross-attend (B, heads, latents, rows * columns), as from `collect_attention`.
+        grid_shape: (rows, columns) of the patch grid.
+        captions: a text per image, such as "true cat, predicted dog"; each part gets a line.
+    """
+    images = _unit_range(images)
+    height, width = images.shape[1:3]
+    singles = min(4, attention[0].shape[2])
+    lines = [(i, number) for i in range(len(images)) for number in range(len(attention))]
+    with _page(path, 1.65 * (2 + singles), 1.8 * len(lines) + 0.4) as figure:
+        figure.suptitle("Cross-attention, mean over heads, as a multiple of uniform attention")
+        grid = figure.subplots(len(lines), 2 + singles, squeeze=False)
+        for panels, (i, number) in zip(grid, lines, strict=True):
+            latents = attention[number][i].mean(0) * attention[number].shape[-1]
+            chosen = _distinct_rows(latents, singles)
+            maps = {"mean": latents.mean(0)} | {f"latent {k}": latents[k] for k in chosen}
+            _show_image(panels[0], images[i])
+            caption = captions[i].split(", ") + [f"cross-attend {number + 1}"] * (len(attention) > 1)
+            panels[0].set_title("\n".join(_short(line, 24) for line in caption), fontsize=7)
+            for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
+                _show_image(axes, 0.3 + 0.4 * images[i].mean(-1, keepdims=True))
+                extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+                picture = axes.imshow(values.reshape(grid_shape), cmap="viridis", alpha=0.7, extent=extent)
+                axes.set_title(name, fontsize=7.5, weight="normal")
+                bar = figure.colorbar(picture, ax=axes, shrink=0.8, fraction=0.05, pad=0.02)
+                bar.ax.tick_params(labelsize=6)
+
+
+def plot_sequence_attention(
+    inputs: np.ndarray, masks: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str],
+    path: PathLike,
+) -> None:  # fmt: skip
+    """Cross-attention over time for a few sequences, a column each: input, latents x time without padding.
+
+    Args:
+        inputs: (B, L, C).
+        masks: bool (B, L), True at real tokens.
+        attention: for each cross-attend (B, heads, latents, L), as from `collect_attention`.
+        captions: a text per sequence, such as its true and its predicted class.
+    """
+    rows = 1 + len(attention)
+    with _page(path, 0.8 + 3.6 * len(inputs), 2 + 2.4 * len(attention)) as figure:
+        ratios = [1.8] + [2.4] * len(attention)
+        columns = figure.subplots(rows, len(inputs), squeeze=False, sharex="col", height_ratios=ratios).T
+
+        def heat_map(axes: Axes, values: np.ndarray, label: str, **kwargs: Any) -> None:
+            picture = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
+            axes.grid(False)
+            figure.colorbar(picture, ax=axes, label=label)
+
+        for i, (top, *below) in enumerate(columns):
+            signal = inputs[i][masks[i]]
+            if signal.shape[1] <= 8:
+                top.plot(signal, linewidth=1)
+                top.set_ylabel("input")
+            else:
+                limit = np.abs(signal).max()
+                heat_map(top, signal.T, "value", cmap="RdBu_r", vmin=-limit, vmax=limit)
+                top.set_ylabel("input channel")
+            top.set_title(captions[i].replace(", ", "\n") if len(captions[i]) > 40 else captions[i])
+            for number, (axes, weights) in enumerate(zip(below, attention, strict=True), start=1):
+                latents = weights[i].mean(0)[:, masks[i]] * len(signal)
+                order = np.argsort(latents.argmax(1), kind="stable")
+                heat_map(axes, latents[order], "multiple of uniform", cmap="viridis", vmin=0)
+                axes.set_ylabel(f"latents of cross-attend {number}\n(in order of their peaks)")
+            below[-1].set_xlabel("time (tokens)")
+
+
+def plot_text_attention(
+    texts: np.ndarray, masks: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """Cross-attention over the characters of a few texts: its mean over heads, latents and cross-attends.
+
+    Args:
+        texts: (B, L), the bytes of each text in UTF-8.
+        masks, attention, captions: as for `plot_sequence_attention`.
+    """
+    most = 12  # lines of a text
+    width = int(min(64, masks.sum(1).max()))  # characters in a line
+    shown = []
+    for i, (data, mask) in enumerate(zip(texts, masks, strict=True)):
+        data = data[mask].astype(np.uint8)
+        share = np.mean([weights[i].mean((0, 1))[mask] for weights in attention], axis=0)  # of each byte
+        starts = np.flatnonzero((data & 0xC0) != 0x80)  # the bytes that begin a character
+        share = np.add.reduceat(share, starts) if len(starts) else share[:0]
+        ends = [*starts[1:], len(data)]
+        characters = [bytes(data[a:b]).decode(errors="replace") for a, b in zip(starts, ends, strict=True)]
+        shown.append((characters[: width * most], (share * len(share))[: width * most]))
+    lines = [max(1, -(-len(characters) // width)) for characters, _ in shown]
+    with _page(path, max(6, 1.2 + 0.14 * width), 0.5 + sum(0.5 + 0.25 * number for number in lines)) as figure:
+        figure.suptitle("Cross-attention to each character, as a multiple of uniform attention")
+        panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
+        for axes, (characters, share), number, caption in zip(panels, shown, lines, captions, strict=True):
+            grid = np.full(number * width, np.nan)
+            grid[: len(share)] = share
+            picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto", alpha=0.6)
+            for place, character in enumerate(characters):
+                row, column = divmod(place, width)
+                character = character if character.isprintable() else "·"
+                axes.text(column, row, character, ha="center", va="center", fontsize=7)
+            axes.set_axis_off()
+            axes.set_title(caption, fontsize=8)
+            figure.colorbar(picture, ax=axes, fraction=0.02, pad=0.01)
+
+
+def plot_latent_projection(
+    latents: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: PathLike
+) -> None:
+    """Pooled latents (N, D) of classes (N,) on their first four principal components, two to a panel."""
+    import seaborn
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patheffects import withStroke
+    from sklearn.decomposition import PCA
+
+    latents, classes = np.asarray(latents, dtype=np.float64), len(class_names)
+    pca = PCA(min(4, *latents.shape), svd_solver="full")
+    with np.errstate(invalid="ignore", divide="ignore"):  # equal latents have no variance to share out
+        points = pca.fit_transform(latents)
+        share = np.nan_to_num(pca.explained_variance_ratio_)
+    missing = max(0, 2 - len(share))
+    points, share = np.pad(points, ((0, 0), (0, missing))), np.pad(share, (0, missing))
+    pairs = [(0, 1), (2, 3)][: len(share) // 2]
+    colours = ListedColormap(seaborn.color_palette("colorblind" if classes <= 10 else "husl", classes))
+    ticks, names = _tick_names(class_names, most=25)
+    with _page(path, 4.4 * len(pairs) + 1.6, 4.6) as figure:
+        figure.suptitle(f"Pooled latents of {len(points):,} samples, projected by PCA")
+        panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+        for axes, (a, b) in zip(panels, pairs, strict=True):
+            dots = axes.scatter(
+                points[:, a], points[:, b], c=labels, cmap=colours, vmin=-0.5, vmax=classes - 0.5,
+                s=np.clip(6000 / len(points), 3, 30), alpha=0.7, linewidths=0,
+            )  # fmt: skip
+            axes.set_xlabel(f"component {a + 1} ({share[a]:.1%} of the variance)")
+            axes.set_ylabel(f"component {b + 1} ({share[b]:.1%})")
+            for number in np.unique(labels) if classes <= 10 else ():
+                x, y = np.median(points[labels == number][:, [a, b]], axis=0)
+                outline = [withStroke(linewidth=2.5, foreground="white")]
+                name = _short(str(class_names[number]), 12)
+                axes.text(x, y, name, ha="center", va="center", path_effects=outline)
+        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class")
+        bar.solids.set_alpha(1)
+        bar.set_ticks(ticks, labels=names)
+        bar.ax.invert_yaxis()
+        bar.ax.minorticks_off()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def plot_training_curves(
+    history: Sequence[Mapping[str, Any]], path: PathLike, best_epoch: int | None = None
+) -> None:
+    """Loss, accuracy and learning rate over the epochs.
+
+    Args:
+        history: a dict per epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate.
+        best_epoch: the epoch to mark; by default the first with the highest val_accuracy.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    keys = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+    series = {key: [entry[key] for entry in history] for key in keys}
+    epochs = series["epoch"]
+    best = epochs.index(best_epoch) if best_epoch is not None else int(np.argmax(series["val_accuracy"]))
+    marker = "o" if len(epochs) <= 20 else None
+    with _page(path, 11, 3.4) as figure:
+        loss, accuracy, rate = figure.subplots(1, 3)
+        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+            for part, label, colour in (("train", "training", GREY), ("val", "validation", BLUE)):
+                values = series[f"{part}_{name}"]
+                axes.plot(epochs, values, color=colour, marker=marker, markersize=3, label=label)
+            value = series[f"val_{name}"][best]
+            label = f"best epoch {epochs[best]}: {value:.4f}"
+            axes.plot(epochs[best], value, "*", color=VERMILION, markersize=11, label=label)
+            axes.set_title(name.capitalize())
+            axes.legend()
+        rate.plot(epochs, series["learning_rate"], color=BLUE, marker=marker, markersize=3)
+        rate.set_title("Learning rate")
+        rate.yaxis.set_major_formatter("{x:.3g}")
+        for axes in (loss, rate):
+            axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
+        for axes in (loss, accuracy, rate):
+            axes.axvline(epochs[best], color=VERMILION, linewidth=0.8, linestyle=":")
+            axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
