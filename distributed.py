@@ -21,7 +21,7 @@ from config import UserError
 
 LONGEST_WAIT = timedelta(minutes=30)  # for another process: longer than any step, validation or save takes
 LONGEST_DOWNLOAD = timedelta(days=1)
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # gloo, the store
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, nccl
 
 _store: dist.Store | None = None  # torchrun's own: what is written there outlives the processes that it starts anew
 
@@ -54,9 +54,7 @@ def processes() -> Iterator[None]:
         return
     ours = not dist.is_initialized()
     if ours:
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=LONGEST_WAIT)
-    _store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        _store = _join()
     try:
         with nullcontext() if is_first() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
             yield
@@ -69,6 +67,20 @@ def processes() -> Iterator[None]:
         raise
     if ours:  # not after an exception: this may wait for the others
         dist.destroy_process_group()
+
+
+def _join() -> dist.Store:
+    """Join the group of processes that the environment describes; returns torchrun's store."""
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=number == 0 and not served, multi_tenant=True)
+    # Processes that are started anew must not find the addresses of those before: torch tells them apart by nothing
+    names = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {count}", store)
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=names, rank=number, world_size=count, timeout=LONGEST_WAIT)
+    return store
 
 
 def _reported_elsewhere() -> bool:
