@@ -84,9 +84,10 @@ def _join() -> dist.Store:
 
 
 def _reported_elsewhere() -> bool:
-    """Whether another process of this start was here before."""
+    """Whether another process of this start was here first."""
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
     try:
-        return _store.add(f"errors of start {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) > 1
+        return _store.compare_set(f"failed first in start {start}", "", str(rank())).decode() != str(rank())
     except RuntimeError:  # torchrun itself is gone
         return False
 

@@ -126,6 +126,9 @@ def worker(runs):
     with distributed.processes():
         rank = distributed.rank()
         for folder, flags, changes, of_ranks in runs:
+            if rank == 0 and os.path.exists(f"{folder}/checkpoints"):  # the second run of this name
+                shutil.copytree(folder, f"{folder} before", dirs_exist_ok=True)
+            distributed.wait_for_all()
             os.makedirs(folder, exist_ok=True)
             os.chdir(folder)
             with changed({*changes, *of_ranks.get(str(rank), [])}, rank):
@@ -186,8 +189,8 @@ class Group:
 
 
 def make_runs(folder, size, runs):
-    """Make runs {name: (flags, changes, further changes of ranks)} below a folder with one group."""
-    described = [[str(folder / name), flags, sorted(changes), more] for name, (flags, changes, *[more]) in runs.items()]
+    """Make the runs (name, flags, changes, further changes of ranks) below a folder with one group."""
+    described = [[str(folder / name), flags, sorted(changes), *more] for name, flags, changes, *more in runs]
     group = Group(folder, size, __file__, json.dumps(described))
     return group, group.end()
 
@@ -212,15 +215,16 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The same by two processes, and runs that are stopped."""
-    runs = {name: (*run, {}) for name, run in EQUAL.items()}
-    runs["unbroken"] = (DROPOUT, set(), {})
-    runs["stopped"] = (DROPOUT, set(), {"1": ["SIGTERM@5"]})
-    runs["moved"] = (EQUAL["uneven"][0], {"double"}, {"0": ["SIGINT@11"]})
+    runs = [(name, *run, {}) for name, run in EQUAL.items()]
+    runs += [
+        ("unbroken", DROPOUT, set(), {}),
+        ("stopped", DROPOUT, set(), {"1": ["SIGTERM@5"]}),
+        ("stopped", "--resume", set(), {}),
+        ("moved", EQUAL["uneven"][0], {"double"}, {"0": ["SIGINT@11"]}),
+    ]
     folder = tmp_path_factory.mktemp("two")
     group, status = make_runs(folder, 2, runs)
     assert status == 0, group.text()
-    for name in ("stopped", "moved"):
-        shutil.copytree(folder / name, folder / f"{name} before")
     return folder
 
 
@@ -228,9 +232,9 @@ def two(tmp_path_factory):
 def three(tmp_path_factory, two):
     """The same by three, which also go on with a run of two."""
     folder = tmp_path_factory.mktemp("three")
-    shutil.copytree(two / "moved before", folder / "moved")
-    runs = {name: (*EQUAL[name], {}) for name in EQUAL if "compiled" not in name}
-    runs["moved"] = ("--resume", {"double"}, {})
+    shutil.copytree(two / "moved", folder / "moved")
+    runs = [(name, *run, {}) for name, run in EQUAL.items() if name != "compiled"]
+    runs += [("moved", "--resume", {"double"}, {})]
     group, status = make_runs(folder, 3, runs)
     assert status == 0, group.text()
     return folder
@@ -268,7 +272,7 @@ def test_one_process_of_torchrun_is_a_plain_run(one, tmp_path):
     from test_resume import assert_same
 
     name = "uneven"
-    group, status = make_runs(tmp_path, 1, {name: (*EQUAL[name], {})})
+    group, status = make_runs(tmp_path, 1, [(name, *EQUAL[name], {})])
     assert status == 0, group.text()
     assert_same(*(load_checkpoint(folder / name / "checkpoints" / LAST) for folder in (one, tmp_path)))
 
@@ -304,7 +308,7 @@ def test_only_the_first_process_writes(two):
         assert not [key for key in weights if key.startswith(("module.", "_orig_mod."))], flags
     text = (two / "output.txt").read_text()
     for words in ("data    synthetic", "device  cpu", "best epoch"):
-        assert text.count(words) == len(EQUAL) + 3 - 2 * (words == "best epoch"), words  # two were stopped
+        assert text.count(words) == len(EQUAL) + 4 - 2 * (words == "best epoch"), words  # two were stopped
     assert "; 2 processes, 3 or 4 of the 7 samples of a batch each" in text
     assert "; 2 processes, 4 of the 8 samples of a batch each" in text
 
@@ -341,23 +345,20 @@ else:
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
-    for name, status, step in (("stopped", 143, 5), ("moved", 130, 11)):
-        assert [records(two / f"{name} before", f"status_{rank}.txt") for rank in range(2)] == [[status]] * 2
-        assert load_checkpoint(two / f"{name} before" / "checkpoints" / LAST)["step"] == step
+    for name, status, step in (("stopped before", 143, 5), ("moved", 130, 11)):
+        assert [records(two / name, f"status_{rank}.txt") for rank in range(2)] == [[status]] * 2
+        assert load_checkpoint(two / name / "checkpoints" / LAST)["step"] == step
     assert (
         f"SIGTERM: saved checkpoints/{LAST} at step 5. "
         f"Go on with: torchrun --standalone --nproc_per_node=2 train.py --resume checkpoints/{LAST}\n"
     ) in (two / "output.txt").read_text()
 
 
-def test_as_many_processes_resume_bit_for_bit(two, tmp_path):
+def test_as_many_processes_resume_bit_for_bit(two):
     from test_resume import assert_same
 
-    shutil.copytree(two / "stopped before", tmp_path / "stopped")
-    group, status = make_runs(tmp_path, 2, {"stopped": ("--resume", set(), {})})
-    assert status == 0, group.text()
     for name in (LAST, BEST):
-        a, b = (load_checkpoint(folder / "checkpoints" / name) for folder in (two / "unbroken", tmp_path / "stopped"))
+        a, b = (load_checkpoint(two / run / "checkpoints" / name) for run in ("unbroken", "stopped"))
         assert len(a["other_random_states"]) == 1
         assert_same(a, b, name)
 
@@ -366,7 +367,7 @@ def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeyp
     """Begun by two, stopped in the second epoch, ended by three, and by one."""
     assert_equal_runs(three / "moved", one / "uneven")
     assert "note: 3 processes go on with a run of 2" in (three / "output.txt").read_text()
-    shutil.copytree(two / "moved before", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(two / "moved", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     with changed({"double"}):
         assert train.main(["--resume"]) == 0
@@ -375,7 +376,7 @@ def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeyp
 
 
 def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
-    """And a signal to torchrun itself, later, ends the run that goes on. No earlier run is taken for this one."""
+    """And where none is started anew any more, all end. No earlier run is taken for this one."""
     flags = f"{SEQUENCES} --epochs=500 --batch_size=20"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / LAST).write_text("of an earlier run")
@@ -385,18 +386,18 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     group.wait_for("resuming")
     done = int(re.search(r"resuming checkpoints/last_model.pth: (\d+) of 500 epochs done", group.text())[1])
     assert done >= 1
-    group.wait_for(f"epoch {done + 2:>3}/500", times=1)
-    group.process.send_signal(signal.SIGTERM)
-    assert group.end() != 0
+    group.wait_for(f"epoch {done + 3:>3}/500")
+    killed = time.monotonic()
+    os.kill(group.workers()[0], signal.SIGKILL)
+    assert group.end() != 0 and time.monotonic() - killed < 20
     text = group.text()
-    assert text.count("note: torchrun started the processes anew") == text.count("SIGTERM: saved") == 1, text
-    assert text.count("the earlier run in checkpoints was moved") == 1
-    assert text.count("error: ") <= 1  # the process that lost the killed one, if it had the time to say so
+    assert text.count("note: torchrun started the processes anew") == text.count("the earlier run in checkpoints") == 1
+    for start in text.split("note: torchrun started"):  # the other process may be ended before it can say so
+        assert start.count("error: ") == start.count("error: lost another process of the run") <= 1, text
+    assert "exitcode  : -9" in text and "RuntimeError" not in text
     epochs = [int(number) for number in re.findall(r"^epoch +(\d+)/500", text, re.MULTILINE)]
-    again = epochs.index(done + 1, done + 1) if epochs.count(done + 1) == 2 else done
-    assert epochs == [*range(1, again + 1), *range(done + 1, epochs[-1] + 1)]
-    log = [json.loads(line)["epoch"] for line in (tmp_path / "checkpoints" / "log.jsonl").read_text().splitlines()]
-    assert log == list(range(1, epochs[-1] + 1))
+    before = len(epochs) - (epochs[-1] - done)  # of them one may have been logged and not saved
+    assert before in (done, done + 1) and epochs == [*range(1, before + 1), *range(done + 1, epochs[-1] + 1)]
 
 
 # --- Ends promptly, with one message ---------------------------------------------------------------------------------
@@ -427,21 +428,10 @@ def test_control_c_of_torchrun_saves_and_ends(tmp_path):
 )
 def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, traceback):
     started = time.monotonic()
-    group, status = make_runs(tmp_path, 3, {"run": (flags, set(), of_ranks)})
+    group, status = make_runs(tmp_path, 3 if "0" in of_ranks else 2, [("run", flags, set(), of_ranks)])
     assert status != 0 and time.monotonic() - started < 60
     text = group.text()
     ours = text[: text.index("torch/distributed/run.py")]  # what follows is torchrun's own report
     ours = ours[: ours.rindex("Traceback")]
     assert ours.count(says) == 1, text
     assert ours.count("error: ") == (not traceback) and ours.count("Traceback") == traceback, text
-
-
-def test_a_killed_process_ends_all_with_one_message(tmp_path):
-    group = Group(tmp_path, 3, ROOT / "train.py", *f"{SEQUENCES} --epochs=500".split())
-    group.wait_for("epoch   2/500")
-    killed = time.monotonic()
-    os.kill(group.workers()[1], signal.SIGKILL)
-    assert group.end() != 0
-    assert time.monotonic() - killed < 20
-    assert group.text().count("error: lost another process of the run") <= 1
-    assert "exitcode  : -9" in group.text()
