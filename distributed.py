@@ -140,7 +140,7 @@ def in_turn() -> Iterator[None]:
 
 def replicate(model: nn.Module) -> nn.Module:
     """What training calls in place of the model: its backward pass leaves the mean gradient of all processes."""
-    return DistributedDataParallel(model) if size() > 1 else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if size() > 1 else model
 
 
 def gradients_stay(model: nn.Module) -> Any:
