@@ -228,7 +228,9 @@ class StepLog:
                     "the saved checkpoints are still good: look at these samples, lower --lr, keep --grad_clip 1, "
                     "or use --amp off"
                 )
-            self.stop.agreed = next((number for number, told in zip(STOP_SIGNALS, stops, strict=True) if told), None)
+            for number, told in zip(STOP_SIGNALS, stops, strict=True):
+                if told:
+                    self.stop.agreed = number
             totals = self.progress.totals
             totals["loss"] += loss
             totals["correct"] += correct
@@ -738,7 +740,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
     old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
     if old != new:
-        print(f"note: {new} processes go on with a run of {old}: the same batches, other draws of dropout")
+        print(f"note: processes changed from {old} to {new}: the same batches, other draws of dropout")
     if "num_epochs" in changes["free"]:
         old, new = changes["free"]["num_epochs"]
         print(

@@ -176,8 +176,8 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in large.parameters())
     width = large.encoder.latents.size(1) * math.sqrt(limit / parameters)
     print(f"\nState of large on every GPU: {parameters * STATE / 1e9:.2f} GB at {STATE} bytes a parameter.")
-    print(f"Sharding is needed from {limit / 1e9:.1f} billion parameters on, {limit / parameters:.0f} times large, or a")
-    print(f"width of {width:,.0f} at its depth ({args.activations:.0%} of {args.memory:.0f} GB left to activations).")
+    print(f"Sharding is needed from {limit / 1e9:.1f} billion parameters on, {limit / parameters:.0f} times large: at")
+    print(f"its depth a width of {width:,.0f}. {args.activations:.0%} of {args.memory:.0f} GB are left to activations.")
 
 
 if __name__ == "__main__":

@@ -366,12 +366,12 @@ def test_as_many_processes_resume_bit_for_bit(two):
 def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeypatch, capsys):
     """Begun by two, stopped in the second epoch, ended by three, and by one."""
     assert_equal_runs(three / "moved", one / "uneven")
-    assert "note: 3 processes go on with a run of 2" in (three / "output.txt").read_text()
+    assert "note: processes changed from 2 to 3: " in (three / "output.txt").read_text()
     shutil.copytree(two / "moved", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     with changed({"double"}):
         assert train.main(["--resume"]) == 0
-    assert "note: 1 processes go on with a run of 2" in capsys.readouterr().out
+    assert "note: processes changed from 2 to 1: " in capsys.readouterr().out
     assert_equal_runs(tmp_path, one / "uneven")
 
 
@@ -435,3 +435,17 @@ def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, tra
     ours = ours[: ours.rindex("Traceback")]
     assert ours.count(says) == 1, text
     assert ours.count("error: ") == (not traceback) and ours.count("Traceback") == traceback, text
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("cuda", "4 processes on a machine with 1 CUDA cards; .*--nproc_per_node=1"), ("mps", "add --device cpu")],
+)
+def test_devices_that_the_processes_cannot_share(monkeypatch, device, says):
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        distributed.own_device(torch.device(device))
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
