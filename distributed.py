@@ -63,7 +63,10 @@ def processes() -> Iterator[None]:
             time.sleep(1)  # torchrun ends all processes as soon as one has ended; the report comes first
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         if any(words in str(error) for words in LOST):
-            raise UserError("lost another process of the run, which was killed or lost its connection") from error
+            raise UserError(
+                "lost another process of the run, which was killed or lost its connection; go on with --resume, or let "
+                "torchrun do so: --max-restarts=3"
+            ) from error
         raise
     if ours:  # not after an exception: this may wait for the others
         dist.destroy_process_group()
@@ -75,7 +78,7 @@ def _join() -> dist.Store:
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=number == 0 and not served, multi_tenant=True)
-    # Processes that are started anew must not find the addresses of those before: torch tells them apart by nothing
+    # Processes that are started anew must not find the addresses of those before, which torch left under the same names
     names = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {count}", store)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -85,6 +88,8 @@ def _join() -> dist.Store:
 
 def _reported_elsewhere() -> bool:
     """Whether another process of this start was here first."""
+    if _store is None:  # the group was made by whoever called
+        return False
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
     try:
         return _store.compare_set(f"failed first in start {start}", "", str(rank())).decode() != str(rank())
