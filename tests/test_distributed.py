@@ -369,6 +369,7 @@ def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeyp
     assert "note: processes changed from 2 to 3: " in (three / "output.txt").read_text()
     shutil.copytree(two / "moved", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
     with changed({"double"}):
         assert train.main(["--resume"]) == 0
     assert "note: processes changed from 2 to 1: " in capsys.readouterr().out
