@@ -195,6 +195,27 @@ def check_items(dataset: Dataset, max_seq_len: int | None = None) -> tuple[np.nd
 # -- loaders --------------------------------------------------------------------------------------------------
 
 
+def share_of(batch: list[int], rank: int, size: int) -> list[int]:
+    """What process `rank` of `size` computes of a batch: disjoint parts, equal in size within one sample."""
+    return batch[rank::size]
+
+
+def loaded_of(batch: list[int], rank: int, size: int) -> list[int]:
+    """What that process loads: its share, or the first sample as a stand-in where a short batch leaves it none."""
+    return share_of(batch, rank, size) or batch[:1]
+
+
+def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]]) -> dict[str, np.ndarray]:
+    """Results of the shares that the processes computed of `batches`, in the order of the sample numbers.
+
+    parts: for each process arrays with a row per sample that its loader gave. A stand-in's row is left out.
+    """
+    ranks, size = range(len(parts)), len(parts)
+    loaded = [number for rank in ranks for batch in batches for number in loaded_of(batch, rank, size)]
+    _, rows = np.unique(loaded, return_index=True)  # the first row of each number: a stand-in's own comes before it
+    return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
 
@@ -202,6 +223,8 @@ class EpochBatchSampler(Sampler[list[int]]):
         shuffle: a new random order each epoch; without it, the order of the data set.
         lengths: tokens per sample. If given, batches hold samples of similar length: within every POOL batches of the
             epoch's order the samples are sorted by length, and the batches are shuffled.
+        share: (rank, size), to yield of each batch what one of several processes loads, see `loaded_of`; all of them
+            make the same number of steps.
     """
 
     POOL = 50
@@ -213,6 +236,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         shuffle: bool = False,
         seed: int = 0,
         lengths: Sequence[int] | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         if num_samples < 1:
             raise UserError("the data set is empty; it must hold at least one sample")
@@ -222,6 +246,7 @@ class EpochBatchSampler(Sampler[list[int]]):
             raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
+        self.share = share
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -235,10 +260,11 @@ class EpochBatchSampler(Sampler[list[int]]):
         return math.ceil(self.num_samples / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches(self.epoch)[self.first_batch :])
+        batches = self.batches(self.epoch)[self.first_batch :]
+        return iter([loaded_of(batch, *self.share) for batch in batches])
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The sample numbers of every batch of an epoch."""
+        """The sample numbers of every batch of an epoch, those of all processes."""
         rng = random_stream("order", self.seed, epoch)
         order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
         if self.lengths is not None:
@@ -286,6 +312,7 @@ def create_dataloader(
     max_seq_len: int | None = None,
     bucket_by_length: bool = False,
     pin_memory: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """A loader of the batches described above; the last one may be short. Same batches for any num_workers.
 
@@ -300,6 +327,7 @@ def create_dataloader(
         max_seq_len: longer sequences are cut to this many tokens.
         bucket_by_length: batches of samples of similar length, see `EpochBatchSampler`.
         pin_memory: for fast copies to a CUDA device.
+        share: (rank, size), for one of several processes that share each batch, see `EpochBatchSampler`.
 
     A data set that draws random numbers of its own should draw them from (seed, epoch, sample number); if it has a
     method `set_epoch(epoch)`, it is called before each pass.
@@ -315,7 +343,7 @@ def create_dataloader(
         lengths, labels = check_items(dataset, max_seq_len)
     if bucket_by_length and lengths is None:
         raise UserError("bucket_by_length needs the lengths of the samples; give the data set an attribute `lengths`")
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None)
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None, share)
     if labels is not None:
         labels = np.asarray(labels)
         check_labels(labels, num_classes or max(2, labels.max() + 1))

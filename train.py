@@ -5,6 +5,7 @@
     python train.py --dataset cifar10 --model_size small --epochs 100 --lr 1e-4
     python train.py --dataset cifar10 --config config.json --lr 2e-4    # a flag goes over the file
     python train.py --resume                                            # go on from checkpoints/last_model.pth
+    torchrun --standalone --nproc_per_node=2 train.py --dataset digits  # the same run on two devices (distributed.py)
 
 A run writes into --checkpoint_dir: best_model.pth (best on validation data), last_model.pth (for --resume),
 settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorBoard events under --log_dir.
@@ -19,18 +20,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
@@ -46,11 +49,12 @@ from config import (
     resolve,
     unused_settings,
 )
-from data_utils import create_dataloader, load_splits, set_epoch
+from data_utils import create_dataloader, load_splits, random_stream, set_epoch, share_of, unshared
 from perceiver_model import PerceiverModel
 
 CURVES = "training_curves.png"
 RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
+CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
 FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run that is prolonged still learns
 
@@ -142,26 +146,39 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at between two steps; a second one ends at once."""
+    """Turns SIGINT and SIGTERM into a flag that the loop looks at between two steps; a second one ends at once.
+
+    Of several processes any may get one, at any moment. What each was sent goes into the figures of its step; what is
+    found in the sum is agreed by all after the same step. Then they end together, whatever else they are sent: torchrun
+    signals the others as soon as one has ended, and kills what does not end within 30 seconds.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None  # what this process was sent
+        self.agreed: int | None = None  # what the run ends for
 
     def __enter__(self) -> "StopRequest":
-        self.signal: int | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.agreed and distributed.size() > 1 else handler)
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = number
-        self.__exit__()
+        if distributed.size() == 1:
+            self.agreed = number
+            self.__exit__()
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
     """In a worker of a loader: Ctrl-C reaches it too, and the trainer still needs the batches of its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -183,11 +200,12 @@ def disk_advice() -> Iterator[None]:
 class StepLog:
     """Figures of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
 
-    A step's figures are the sum of its losses, the number of right answers, and the norm of its gradient.
+    A step's figures are the sum of its losses, the number of right answers, the numbers of processes that each of
+    STOP_SIGNALS was sent to, and the norm of its gradient.
     """
 
-    def __init__(self, progress: Progress, writer: Any, scaled: bool):
-        self.progress, self.writer, self.scaled = progress, writer, scaled
+    def __init__(self, progress: Progress, writer: Any, scaled: bool, stop: StopRequest):
+        self.progress, self.writer, self.scaled, self.stop = progress, writer, scaled, stop
         self.pending: list[tuple[int, float, list[int], Tensor]] = []
 
     def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
@@ -195,11 +213,13 @@ class StepLog:
 
     @disk_advice()
     def read(self) -> None:
-        """Add what is pending to the epoch's totals. Raises UserError at the first loss or gradient not finite."""
+        """Add what is pending to the epoch's totals. Raises UserError at the first loss or gradient not finite.
+
+        All processes read the same figures after the same steps."""
         if not self.pending:
             return
         values = torch.stack([figures for *_, figures in self.pending]).tolist()
-        for (step, rate, samples, _), (loss, correct, norm) in zip(self.pending, values, strict=True):
+        for (step, rate, samples, _), (loss, correct, *stops, norm) in zip(self.pending, values, strict=True):
             # With a gradient scaler, an infinite gradient is a matter of course: the step is left out.
             if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
                 shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
@@ -209,6 +229,9 @@ class StepLog:
                     "the saved checkpoints are still good: look at these samples, lower --lr, keep --grad_clip 1, "
                     "or use --amp off"
                 )
+            for number, told in zip(STOP_SIGNALS, stops, strict=True):
+                if told:
+                    self.stop.agreed = number
             totals = self.progress.totals
             totals["loss"] += loss
             totals["correct"] += correct
@@ -256,7 +279,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
     """
-    device = choose_device(settings.device)
+    rank, size = distributed.rank(), distributed.size()
+    device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -265,7 +289,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     # Data, model, optimizer
     with torch.device("meta"):  # a model that cannot be is refused before any data is read or downloaded
         new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
-    splits, data = load_splits(settings, checkpoint and checkpoint["data"])
+    with distributed.in_turn():
+        splits, data = load_splits(settings, checkpoint and checkpoint["data"])
     if checkpoint and data["split_sizes"] != checkpoint["data"]["split_sizes"]:
         raise UserError(
             f"the data have changed: the checkpoint has {checkpoint['data']['split_sizes']} samples, these are "
@@ -281,6 +306,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
             seed=settings.seed,
             num_workers=settings.num_workers,
             pin_memory=device.type == "cuda",
+            share=(rank, size),
         )
         for name in ("train", "val")
     }
@@ -296,6 +322,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    replica = distributed.replicate(run_model)
     print_run(settings, data, model_args, groups, device, amp_dtype)
 
     # How far the run is
@@ -320,27 +347,30 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
 
     # A rehearsal: what would break at the end of the first epoch breaks now, before any file is written
-    validate(evaluated, islice(loaders["val"], 2), settings, data, device, amp_dtype)
-    folder, log_dir = make_folder(settings.checkpoint_dir), make_folder(settings.log_dir)
-    if checkpoint is None:
-        set_aside(folder)
-    else:
-        write_log(folder, progress)
-        set_random_state(checkpoint["random_state"])
-    with disk_advice():
-        evaluation.write_results(folder / "settings.json", settings.to_dict())
-    if checkpoint is None:
-        progress.run_name = new_folder(log_dir, progress.run_name).name
-    writer = tensorboard_writer(log_dir / progress.run_name, settings, progress.step if checkpoint else None)
-    log = StepLog(progress, writer, scaler.is_enabled())
+    validate(evaluated, loaders["val"], settings, data, device, amp_dtype, 2)
+    folder = Path(settings.checkpoint_dir)
+    writer = open_run(settings, folder, progress, is_new=checkpoint is None) if rank == 0 else None
+    stop = StopRequest()
+    log = StepLog(progress, writer, scaler.is_enabled(), stop)
+
+    # Random numbers from here on are dropout's. Each process draws its own, the first one those of a single process
+    states = [checkpoint["random_state"], *checkpoint.get("other_random_states", [])] if checkpoint else []
+    if rank < len(states):
+        set_random_state(states[rank])
+    elif rank > 0:
+        torch.manual_seed(int(random_stream("process", settings.seed, rank, progress.step).integers(2**63)))
 
     def save(name: str) -> None:
+        """Called in all processes, since each has a part of the state; the first one writes."""
         log.read()  # nothing is saved before it is known to be finite
         if not all(weights.isfinite().all() for weights in model.parameters()):
             raise UserError(
                 f"the weights after step {progress.step} are not finite (learning rate "
                 f"{progress.schedule(progress.step - 1):.3g}); the saved checkpoints are still good: lower --lr"
             )
+        states = distributed.gather(random_state())
+        if rank > 0:
+            return
         if writer:
             with disk_advice():
                 writer.flush()  # the curves are never behind the checkpoint
@@ -356,19 +386,23 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "progress": asdict(progress),
-            "random_state": random_state(),
+            "random_state": states[0],
+            "other_random_states": states[1:],
         }
         save_checkpoint(folder / name, contents)
+        if name == LAST:
+            distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(folder / LAST))
 
     if checkpoint is None:
         save(LAST)
 
-    with StopRequest() as stop:
-        while not (stop.signal or is_finished(settings, progress)):
+    with stop:
+        while not (stop.agreed or is_finished(settings, progress)):
             # One epoch; its order and augmentation depend on seed and epoch alone
             model.train()
             set_epoch(loaders["train"], progress.epoch, progress.batch)
-            order = list(loaders["train"].batch_sampler)  # the sample numbers of every batch still to come
+            # The sample numbers of every batch still to come, of which each process computes its share
+            order = loaders["train"].batch_sampler.batches(progress.epoch)[progress.batch :]
             batches = iter(loaders["train"])
             started, samples_before = time.perf_counter(), progress.totals["samples"]
             bar = progress_bar(settings, progress, len(order))
@@ -379,19 +413,25 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 rate = progress.schedule(progress.step)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
-                figures = torch.zeros(2, device=device)  # sum of losses, right answers
-                for _ in group:
+                figures = torch.zeros(2 + len(STOP_SIGNALS), device=device)  # see StepLog
+                for numbers in group:
                     batch = next(batches)
-                    with memory_advice(settings, f"samples of up to {evaluation.token_counts(batch).max()} tokens"):
+                    own = len(share_of(numbers, rank, size))  # 0: the batch is a stand-in, of which nothing counts
+                    exchange = nullcontext() if numbers is group[-1] else distributed.gradients_stay(replica)
+                    tokens = f"samples of up to {evaluation.token_counts(batch).max()} tokens"
+                    with memory_advice(settings, tokens), exchange:
                         x, mask = evaluation.model_inputs(batch, device)
-                        label = batch["label"].to(device, non_blocking=True)
+                        label = batch["label"][:own].to(device, non_blocking=True)
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                            logits = run_model(x, mask)  # (B, num_classes)
+                            logits = replica(x, mask)[:own]  # (own, num_classes)
                             loss = F.cross_entropy(
                                 logits, label, label_smoothing=settings.label_smoothing, reduction="sum"
                             )
-                        scaler.scale(loss / len(samples)).backward()
-                    figures += torch.stack([loss.detach(), (logits.detach().argmax(1) == label).sum()])
+                        scaler.scale(loss * size / len(samples)).backward()  # the processes' mean is the step's
+                    figures[:2] += torch.stack([loss.detach(), (logits.detach().argmax(1) == label).sum()])
+                if stop.signal:
+                    figures[2 + STOP_SIGNALS.index(stop.signal)] = 1
+                distributed.add_up(figures)
                 scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
                 norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
                 with memory_advice(settings, "the optimizer's state"):
@@ -412,12 +452,12 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     bar.set_postfix_str(f"{log.summary()}, {speed:,.0f} samples/s")
                 if settings.save_every and progress.step % settings.save_every == 0 and group[-1] is not order[-1]:
                     save(LAST)
-                if stop.signal:
+                if stop.agreed:
                     break
             bar.close()
             log.read()
             seconds = time.perf_counter() - started
-            if stop.signal:
+            if stop.agreed:
                 break
 
             # Validation, and the epoch's line in the log
@@ -435,18 +475,22 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 "seconds": seconds,
             }
             better = progress.end_epoch(record)
-            log_epoch(folder, writer, settings, progress, matrix if better else None, data["class_names"])
+            if rank == 0:
+                log_epoch(folder, writer, settings, progress, matrix if better else None, data["class_names"])
             if better:
                 save(BEST)
             save(LAST)
 
-    if stop.signal:
-        save(LAST)
-        print(
-            f"{signal.Signals(stop.signal).name}: saved {folder / LAST} at step {progress.step}. "
-            f"Go on with: python train.py --resume {folder / LAST}"
-        )
-        return 128 + stop.signal
+        if stop.agreed:
+            save(LAST)
+            print(
+                f"{signal.Signals(stop.agreed).name}: saved {folder / LAST} at step {progress.step}. "
+                f"Go on with: {distributed.launcher()} train.py --resume {folder / LAST}",
+                flush=True,
+            )
+            distributed.wait_for_all()
+            return 0 if distributed.is_started_again() else 128 + stop.agreed
+
     finish(settings, folder, progress, splits["test"], data, device, amp_dtype)
     return 0
 
@@ -458,14 +502,29 @@ def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
         raise UserError(str(error)) from error
 
 
+def collect(
+    model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
+) -> dict[str, np.ndarray]:
+    """evaluation.collect_predictions over the first `batches` of a loader, of all processes; to be had in the first."""
+    parts = distributed.gather(evaluation.collect_predictions(model, islice(loader, batches), device, amp_dtype))
+    return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
+
+
+def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of what `collect` found, in all processes."""
+    compute = evaluation.compute_metrics
+    return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+
+
 def validate(
-    model: nn.Module, loader: Any, settings: Settings, data: dict[str, Any], device: torch.device, amp_dtype: Any
-) -> tuple[dict[str, float], list[list[int]]]:
+    model: nn.Module, loader: Any, settings: Settings, data: dict[str, Any], device: torch.device, amp_dtype: Any,
+    batches: int | None = None,
+) -> tuple[dict[str, float], list[list[int]]]:  # fmt: skip
     """Loss, accuracy and balanced accuracy over a loader, named val_..., and the confusion matrix."""
     with memory_advice(settings, "the validation data's sequences"):
-        found = evaluation.collect_predictions(model, loader, device, amp_dtype)
+        found = collect(model, loader, device, amp_dtype, batches)
     try:
-        metrics = evaluation.compute_metrics(found["logits"], found["labels"], data["class_names"])
+        metrics = metrics_of(found, data)
     except ValueError as error:
         raise UserError(f"validation: {error}; lower --lr or use --amp off, then go on with --resume") from error
     names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
@@ -488,12 +547,13 @@ def finish(
     amp_dtype: Any,
 ) -> None:  # fmt: skip
     """Draw the curves, test the best model, and say what to do next."""
-    with disk_advice():
-        plots.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
-    best = build_model(load_checkpoint(folder / BEST)).to(device)
-    loader = create_dataloader(test_set, settings.batch_size)
-    found = evaluation.collect_predictions(best, loader, device, amp_dtype)
-    metrics = evaluation.compute_metrics(found["logits"], found["labels"], data["class_names"])
+    if distributed.is_first():
+        with disk_advice():
+            plots.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
+    best = build_model(distributed.from_first(load_checkpoint, folder / BEST)).to(device)
+    share = distributed.rank(), distributed.size()
+    loader = create_dataloader(test_set, settings.batch_size, share=share)
+    metrics = metrics_of(collect(best, loader, device, amp_dtype), data)
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
     print(
@@ -520,7 +580,7 @@ def print_run(
         "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
         "{num_self_attention_layers} self-attention layers; ".format(**model_args)
         + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
-        f"device  {device}, {precision}" + (", compiled" if settings.compile else "")
+        f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
     )
     for note in data["notes"]:
         print(f"note: {note}")
@@ -536,6 +596,15 @@ def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
+def share_of_a_batch(settings: Settings) -> str:
+    """What each of several processes computes of --batch_size."""
+    size, batch = distributed.size(), settings.batch_size
+    if size == 1:
+        return ""
+    each = f"{batch // size} or {batch // size + 1}" if batch % size else f"{batch // size}"
+    return f"; {size} processes, {each} of the {batch} samples of a batch each"
+
+
 def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> tqdm:
     """A bar of the epoch's batches on a terminal; nothing elsewhere."""
     return tqdm(
@@ -545,7 +614,7 @@ def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> t
         unit="batch",
         leave=False,
         dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
+        disable=not (distributed.is_first() and sys.stderr.isatty()),
         bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",  # all of it fits into 80 columns
     )
 
@@ -605,6 +674,21 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> An
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
+def open_run(settings: Settings, folder: Path, progress: Progress, is_new: bool) -> Any:
+    """Make the folders and first files of a run, or bring them to where it goes on; TensorBoard's writer or None."""
+    make_folder(settings.checkpoint_dir)
+    log_dir = make_folder(settings.log_dir)
+    if is_new:
+        set_aside(folder)
+    else:
+        write_log(folder, progress)
+    with disk_advice():
+        evaluation.write_results(folder / "settings.json", settings.to_dict())
+    if is_new:
+        progress.run_name = new_folder(log_dir, progress.run_name).name
+    return tensorboard_writer(log_dir / progress.run_name, settings, None if is_new else progress.step)
+
+
 def make_folder(path: str) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -657,7 +741,7 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
 def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
-    checkpoint = load_checkpoint(path)
+    checkpoint = distributed.from_first(load_checkpoint, path)
     if "progress" not in checkpoint:
         raise UserError(f"{path} has no training state to go on from")
     asked = {**args.file, **args.flags}
@@ -673,6 +757,9 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     keep_place(checkpoint, inexact, settings)
     for name, (old, new) in inexact.items():
         print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
+    old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
+    if old != new:
+        print(f"note: processes changed from {old} to {new}: the same batches, other draws of dropout")
     if "num_epochs" in changes["free"]:
         old, new = changes["free"]["num_epochs"]
         print(
@@ -682,15 +769,18 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     return settings, sources, checkpoint
 
 
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str] | None) -> int:
     args = make_parser(__doc__).parse_args(argv)
+    if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
+        print("note: torchrun started the processes anew")
+        args.resume = earlier
     checkpoint = None
     if args.resume:
         settings, sources, checkpoint = resumed(args)
         progress = Progress.from_dict(checkpoint["progress"])
         # The curves are the last file of a run; without them it was killed after its last epoch
-        if is_finished(settings, progress) and Path(settings.checkpoint_dir, CURVES).exists():
+        curves = Path(settings.checkpoint_dir, CURVES)
+        if is_finished(settings, progress) and distributed.from_first(curves.exists):
             more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
             print(
                 f"nothing is left to do: {args.resume} has done {progress.epoch} of {settings.num_epochs} epochs; "
@@ -711,6 +801,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
         print("interrupted; --resume goes on from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    with distributed.processes():
+        return command(argv)
 
 
 if __name__ == "__main__":

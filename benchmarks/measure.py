@@ -153,16 +153,16 @@ def training_step(model: Any, optimizer: Any, x: Any, label: Any, dtype: Any = N
 
 
 class Contestant:
-    """A process of the running script that measures one thing.
+    """A process of the running script that measures one thing; `launcher`, words after `python`, starts it.
 
     Attributes:
         seconds: of the timed runs so far.
-        memory: peak above idle, bytes.
+        memory: peak above idle, bytes; None where it was not measured.
         facts: what `build` told about it.
     """
 
-    def __init__(self, **spec: Any):
-        command = [sys.executable, sys.argv[0], "--contestant", json.dumps(spec)]
+    def __init__(self, launcher: Sequence[str] = (), **spec: Any):
+        command = [sys.executable, *launcher, sys.argv[0], "--contestant", json.dumps(spec)]
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         pipe = subprocess.PIPE
@@ -170,7 +170,7 @@ class Contestant:
             command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, "PYTHONPATH": path}
         )
         self.facts = self._answer()
-        self.memory = self.facts["memory"]
+        self.memory = self.facts.get("memory")
         self.seconds: list[float] = []
 
     def run(self) -> None:

@@ -1,0 +1,116 @@
+"""Throughput of a training step against the number of processes that share it.
+
+    python benchmarks/processes.py
+    python benchmarks/processes.py --device cuda --processes 1 2 4 8 --cases base large --batch 256
+
+A contestant is a group of processes started by torchrun: gloo on a CPU, nccl on CUDA with a card each. A step is that
+of train.py without data loading and logging, float32: forward, cross-entropy, backward with the exchange of the
+gradients, clipping, fused AdamW, on random CIFAR-10 batches (64 tokens of 48 channels). Each process computes with
+--threads threads.
+
+    same batch    --batch samples over all processes, what --batch_size means: every process has less to do
+    same share    --batch samples in every process: the batch grows with them
+
+Efficiency is samples/s over those of as many single processes.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+
+STEPS = 4  # in a timed run
+TOKENS, CHANNELS, GRID = 64, 48, (8, 8)
+
+
+def contestant() -> None:
+    """In a process of a group: make a run for every line that the first one reads, and tell its seconds."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import distributed
+    from perceiver_model import create_perceiver_model
+
+    spec = json.loads(sys.argv[2])
+    torch.set_num_threads(spec["threads"])
+    with distributed.processes():
+        rank, size = distributed.rank(), distributed.size()
+        device = distributed.own_device(torch.device(spec["device"]))
+        torch.manual_seed(0)
+        model = create_perceiver_model(CHANNELS, 10, spec["preset"], grid_shape=GRID).to(device).train()
+        replica = distributed.replicate(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        own = len(range(spec["batch"])[rank::size]) if spec["shared"] else spec["batch"]
+        x = torch.randn(own, TOKENS, CHANNELS, device=device)
+        label = torch.randint(10, (own,), device=device)
+
+        def run(steps: int = STEPS) -> None:
+            for _ in range(steps):
+                measure.training_step(replica, optimizer, x, label)
+
+        run()
+        facts = {"threads": torch.get_num_threads(), "device": measure.device_name(device)}
+        print(json.dumps(facts), flush=True)
+        while distributed.from_first(sys.stdin.readline):
+            distributed.wait_for_all()
+            run(1)  # warms up after the wait for the others' turns
+            distributed.wait_for_all()
+            seconds = measure.seconds(run, device)
+            print(json.dumps(max(distributed.gather(seconds) or [seconds])), flush=True)
+
+
+def compete(specs: list[dict[str, Any]], repeats: int) -> list[measure.Contestant]:
+    """measure.by_turns for groups of processes."""
+    groups = []
+    for spec in specs:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec['processes']}")
+        groups.append(measure.Contestant(launcher, **spec))
+    for _ in range(repeats):
+        for group in groups:
+            group.run()
+            time.sleep(0.1)
+    for group in groups:
+        group.close()
+    return groups
+
+
+def main() -> None:
+    number = {"type": int, "default": 1}
+    flags = {
+        "processes": {"type": int, "nargs": "+", "default": [1, 2], "help": "sizes of the groups (default: 1 2)"},
+        "batch": {**number, "default": 32, "help": "samples (default: 32)"},
+        "threads": {**number, "help": "of a process (default: 1)"},
+    }
+    args = measure.parse_args(__doc__, ["tiny", "small", "base", "large"], ["tiny", "small"], 5, **flags)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    heading = measure.Heading()
+    widths = (12, 10, 10, 22, 22, 22)
+    for preset in args.cases:
+        rows = [(shared, count) for shared in (True, False) for count in args.processes if shared or count > 1]
+        common = {"preset": preset, "device": args.device, "batch": args.batch, "threads": args.threads}
+        specs = [{"processes": count, "shared": shared, **common} for shared, count in rows]
+        groups = compete(specs, args.repeats)
+        heading.show(groups[0])
+        print(f"{preset}, {args.batch} samples; medians of {args.repeats} alternating runs of {STEPS} steps (range)")
+        measure.print_row(("", "processes", "batch", "samples/s", "times one process", "efficiency"), widths)
+        base = groups[0]
+        for (shared, count), group in zip(rows, groups, strict=True):
+            batch = args.batch * (1 if shared else count)
+            speed = [STEPS * batch / seconds for seconds in group.seconds]
+            gain = [batch / args.batch * ratio for ratio in measure.ratios(base, group)]
+            efficiency = statistics.median(gain) * rows[0][1] / count
+            cells = ("same batch" if shared else "same share", count, batch, measure.spread(speed, ",.1f"))
+            measure.print_row((*cells, measure.spread(gain), f"{efficiency:.2f}"), widths)
+        print()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contestant"]:
+        contestant()
+    else:
+        main()

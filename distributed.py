@@ -1,0 +1,204 @@
+"""The processes that train one model together, on torch.distributed. In a single process nothing here does anything.
+
+torchrun starts the processes and tells each in its environment which one of how many it is: its rank of the size. They
+talk through gloo on a CPU and nccl on CUDA. The first process (rank 0) is the one that prints and writes files.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError
+
+LONGEST_WAIT = timedelta(minutes=30)  # for another process: longer than any step, validation or save takes
+LONGEST_DOWNLOAD = timedelta(days=1)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, nccl
+
+_store: dist.Store | None = None  # torchrun's own: what is written there outlives the processes that it starts anew
+
+
+# --- The group of processes ------------------------------------------------------------------------------------------
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Within the block, this is one of the processes that torchrun started, if it did.
+
+    What others than the first one print is not shown. An exception ends them all. It is raised by the process that met
+    it first, to be reported there; in the others, where the same one or a lost connection follows, it is not.
+    """
+    global _store
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        _store = _join()
+    try:
+        with nullcontext() if is_first() else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
+            yield
+    except Exception as error:
+        if _reported_elsewhere():
+            time.sleep(1)  # torchrun ends all processes as soon as one has ended; the report comes first
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        if any(words in str(error) for words in LOST):
+            raise UserError(
+                "lost another process of the run, which was killed or lost its connection; go on with --resume, or let "
+                "torchrun do so: --max-restarts=3"
+            ) from error
+        raise
+    if ours:  # not after an exception: this may wait for the others
+        dist.destroy_process_group()
+
+
+def _join() -> dist.Store:
+    """Join the group of processes that the environment describes; returns torchrun's store."""
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=number == 0 and not served, multi_tenant=True)
+    # Processes that are started anew must not find the addresses of those before, which torch left under the same names
+    names = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {count}", store)
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=names, rank=number, world_size=count, timeout=LONGEST_WAIT)
+    return store
+
+
+def _reported_elsewhere() -> bool:
+    """Whether another process of this start was here first."""
+    if _store is None:  # the group was made by whoever called
+        return False
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    try:
+        return _store.compare_set(f"failed first in start {start}", "", str(rank())).decode() != str(rank())
+    except RuntimeError:  # torchrun itself is gone
+        return False
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: on CUDA each one has a card of its own. Raises UserError where there are too few."""
+    if size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"device: several processes train on cuda or cpu, not on {device.type}; add --device cpu")
+    number, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= cards:
+        raise UserError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {cards} CUDA cards; "
+            f"start torchrun with --nproc_per_node={cards}, or train with --device cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+# --- Waiting for each other ------------------------------------------------------------------------------------------
+
+
+def wait_for_all() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Runs the block in the first process, then in the first one of every other machine, then in all others.
+
+    What is downloaded and unpacked there is so for those that follow, on a shared disk and on one of each machine. They
+    wait as long as it takes, up to LONGEST_DOWNLOAD.
+    """
+    if size() == 1:
+        yield
+        return
+    patient = dist.new_group(backend="gloo", timeout=LONGEST_DOWNLOAD)
+    turn = 0 if is_first() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for _ in range(turn):
+        dist.barrier(patient)
+    yield
+    for _ in range(3 - turn):
+        dist.barrier(patient)
+
+
+# --- Exchange --------------------------------------------------------------------------------------------------------
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """What training calls in place of the model: its backward pass leaves the mean gradient of all processes."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if size() > 1 else model
+
+
+def gradients_stay(model: nn.Module) -> Any:
+    """Within the block the gradients of what `replicate` gave are summed here and not yet exchanged."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def add_up(values: Tensor) -> None:
+    """Replace values by their sum over the processes; on CUDA without waiting for it."""
+    if size() > 1:
+        dist.all_reduce(values)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, in the first one; in others, nothing."""
+    if size() == 1:
+        return [value]
+    values = [None] * size() if is_first() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def from_first(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function, called in the first process alone, returns, in all of them."""
+    if size() == 1:
+        return function(*args)
+    result = [function(*args) if is_first() else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+# --- Starting anew ---------------------------------------------------------------------------------------------------
+
+
+def remember(name: str, text: str) -> None:
+    """Keep a text for the processes that torchrun starts in place of these, should one of them fail."""
+    if _store:
+        _store.set(name, text)
+
+
+def recall(name: str) -> str | None:
+    """What the processes of an earlier start of this same launch remembered."""
+    return _store.get(name).decode() if _store and _store.check([name]) else None
+
+
+def is_started_again() -> bool:
+    """Whether torchrun would start the processes anew if they ended with another status than 0."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and dist.is_torchelastic_launched()
+
+
+def launcher() -> str:
+    """The command, up to the script, that starts as many processes as there are."""
+    if size() == 1:
+        return "python"
+    several = int(os.environ["LOCAL_WORLD_SIZE"]) < size()
+    return "torchrun ..." if several else f"torchrun --standalone --nproc_per_node={size()}"
