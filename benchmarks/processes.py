@@ -10,15 +10,16 @@ gradients, clipping, fused AdamW, on random CIFAR-10 batches (64 tokens of 48 ch
 
     same batch    --batch samples over all processes, what --batch_size means: every process has less to do
     same share    --batch samples in every process: the batch grows with them
+    separate      as many single processes at the same moment, --batch samples each, that exchange nothing: what a CPU
+                  can give, whose cores share memory and power, and which others use too
 
-Efficiency is samples/s over those of as many single processes.
+Efficiency is samples/s over those of the separate ones; on CUDA, over those of one process times their number.
 """
 
 import json
 import os
-import statistics
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,19 @@ def contestant() -> None:
             print(json.dumps(max(distributed.gather(seconds) or [seconds])), flush=True)
 
 
-def compete(specs: list[dict[str, Any]], repeats: int) -> list[measure.Contestant]:
-    """measure.by_turns for groups of processes."""
-    groups = []
-    for spec in specs:
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={spec['processes']}")
-        groups.append(measure.Contestant(launcher, **spec))
-    for _ in range(repeats):
-        for group in groups:
-            group.run()
-            time.sleep(0.1)
-    for group in groups:
-        group.close()
-    return groups
+class Groups:
+    """Groups of processes that run at the same moment; usually there is one."""
+
+    def __init__(self, processes: int, separate: bool, **spec: Any):
+        size, count = (1, processes) if separate else (processes, 1)
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}")
+        self.groups = [measure.Contestant(launcher, **spec) for _ in range(count)]
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(measure.Contestant.run, self.groups))
+        self.seconds.append(max(group.seconds[-1] for group in self.groups))
 
 
 def main() -> None:
@@ -89,23 +90,34 @@ def main() -> None:
     args = measure.parse_args(__doc__, ["tiny", "small", "base", "large"], ["tiny", "small"], 5, **flags)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     heading = measure.Heading()
-    widths = (12, 10, 10, 22, 22, 22)
+    widths = (12, 10, 6, 22, 20, 18)
     for preset in args.cases:
-        rows = [(shared, count) for shared in (True, False) for count in args.processes if shared or count > 1]
+        kinds = [("same batch", n) for n in args.processes]
+        more = ("same share", "separate") if args.device == "cpu" else ("same share",)
+        kinds += [(kind, n) for kind in more for n in args.processes if n > 1]
         common = {"preset": preset, "device": args.device, "batch": args.batch, "threads": args.threads}
-        specs = [{"processes": count, "shared": shared, **common} for shared, count in rows]
-        groups = compete(specs, args.repeats)
-        heading.show(groups[0])
+        rows = {
+            (kind, n): Groups(n, kind == "separate", shared=kind == "same batch", **common) for kind, n in kinds
+        }
+        for _ in range(args.repeats):
+            for row in rows.values():
+                row.run()
+        for row in rows.values():
+            for group in row.groups:
+                group.close()
+        base = rows[kinds[0]]
+        heading.show(base.groups[0])
         print(f"{preset}, {args.batch} samples; medians of {args.repeats} alternating runs of {STEPS} steps (range)")
-        measure.print_row(("", "processes", "batch", "samples/s", "times one process", "efficiency"), widths)
-        base = groups[0]
-        for (shared, count), group in zip(rows, groups, strict=True):
-            batch = args.batch * (1 if shared else count)
-            speed = [STEPS * batch / seconds for seconds in group.seconds]
-            gain = [batch / args.batch * ratio for ratio in measure.ratios(base, group)]
-            efficiency = statistics.median(gain) * rows[0][1] / count
-            cells = ("same batch" if shared else "same share", count, batch, measure.spread(speed, ",.1f"))
-            measure.print_row((*cells, measure.spread(gain), f"{efficiency:.2f}"), widths)
+        measure.print_row(("", "processes", "batch", "samples/s", "times the first row", "efficiency"), widths)
+        for (kind, count), row in rows.items():
+            batch = args.batch * (1 if kind == "same batch" else count)
+            speed = [STEPS * batch / seconds for seconds in row.seconds]
+            gain = [batch / args.batch * ratio for ratio in measure.ratios(base, row)]
+            limit = rows.get(("separate", count), base)
+            most = [STEPS * args.batch * count / seconds for seconds in limit.seconds]
+            efficiency = [a / b for a, b in zip(speed, most, strict=True)]
+            cells = (kind, count, batch, measure.spread(speed, ",.1f"), measure.spread(gain))
+            measure.print_row((*cells, measure.spread(efficiency)), widths)
         print()
 
 
