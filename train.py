@@ -12,26 +12,23 @@ settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorB
 """
 
 import dataclasses
-import json
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
-from itertools import count, islice
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import distributed
 import evaluation
@@ -51,44 +48,22 @@ from config import (
 )
 from data_utils import create_dataloader, load_splits, random_stream, set_epoch, share_of, unshared
 from perceiver_model import PerceiverModel
+from progress import (
+    STOP_SIGNALS,
+    Progress,
+    Schedule,
+    StopRequest,
+    leave_signals_to_the_trainer,
+    random_state,
+    set_random_state,
+)
+from run_log import CURVES, StepLog, disk_advice, log_epoch, open_run, print_run, progress_bar
 
-CURVES = "training_curves.png"
-RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
-FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run that is prolonged still learns
 
 
-# --- Learning rate and weight decay ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Schedule:
-    """The learning rate as a function of the step alone: a linear warm-up, then a cosine to FINAL_RATE of the peak.
-
-    cap is infinite until a resumed run changes total_steps or the peak after the warm-up; from then on it is the rate
-    that was in force at that moment. The rate stays there until the new cosine falls below it, so it never rises.
-    """
-
-    peak: float
-    warmup_steps: int
-    total_steps: int
-    cap: float = math.inf
-
-    def __call__(self, step: int) -> float:
-        """The rate of optimizer step number `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
-        return min(self.cap, self.peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine))
-
-    def changed(self, step: int, peak: float, total_steps: int) -> "Schedule":
-        """The schedule of a run resumed before `step` with another peak or length."""
-        if (peak, total_steps) == (self.peak, self.total_steps):
-            return self
-        cap = self(step) if step >= self.warmup_steps else self.cap
-        return Schedule(peak, self.warmup_steps, total_steps, cap)
+# --- Weight decay and memory ------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -99,158 +74,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
     ]
-
-
-# --- State -----------------------------------------------------------------------------------------------------------
-
-
-NOTHING_YET = {"loss": 0.0, "correct": 0, "samples": 0, "norm": 0.0, "steps": 0}
-
-
-@dataclass
-class Progress:
-    """How far a run is. Weights, optimizer, scaler, random state and this are all that a run is made of."""
-
-    run_name: str
-    schedule: Schedule
-    epoch: int = 0  # whole epochs done
-    batch: int = 0  # batches of the current epoch done
-    step: int = 0  # optimizer steps done
-    totals: dict[str, float] = field(default_factory=lambda: dict(NOTHING_YET))  # sums over the current epoch
-    best: dict[str, Any] = field(default_factory=dict)  # the log's line of the best epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # the log: a line per epoch
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        return cls(**values | {"schedule": Schedule(**values["schedule"])})
-
-    def end_epoch(self, record: dict[str, Any]) -> bool:
-        """Count an epoch, whose line in the log is `record`. Returns whether it is the best so far: the highest
-        validation accuracy, or the same at a lower loss."""
-        self.epoch, self.batch, self.totals = self.epoch + 1, 0, dict(NOTHING_YET)
-        self.history.append(record)
-        score = lambda line: (line["val_accuracy"], -line["val_loss"])  # noqa: E731
-        better = not self.best or score(record) > score(self.best)
-        if better:
-            self.best = record
-        return better
-
-
-def random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():  # another machine has no use for the states of this one's cards
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at between two steps; a second one ends at once.
-
-    Of several processes any may get one, at any moment. What each was sent goes into the figures of its step; what is
-    found in the sum is agreed by all after the same step. Then they end together, whatever else they are sent: torchrun
-    signals the others as soon as one has ended, and kills what does not end within 30 seconds.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None  # what this process was sent
-        self.agreed: int | None = None  # what the run ends for
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.agreed and distributed.size() > 1 else handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.signal = number
-        if distributed.size() == 1:
-            self.agreed = number
-            self.__exit__()
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """In a worker of a loader: Ctrl-C reaches it too, and the trainer still needs the batches of its step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# --- One step's checks -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk_advice() -> Iterator[None]:
-    """Turn a file that cannot be written into a UserError with the remedy; checkpoint.py does so for its own."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or 'a log'}: {error.strerror or error}; free space, "
-            "then go on with --resume; the last checkpoint is whole"
-        ) from error
-
-
-class StepLog:
-    """Figures of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
-
-    A step's figures are the sum of its losses, the number of right answers, the numbers of processes that each of
-    STOP_SIGNALS was sent to, and the norm of its gradient.
-    """
-
-    def __init__(self, progress: Progress, writer: Any, scaled: bool, stop: StopRequest):
-        self.progress, self.writer, self.scaled, self.stop = progress, writer, scaled, stop
-        self.pending: list[tuple[int, float, list[int], Tensor]] = []
-
-    def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
-        self.pending.append((self.progress.step, rate, samples, figures))
-
-    @disk_advice()
-    def read(self) -> None:
-        """Add what is pending to the epoch's totals. Raises UserError at the first loss or gradient not finite.
-
-        All processes read the same figures after the same steps."""
-        if not self.pending:
-            return
-        values = torch.stack([figures for *_, figures in self.pending]).tolist()
-        for (step, rate, samples, _), (loss, correct, *stops, norm) in zip(self.pending, values, strict=True):
-            # With a gradient scaler, an infinite gradient is a matter of course: the step is left out.
-            if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
-                shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
-                what = "gradient" if math.isfinite(loss) else "loss"
-                raise UserError(
-                    f"the {what} of step {step} is not finite (learning rate {rate:.3g}, training samples {shown}); "
-                    "the saved checkpoints are still good: look at these samples, lower --lr, keep --grad_clip 1, "
-                    "or use --amp off"
-                )
-            for number, told in zip(STOP_SIGNALS, stops, strict=True):
-                if told:
-                    self.stop.agreed = number
-            totals = self.progress.totals
-            totals["loss"] += loss
-            totals["correct"] += correct
-            totals["samples"] += len(samples)
-            if math.isfinite(norm):
-                totals["norm"] += norm
-                totals["steps"] += 1
-            if self.writer:
-                for name, value in {"loss": loss / len(samples), "gradient_norm": norm, "learning_rate": rate}.items():
-                    self.writer.add_scalar(f"step/{name}", value, step)
-        self.pending.clear()
-
-    def summary(self) -> str:
-        """The epoch so far, for the progress bar."""
-        totals = self.progress.totals
-        return (
-            f"loss {totals['loss'] / totals['samples']:.3f}, acc {totals['correct'] / totals['samples']:.3f}, "
-            f"lr {self.progress.schedule(self.progress.step - 1):.1e}"
-        )
 
 
 @contextmanager
@@ -562,162 +385,6 @@ def finish(
         f"curves: {folder / CURVES}\n"
         f"next:   python inference.py --model_path {folder / BEST} --analyze --output_dir results/"
     )
-
-
-# --- What a person sees ----------------------------------------------------------------------------------------------
-
-
-def print_run(
-    settings: Settings, data: dict[str, Any], model_args: dict[str, Any], groups: list[dict], device: torch.device,
-    amp_dtype: torch.dtype | None,
-) -> None:  # fmt: skip
-    sizes = data["split_sizes"]
-    decayed, plain = (sum(p.numel() for p in group["params"]) for group in groups)
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    print(
-        f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
-        f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
-        "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
-        "{num_self_attention_layers} self-attention layers; ".format(**model_args)
-        + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
-        f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
-    )
-    for note in data["notes"]:
-        print(f"note: {note}")
-
-
-def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
-    """'image 8 x 8 tokens of 48 features, text tokens of 256 kinds'."""
-    parts = []
-    for name, known in features.items():
-        grid = " x ".join(map(str, known["grid_shape"])) + " " if "grid_shape" in known else ""
-        kind = f"{known['vocab_size']} kinds" if "vocab_size" in known else f"{known['input_dim']} features"
-        parts.append(f"{name} {grid}tokens of {kind}")
-    return ", ".join(parts)
-
-
-def share_of_a_batch(settings: Settings) -> str:
-    """What each of several processes computes of --batch_size."""
-    size, batch = distributed.size(), settings.batch_size
-    if size == 1:
-        return ""
-    each = f"{batch // size} or {batch // size + 1}" if batch % size else f"{batch // size}"
-    return f"; {size} processes, {each} of the {batch} samples of a batch each"
-
-
-def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> tqdm:
-    """A bar of the epoch's batches on a terminal; nothing elsewhere."""
-    return tqdm(
-        desc=f"epoch {progress.epoch + 1}/{settings.num_epochs}",
-        initial=progress.batch,
-        total=progress.batch + batches_left,
-        unit="batch",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (distributed.is_first() and sys.stderr.isatty()),
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",  # all of it fits into 80 columns
-    )
-
-
-@disk_advice()
-def log_epoch(
-    folder: Path, writer: Any, settings: Settings, progress: Progress, matrix: Any, class_names: list[str]
-) -> None:
-    """The epoch on the screen, in log.jsonl and in TensorBoard (with the confusion matrix where it is given)."""
-    record = progress.history[-1]
-    print(
-        f"epoch {record['epoch']:>{len(str(settings.num_epochs))}}/{settings.num_epochs}  "
-        f"train loss {record['train_loss']:.4f} accuracy {record['train_accuracy']:.4f}  "
-        f"val loss {record['val_loss']:.4f} accuracy {record['val_accuracy']:.4f}  "
-        f"lr {record['learning_rate']:.2e}  {record['samples_per_second']:,.0f} samples/s  {record['seconds']:.1f} s"
-        + ("  best" if progress.best["epoch"] == record["epoch"] else ""),
-        flush=True,
-    )
-    write_log(folder, progress)
-    if writer:
-        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_balanced_accuracy"):
-            writer.add_scalar(name.replace("_", "/", 1), record[name], record["step"])
-        writer.add_scalar("train/samples_per_second", record["samples_per_second"], record["step"])
-        if matrix:
-            figure = plots.confusion_matrix_figure(matrix, class_names)
-            with plots.missing_glyphs_noted():
-                writer.add_figure("val/confusion_matrix", figure, record["step"])
-        writer.flush()
-
-
-@disk_advice()
-def write_log(folder: Path, progress: Progress) -> None:
-    """log.jsonl is written anew from the history, so that a resumed run leaves neither gaps nor doubles."""
-    temporary = folder / "log.jsonl.tmp"
-    try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in progress.history))
-        os.replace(temporary, folder / "log.jsonl")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@disk_advice()
-def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Any:
-    """A SummaryWriter that goes on after `step` (None: of a new run), or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("note: tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
-        return None
-    writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)  # what is later comes again
-    if step is None:
-        rows = [f"| {name} | {value} |" for name, value in settings.to_dict().items()]
-        writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
-    return writer
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def open_run(settings: Settings, folder: Path, progress: Progress, is_new: bool) -> Any:
-    """Make the folders and first files of a run, or bring them to where it goes on; TensorBoard's writer or None."""
-    make_folder(settings.checkpoint_dir)
-    log_dir = make_folder(settings.log_dir)
-    if is_new:
-        set_aside(folder)
-    else:
-        write_log(folder, progress)
-    with disk_advice():
-        evaluation.write_results(folder / "settings.json", settings.to_dict())
-    if is_new:
-        progress.run_name = new_folder(log_dir, progress.run_name).name
-    return tensorboard_writer(log_dir / progress.run_name, settings, None if is_new else progress.step)
-
-
-def make_folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return Path(path)
-    except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder") from error
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """A new folder of this name, with a number after it where other runs began in the same second."""
-    for number in count(1):
-        folder = parent / (name if number == 1 else f"{name}_{number}")
-        with disk_advice(), suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
-@disk_advice()
-def set_aside(folder: Path) -> None:
-    """Move the files of an earlier run in `folder` into a folder of their own below it."""
-    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if earlier:
-        newest = time.localtime(max(file.stat().st_mtime for file in earlier))
-        kept = folder / f"run_until_{time.strftime('%Y-%m-%d_%H-%M-%S', newest)}"
-        kept.mkdir(exist_ok=True)
-        for file in earlier:
-            file.rename(kept / file.name)
-        print(f"note: the earlier run in {folder} was moved to {kept}")
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

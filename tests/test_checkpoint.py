@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+import run_log
 import train
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, save_checkpoint
 from config import Settings, UserError
@@ -457,7 +458,7 @@ def written(tmp_path_factory, request):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "tensorboard_writer", lambda *_: None)
+        patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
         assert train.main(flags.split()) == 0
     return folder / "checkpoints"
 

@@ -25,6 +25,7 @@ from torch.utils.data import Subset
 import evaluation
 import inference
 import plots
+import run_log
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -207,7 +208,7 @@ def call(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Without TensorBoard and pictures, which cost more than the tiny runs here."""
-    monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
     monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
     monkeypatch.setattr(plots, "evaluation_figures", lambda *_: {})
 

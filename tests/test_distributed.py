@@ -24,11 +24,13 @@ sys.path.insert(0, str(ROOT))  # the processes of torchrun have no conftest.py
 
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
+import run_log  # noqa: E402
 import train  # noqa: E402
 from checkpoint import BEST, LAST, load_checkpoint  # noqa: E402
 from config import UserError  # noqa: E402
 from data_utils import EpochBatchSampler, loaded_of, share_of, unshared  # noqa: E402
 from perceiver_model import PerceiverModel  # noqa: E402
+from progress import STOP_SIGNALS  # noqa: E402
 
 PATIENCE = 120  # seconds, after which a group counts as hung
 MODEL = (
@@ -98,7 +100,7 @@ def changed(changes, rank=0):
             patch.setattr(PerceiverModel, "forward", eventful_forward)
         if "no data" in changes:
             patch.setattr(train, "load_splits", lambda *_: act("mistake"))
-        handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -207,7 +209,7 @@ def one(tmp_path_factory):
         (folder / name).mkdir()
         with pytest.MonkeyPatch.context() as patch, changed(changes):
             patch.chdir(folder / name)
-            patch.setattr(train, "tensorboard_writer", lambda *_: None)
+            patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
             assert train.main(flags.split()) == 0
     return folder
 
@@ -302,7 +304,7 @@ def test_only_the_first_process_writes(two):
     """R41: one event file, one settings file, one checkpoint, without a wrapper's prefix; nothing aside."""
     folder = two / "unbroken"
     assert len(list(folder.rglob("events.out*"))) == len(list(folder.rglob("settings.json"))) == 1
-    assert {file.name for file in (folder / "checkpoints").iterdir()} == set(train.RUN_FILES)
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == set(run_log.RUN_FILES)
     for name, (flags, _) in EQUAL.items():
         weights = load_checkpoint(two / name / "checkpoints" / LAST)["model"]
         assert not [key for key in weights if key.startswith(("module.", "_orig_mod."))], flags
@@ -369,7 +371,7 @@ def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeyp
     assert "note: processes changed from 2 to 3: " in (three / "output.txt").read_text()
     shutil.copytree(two / "moved", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
     with changed({"double"}):
         assert train.main(["--resume"]) == 0
     assert "note: processes changed from 2 to 1: " in capsys.readouterr().out

@@ -28,12 +28,14 @@ from torch import nn
 
 import evaluation
 import plots
+import run_log
 import train
 from checkpoint import BEST, LAST, load_checkpoint
 from config import DATASET_DEFAULTS
 from data_utils import EpochBatchSampler
 from perceiver_model import PerceiverModel
-from train import FINAL_RATE, Schedule, parameter_groups
+from progress import FINAL_RATE, Schedule
+from train import parameter_groups
 
 ROOT = Path(train.__file__).parent
 MODEL = (
@@ -265,7 +267,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestco
 def run(tmp_path, monkeypatch, capsys):
     """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
     monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
 
     def call(flags):
@@ -300,7 +302,7 @@ def made(tmp_path_factory):
     for name, folder in folders.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setattr(train, "tensorboard_writer", lambda *_: None)
+            patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
             if name == "stopped":
                 before_step(patch, 13, lambda: signal.raise_signal(signal.SIGINT))
             status = train.main(f"{SMALL_BATCHES} --epochs=2".split())
@@ -496,8 +498,8 @@ def test_curves_go_on_without_doubles(monkeypatch, tmp_path, drawn, save_every, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        make = train.tensorboard_writer
-        patch.setattr(train, "tensorboard_writer", lambda *args: writers.append(make(*args)) or writers[0])
+        make = run_log.tensorboard_writer
+        patch.setattr(run_log, "tensorboard_writer", lambda *args: writers.append(make(*args)) or writers[0])
         if kind == "step":
             before_step(patch, number, kill)
         else:
@@ -746,7 +748,7 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
             writer = SimpleNamespace(
                 add_scalar=lambda *_: None, add_figure=lambda *_: None, flush=lambda: None, close=lambda: None
             )
-            patch.setattr(train, "tensorboard_writer", lambda *_: writer)
+            patch.setattr(run_log, "tensorboard_writer", lambda *_: writer)
             before_step(patch, 12, lambda: setattr(writer, "flush", full))
         else:
             before_step(patch, 12, lambda: checkpoints.rename(aside))
