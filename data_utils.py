@@ -756,7 +756,7 @@ def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple
     """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
     columns = {"id_column": settings.id_column, "label_column": settings.label_column}
     items, labels, class_names = _own_splits(settings, info, partial(read_series, **columns))
-    adapter = _known(info, "series") or SeriesAdapter.fit(items["train"].values, settings.max_seq_len)
+    adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
@@ -791,9 +791,10 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
         for name in ("train", "val", "test"):
             found = items[name]
             have = [number for number, item in enumerate(found.values) if modality in item]
-            raw = _each(prepare[modality], [found.values[i][modality] for i in have], [found.places[i] for i in have])
+            places = [found.places[i] for i in have]
+            raw = _each(prepare[modality], [found.values[i][modality] for i in have], places)
             if name == "train":
-                adapters[modality] = _known(info, modality) or _fit(modality, raw, settings)
+                adapters[modality] = _known(info, modality) or _fit(modality, raw, places, settings)
             adapter, numbers = adapters[modality], np.full(len(found.values), -1)
             numbers[have] = np.arange(len(have))
             if modality == "image":
@@ -801,17 +802,30 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
                 images = np.stack(raw) if raw else np.empty((0, size, size, 3), np.uint8)
                 data = ImageDataset(images, labels[name][have], adapter, **augmentation)
             else:
-                data = SequenceDataset(_each(adapter, raw, [found.places[i] for i in have]), labels[name][have])
+                data = SequenceDataset(_each(adapter, raw, places), labels[name][have])
             parts[name][modality] = data, numbers
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
     return splits, _describe(adapters, class_names, items["train"].notes)
 
 
-def _fit(modality: str, raw: list[Any], settings: Settings) -> Adapter:
+def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:
     """The adapter of a modality's training items."""
     if modality == "image":
         return ImageAdapter.fit(np.stack(raw), settings.patch_size, any_size=True)
-    return TextAdapter(settings.max_seq_len) if modality == "text" else SeriesAdapter.fit(raw, settings.max_seq_len)
+    return TextAdapter(settings.max_seq_len) if modality == "text" else _fit_series(raw, places, settings)
+
+
+def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings) -> SeriesAdapter:
+    """The adapter of the training series; an error says where they lie."""
+    width = series[0].shape[1]
+    for one, place in zip(series, places, strict=True):
+        if one.shape[1] != width:
+            raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
+                            "all must have the same")
+    try:
+        return SeriesAdapter.fit(series, settings.max_seq_len)
+    except UserError as error:
+        raise UserError(f"{settings.data_path}: {error}") from error
 
 
 # -- by name --------------------------------------------------------------------------------------------------
