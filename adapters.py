@@ -52,7 +52,7 @@ class TensorAdapter:
         return {"input_dim": self.input_dim}
 
     def __call__(self, item: Any) -> Tensor:
-        tokens = _numbers(item, np.float32)
+        tokens = _numbers(item, "input", np.float32)
         if tokens.ndim != 2 or tokens.shape[1] != self.input_dim:
             raise UserError(f"the input has shape {tokens.shape}, it must be (tokens, {self.input_dim})")
         if not len(tokens):
@@ -62,11 +62,15 @@ class TensorAdapter:
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-def _numbers(item: Any, dtype: type) -> np.ndarray:
+def _numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
     try:
-        return np.require(item.detach().cpu() if isinstance(item, Tensor) else item, dtype, ["C", "W"])
+        array = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
+        if array.dtype.kind == "c":
+            raise TypeError("they are complex")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
+            return np.require(array, dtype, ["C", "W"])
     except (TypeError, ValueError) as error:
-        raise UserError(f"the input is not an array of numbers: {error}") from error
+        raise UserError(f"the {what} is not an array of numbers: {error}") from error
 
 
 # -- text -----------------------------------------------------------------------------------------------------
@@ -121,13 +125,17 @@ class SeriesAdapter:
     @classmethod
     def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
         """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
-        steps = np.concatenate([_numbers(one, np.float64)[:max_seq_len] for one in series])  # (all steps, C)
+        steps = np.concatenate([_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
-        mean, std = np.nanmean(steps, 0), np.nanstd(steps, 0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean, std = np.nanmean(steps, 0), np.nanstd(steps, 0)
+        for channel in np.flatnonzero(~np.isfinite(std)):
+            raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
+        varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # of a constant, std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
-        return cls(mean.tolist(), np.where(std > 0, std, 1.0).tolist(), flagged, max_seq_len)
+        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -135,7 +143,7 @@ class SeriesAdapter:
 
     def __call__(self, series: Any) -> Tensor:
         """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
-        values = _numbers(read_one_series(series) if isinstance(series, Path) else series, np.float64)
+        values = _numbers(read_one_series(series) if isinstance(series, Path) else series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
             raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
@@ -145,8 +153,12 @@ class SeriesAdapter:
             raise UserError("the series holds infinity; replace it")
         values = values[: self.max_seq_len]
         missing = np.isnan(values)
-        scaled = np.where(missing, 0, (values - self.mean) / self.std)
-        return torch.from_numpy(np.concatenate([scaled, missing[:, self.flagged]], 1, dtype=np.float32))
+        with np.errstate(over="ignore"):
+            scaled = np.where(missing, 0, (values - self.mean) / self.std)
+            tokens = np.concatenate([scaled, missing[:, self.flagged]], 1, dtype=np.float32)
+        if not np.isfinite(tokens).all():
+            raise UserError("the series holds values too far from those of training for float32; correct them")
+        return torch.from_numpy(tokens)
 
 
 # -- images ---------------------------------------------------------------------------------------------------
@@ -205,14 +217,14 @@ class ImageAdapter:
         return (pixels * np.array(self.std) + self.mean).round()
 
 
-def _stored_pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        values = np.asarray(image, np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the image is not an array of numbers: {error}") from error
+def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """uint8 (H, W, channels) of an array; without a shape, of any size and 1 to 4 channels."""
+    values = _numbers(image, "image")
     values = values[..., None] if values.ndim == 2 else values
-    if values.shape != shape:
+    if shape is not None and values.shape != shape:
         raise UserError(f"an image of shape {values.shape}; the model takes {shape}")
+    if values.ndim != 3 or not values.size or (shape is None and values.shape[2] > 4):
+        raise UserError(f"an image of shape {values.shape}; it must be (H, W) or (H, W, 1 to 4 channels)")
     with np.errstate(invalid="ignore"):
         pixels = values.astype(np.uint8)
     if not np.array_equal(pixels, values):
@@ -226,9 +238,8 @@ def square_pixels(image: Any, size: int) -> np.ndarray:
     if isinstance(image, Path):
         image = open_image(image)
     elif not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        shape = array.shape[:-1] if array.ndim == 3 and array.shape[2] == 1 else array.shape
-        image = Image.fromarray(_stored_pixels(array, shape if len(shape) == 3 else (*shape, 1)).reshape(shape))
+        array = _stored_pixels(image)
+        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     image = to_rgb(ImageOps.exif_transpose(image), name)
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 

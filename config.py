@@ -44,7 +44,14 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
     },
-    "text": {"model_size": "tiny", "num_epochs": 20, "max_seq_len": 2048},
+    "text": {
+        "model_size": "tiny",
+        "num_epochs": 40,
+        "learning_rate": 5e-4,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.98,
+        "max_seq_len": 2048,
+    },
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path

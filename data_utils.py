@@ -789,7 +789,7 @@ def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple
     """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
     columns = {"id_column": settings.id_column, "label_column": settings.label_column}
     items, labels, class_names = _own_splits(settings, info, partial(read_series, **columns))
-    adapter = _known(info, "series") or SeriesAdapter.fit(items["train"].values, settings.max_seq_len)
+    adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
@@ -827,7 +827,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
         raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
         raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
-        adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], settings)
+        adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], places["train"], settings)
         for name, found in items.items():
             numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
             numbers[have[name]] = np.arange(len(have[name]))
@@ -845,11 +845,22 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     return splits, _describe(adapters, class_names, notes)
 
 
-def _fit(modality: str, raw: list[Any], settings: Settings) -> Adapter:
+def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:
     """The adapter of a modality's training items."""
     if modality == "image":
         return ImageAdapter.fit(np.stack(raw), settings.patch_size, any_size=True)
-    return TextAdapter(settings.max_seq_len) if modality == "text" else SeriesAdapter.fit(raw, settings.max_seq_len)
+    return TextAdapter(settings.max_seq_len) if modality == "text" else _fit_series(raw, places, settings)
+
+
+def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings) -> SeriesAdapter:
+    """The adapter of the training series; an error says where they lie."""
+    width = series[0].shape[1]
+    for one, place in zip(series, places, strict=True):
+        if one.shape[1] != width:
+            raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
+                            "all must have the same")
+    with naming(str(settings.data_path)):
+        return SeriesAdapter.fit(series, settings.max_seq_len)
 
 
 # -- by name --------------------------------------------------------------------------------------------------

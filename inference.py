@@ -81,8 +81,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     Args:
         items: texts (str); series, float arrays (length, channels) of any length, NaN where a value is missing; images,
             PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size where the model was
-            trained on the user's own images, else as stored (of the digits 0..16); or the Path of a file of any of
-            these. For a model of several modalities, dicts of them; one that is missing is left out.
+            trained on the user's own images, else as stored (of the digits 0..16); a series or an image also as the
+            Path of its file. For a model of several modalities, dicts of them; one that is missing is left out.
         batch_size: items at a time; it changes no result.
 
     Returns:
@@ -227,7 +227,10 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     options = {"labelled": False, "on_error": on_error}
     if len(modalities) > 1 and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
-        return read_manifest(path, columns, settings.label_column, **options)
+        items = read_manifest(path, columns, settings.label_column, **options)
+        lacking = [name for name in modalities if not any(name in value for value in items.values)]
+        items.notes += [f"{path}: no item has a {name}, column {columns[name]!r}" for name in lacking]
+        return items
     if len(modalities) > 1:
         modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
     else:
@@ -353,6 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
+    before, now = model.data_info["split_sizes"], data["split_sizes"]
+    if now != before and not args.flags.keys() & {"data_path", "test_path"}:
+        print(f"note: the data have changed: {before} samples in training, {now} now; the splits may be mixed up")
     print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
     try:
         results = evaluate(

@@ -559,6 +559,8 @@ class PerceiverModel(nn.Module):
 
     def _encode(self, x: Modal, mask: Modal | None, return_attention: bool) -> tuple:
         x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
+        if not x:
+            raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
         if len({len(values) for values in x.values()}) != 1:
             sizes = {name: len(values) for name, values in x.items()}
             raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
@@ -598,7 +600,7 @@ def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
     if mask.shape != input_shape[:2]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, but the {name} needs {tuple(input_shape[:2])}")
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask holds other numbers than 1 (real token) and 0 (padding)")
+        raise ValueError(f"mask of the {name} holds other numbers than 1 (real token) and 0 (padding)")
     return mask.bool()
 
 

@@ -1281,3 +1281,286 @@ class TestCuda:
         with path_taken(True), sdpa_kernel(fused), torch.autocast("cuda", torch.float16):
             attention(queries, inputs, mask).sum().backward()  # an error where no fused kernel applies
         assert all(grad.isfinite().all() for grad in gradients(attention).values())
+
+
+# --- Several modalities ----------------------------------------------------------------------------------------------
+
+SEVERAL = {
+    "image": {"input_dim": 6, "grid_shape": (2, 3)},
+    "text": {"vocab_size": 20, "embedding_dim": 7},
+    "series": {"input_dim": 2, "use_positions": False},
+}
+LENGTHS = {"image": 6, "text": 5, "series": 4}
+
+
+def several_model(modalities=SEVERAL, **changes):
+    return small_model(modalities, **changes)
+
+
+def several_inputs(samples=3, lengths=LENGTHS):
+    """x and mask, all tokens real: dicts by modality."""
+    x = {
+        "image": torch.randn(samples, lengths["image"], 6).double(),
+        "text": torch.randint(0, 20, (samples, lengths["text"], 1)).double(),
+        "series": torch.randn(samples, lengths["series"], 2).double(),
+    }
+    return x, {name: torch.ones(values.shape[:2], dtype=torch.bool) for name, values in x.items()}
+
+
+def ragged_inputs():
+    """Three samples of different lengths; the second lacks the text, the third has only a series."""
+    x, mask = several_inputs()
+    mask["text"] = length_mask([5, 0, 0])
+    mask["image"][2] = False
+    mask["series"] = length_mask([2, 4, 1], 4)
+    return x, mask
+
+
+def plain_tokens(model, x):
+    """The matrix (B, L, C) that the encoder reads, by hand in NumPy, from the modalities in x."""
+    parts, width = [], 7 + 16 + 4  # the widest is the text: embedding, 8 bands; and the learned channels
+    for name, values in x.items():
+        weights, values = nested(model.modalities[name]), values.numpy()
+        if name == "image":
+            features = np.concatenate([values, np.tile(plain_grid_positions(2, 3, 3), (len(values), 1, 1))], 2)
+        elif name == "text":
+            features = weights["embedding"]["weight"][values[..., 0].astype(int)]
+            positions = plain_sequence_positions(values.shape[1], 8)
+            features = np.concatenate([features, np.tile(positions, (len(values), 1, 1))], 2)
+        else:
+            features = values
+        encoding = weights["encoding"]
+        assert features.shape[2] + len(encoding) == width
+        parts.append(np.concatenate([features, np.tile(encoding, (*features.shape[:2], 1))], 2))
+    return torch.tensor(np.concatenate(parts, 1))
+
+
+@PATHS
+def test_several_modalities_are_one_matrix_of_tokens(folded):
+    model = several_model({**SEVERAL, "image": SEVERAL["image"] | {"num_frequency_bands": 3}})
+    x, mask = ragged_inputs()
+    with path_taken(folded), torch.no_grad():
+        logits, maps = model(x, mask, return_attention=True)
+        latents, expected = model.encoder(plain_tokens(model, x), torch.cat(list(mask.values()), 1), True)
+        assert_close(logits, model.classifier(model.norm(latents).mean(1)), 1e-7)  # positions are float32
+        assert_close(maps, expected, 1e-7)
+        assert_close(model.pooled_latents(x, mask), model.norm(latents).mean(1), 1e-7)
+        shuffled = {name: x[name] for name in ("series", "image", "text")}  # the order is the model's
+        assert torch.equal(model(shuffled, mask), logits)
+        whole = model(x)
+        assert_close(whole, model(x, several_inputs()[1]), 0)  # no mask: all tokens are real
+
+
+def check_missing(model, name, samples, rubbish):
+    """The ways to say that these of the three samples lack a modality."""
+    x, mask = ragged_inputs()
+    mask[name][samples] = False
+    expected = model(x, mask)
+    assert expected.isfinite().all()
+    hidden = {**x, name: x[name].clone()}
+    hidden[name][samples] = rubbish
+    assert torch.equal(model(hidden, mask), expected)
+    if len(samples) == 3:
+        without = {other: values for other, values in x.items() if other != name}
+        assert_close(model(without, {other: mask[other] for other in without}), expected, 1e-12)
+
+
+@PATHS
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_missing_modality_is_one_thing_however_it_is_said(name, folded):
+    model = several_model().eval()
+    with path_taken(folded), torch.no_grad():
+        for samples in ([0], [0, 1], [0, 1, 2]):
+            for rubbish in (0.0, 7.0, -3.0, math.nan, math.inf):
+                check_missing(model, name, samples, rubbish)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_left_out_is_the_same_bits_as_hidden(name):
+    """To the bit where as many tokens are hidden as stand for what is left out, else but for the order of sums."""
+    for dtype in (torch.float64, torch.float32):
+        model = several_model().to(dtype).eval()
+        for length in (6,) if name == "image" else (1, 2, 5, 9):
+            x, mask = several_inputs(lengths=LENGTHS | {name: length})
+            x = {other: values.to(dtype) for other, values in x.items()}
+            mask[name][:] = False
+            without = {other: values for other, values in x.items() if other != name}
+            with torch.no_grad():
+                given_, left_out = model(x, mask), model(without)
+            if length == model.modalities[name].missing_length:
+                assert torch.equal(given_, left_out)
+            assert_close(given_, left_out, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.data(), st.booleans(), SEEDS)
+def test_a_sample_does_not_depend_on_what_its_neighbours_have(data, folded, seed):
+    torch.manual_seed(seed)
+    model = several_model().eval()
+    samples = data.draw(st.integers(2, 4))
+    x, mask = several_inputs(samples, {"image": 6, "text": data.draw(st.integers(1, 7)), "series": 3})
+    for name in mask:
+        for sample in range(samples):
+            length = data.draw(st.integers(0, mask[name].size(1)))
+            mask[name][sample, length if name != "image" else 6 * (length > 2) :] = False
+    with path_taken(folded), torch.no_grad():
+        logits = model(x, mask)
+        for sample in range(samples):
+            there = [name for name in x if mask[name][sample].any()]
+            if not there:  # a batch must have a modality
+                there = ["image"]
+            alone = {name: x[name][sample : sample + 1] for name in there}
+            real = {name: mask[name][sample : sample + 1] for name in there}
+            for name in set(there) - {"image"} if real[there[0]].any() else ():  # without the padding, too
+                length = int(real[name].sum())
+                alone[name], real[name] = alone[name][:, :length], real[name][:, :length]
+            assert_close(model(alone, real), logits[sample : sample + 1], 1e-12)
+
+
+@pytest.mark.parametrize("features", [{"input_dim": 6, "grid_shape": (2, 3)}, {"vocab_size": 20}, {"input_dim": 2}])
+def test_a_dict_of_one_modality_is_the_plain_model(features):
+    width = features.get("input_dim", 1)
+    plain = small_model(width, **{name: value for name, value in features.items() if name != "input_dim"})
+    named = small_model({"some": features})
+    state = {key.replace("modalities.input", "modalities.some"): value for key, value in plain.state_dict().items()}
+    named.load_state_dict(state)  # strict: no weight more
+    x, mask = torch.randint(0, 20, (2, 6, width)).double(), length_mask([6, 4])
+    logits, maps = plain(x, mask, return_attention=True)
+    for inputs, masks in (({"some": x}, {"some": mask}), (x, mask), ({"some": x}, mask)):
+        got, got_maps = named(inputs, masks, return_attention=True)
+        assert torch.equal(got, logits) and all(map(torch.equal, got_maps, maps))
+    assert named.token_ranges({"some": x}) == named.token_ranges(x) == {"some": slice(0, 6)}
+
+
+@PATHS
+@pytest.mark.parametrize("absent", [(), ("image",), ("text",), ("image", "series")])
+def test_every_parameter_gets_a_gradient_whatever_is_absent(absent, folded):
+    model = several_model().train()
+    x, mask = ragged_inputs()
+    mask = {name: real.clone().fill_(True) for name, real in mask.items()}
+    with path_taken(folded):
+        x = {name: values for name, values in x.items() if name not in absent}
+        _, grads = loss_and_gradients(model, x, {name: mask[name] for name in x})
+    assert grads.keys() == dict(model.named_parameters()).keys()  # so that DistributedDataParallel finds them all
+    for name, grad in grads.items():
+        assert grad.isfinite().all(), name
+        assert grad.any() != any(f"modalities.{other}." in name for other in absent), name
+
+
+@PATHS
+def test_token_ranges_are_those_of_the_maps(folded):
+    model = several_model().eval()
+    x, mask = ragged_inputs()
+    ranges = model.token_ranges(x)
+    assert ranges == {"image": slice(0, 6), "text": slice(6, 11), "series": slice(11, 15)}
+    with path_taken(folded):
+        _, maps = model(x, mask, return_attention=True)
+        for weights in maps:
+            assert weights.shape[3] == 15
+            assert_close(weights.sum(3), torch.ones(weights.shape[:3]), 1e-12)
+            for name, columns in ranges.items():
+                real = mask[name][:, None, None].expand_as(weights[..., columns])
+                assert (weights[..., columns][real] > 0).all() and not weights[..., columns][~real].any()
+        del x["text"], mask["text"]
+        _, maps = model(x, mask, return_attention=True)
+    ranges = model.token_ranges(x)
+    assert ranges == {"image": slice(0, 6), "text": slice(6, 7), "series": slice(7, 11)}
+    for weights in maps:
+        assert weights.shape[3] == 11 and not weights[..., ranges["text"]].any()
+        assert_close(weights.sum(3), torch.ones(weights.shape[:3]), 1e-12)
+
+
+@pytest.mark.parametrize("change, parts", [
+    (lambda x, mask: ({**x, "sound": x["image"]}, mask), ["'sound'", "image, text, series"]),
+    (lambda x, mask: (x, {**mask, "sound": mask["image"]}), ["mask", "'sound'"]),
+    (lambda x, mask: (x["image"], mask), ["input must be a dict", "image, text, series"]),
+    (lambda x, mask: (x, mask["image"]), ["mask must be a dict", "image, text, series"]),
+    (lambda x, mask: ({**x, "text": x["text"][:2]}, None), ["same number of samples", "'text': 2", "'image': 3"]),
+    (lambda x, mask: ({**x, "series": x["series"][..., :1]}, mask), ["series", "(3, 4, 1)", "2)"]),
+    (lambda x, mask: ({**x, "image": x["image"][:, :5]}, None), ["image", "5 tokens", "2 x 3"]),
+    (lambda x, mask: ({**x, "text": x["text"][:, :0]}, None), ["text", "(3, 0, 1)"]),
+    (lambda x, mask: ({**x, "text": x["text"][..., 0]}, mask), ["text", "(3, 5)"]),
+    (lambda x, mask: (x, {**mask, "text": mask["text"][:, :2]}), ["mask", "(3, 2)", "text", "(3, 5)"]),
+    (lambda x, mask: (x, {**mask, "text": mask["text"] * 2}), ["mask", "text", "other numbers"]),
+    (lambda x, mask: ({}, None), ["input has no modality", "image, text, series"]),
+])  # fmt: skip
+def test_bad_batches_of_several_modalities_are_refused_by_name(change, parts):
+    model = several_model()
+    with pytest.raises(ValueError) as caught:
+        model(*change(*several_inputs()))
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_masks_of_several_modalities_may_be_of_any_type_and_some_left_out():
+    model = several_model().eval()
+    x, mask = ragged_inputs()
+    expected = model(x, mask)
+    assert torch.equal(model(x, {name: real.float() for name, real in mask.items()}), expected)
+    assert torch.equal(model(x, {name: real.long() for name, real in mask.items()}), expected)
+    del mask["image"]
+    assert torch.equal(model(x, mask), model(x, mask | {"image": torch.ones(3, 6)}))
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["all", "some"])
+def test_compiled_model_of_several_modalities_is_the_eager_one(missing):
+    model = several_model().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    x, mask = ragged_inputs()
+    if missing:
+        del x["text"], mask["text"]
+    with torch.no_grad():
+        assert_close(compiled(x, mask), model(x, mask), 1e-12)
+    model.train()
+    expected = loss_and_gradients(model, x, mask)
+    model.zero_grad()
+    logits = compiled(x, mask)
+    F.cross_entropy(logits.float(), torch.arange(3) % 3).backward()
+    assert_close(logits.detach(), expected[0], 1e-12)
+    assert_close(gradients(model), expected[1], 1e-6)
+
+
+@PATHS
+def test_checkpointing_of_several_modalities_changes_no_gradient(folded):
+    plain = several_model(dropout=0.0).train()
+    saving = several_model(dropout=0.0, gradient_checkpointing=True).train()
+    saving.load_state_dict(plain.state_dict())
+    with path_taken(folded):
+        for x, mask in (several_inputs(), ragged_inputs()):
+            expected, got = loss_and_gradients(plain, x, mask), loss_and_gradients(saving, x, mask)
+            assert torch.equal(got[0], expected[0])
+            assert_close(got[1], expected[1], 1e-12)
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    ({"input_dim": 3, "vocab_size": 256}, ["vocab_size", "input_dim must be 1, not 3"]),
+    ({"input_dim": {"text": {"input_dim": 2, "vocab_size": 9}}}, ["vocab_size", "not 2"]),
+    ({"input_dim": {}}, ["no modality"]),
+    ({"input_dim": {"text": {"vocab_size": 0}}}, ["vocab_size", "0"]),
+    ({"input_dim": {"text": {"vocab_size": 9, "embedding_dim": 0}}}, ["embedding_dim", "0"]),
+    ({"input_dim": {"series": {"input_dim": 0}, "text": {"vocab_size": 9}}}, ["input_dim", "0"]),
+])  # fmt: skip
+def test_modalities_that_cannot_be_are_refused(arguments, parts):
+    with pytest.raises(ValueError) as caught:
+        PerceiverModel(num_classes=3, **SMALL, **arguments)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_arguments_beside_the_dict_are_those_of_all_that_do_not_give_their_own():
+    model = several_model(use_positions=False)
+    assert model.modalities["image"].positions is None and model.modalities["text"].positions is None
+    model = several_model({**SEVERAL, "image": {"input_dim": 6, "grid_shape": (2, 3), "use_positions": True}},
+                          use_positions=False)  # fmt: skip
+    assert model.modalities["image"].positions is not None and model.modalities["text"].positions is None
+    assert several_model(num_frequency_bands=2).modalities["text"].num_channels == 7 + 4
+
+
+def test_fresh_tokens_tell_the_modalities_apart():
+    """The learned encodings start as the paper's, and the channels of all modalities are as many."""
+    model = PerceiverModel(SEVERAL, 3, **SMALL)
+    widths = {name: tokens.num_channels + len(tokens.encoding) for name, tokens in model.modalities.items()}
+    assert set(widths.values()) == {max(tokens.num_channels for tokens in model.modalities.values()) + 4}
+    encodings = torch.cat([tokens.encoding for tokens in model.modalities.values()])
+    assert 0.015 < encodings.std() < 0.025
+    x = {name: values.float() for name, values in several_inputs()[0].items()}
+    assert model(x).isfinite().all()
