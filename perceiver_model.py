@@ -6,6 +6,8 @@ row in one cross-attend. Keys and values come straight from the input channels (
 
     x (B, L, features) -> + positions -> [cross-attend, self-attention layers] x repeats -> mean over latents -> logits
 
+Several modalities are read at once as tokens one after another, filled up to the same channels by learned encodings.
+
 Letters used for shapes in this file:
 
     B  batch              C  input channels: features + position features     N  latents
