@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +37,11 @@ STYLE = {
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E5E5E5",
     "text.parse_math": False,  # a class may be called "$"
 }  # fmt: skip
+# Asked in this order for what DejaVu Sans lacks (Korean, Chinese, Japanese); Linux, Windows, macOS
+MORE_FONTS = (
+    "Noto Sans CJK KR", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans KR", "NanumGothic", "Malgun Gothic",
+    "Microsoft YaHei", "Yu Gothic", "Apple SD Gothic Neo", "PingFang SC", "Hiragino Sans", "Arial Unicode MS",
+)  # fmt: skip
 FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
@@ -317,8 +323,19 @@ def save_evaluation(
 def _style() -> Iterator[None]:
     """The one style of all figures; the user's own is back afterwards."""
     import matplotlib.style
+    from matplotlib.font_manager import fontManager
 
-    with matplotlib.style.context(["default", STYLE]):
+    installed = {font.name for font in fontManager.ttflist}
+    fonts = {"font.family": ["DejaVu Sans", *(name for name in MORE_FONTS if name in installed)]}
+    with matplotlib.style.context(["default", STYLE | fonts]):
+        yield
+
+
+@contextmanager
+def boxes_for_missing_glyphs() -> Iterator[None]:
+    """A character that no font here has is drawn as a box, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield
 
 
@@ -334,7 +351,8 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with boxes_for_missing_glyphs():
+        figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 @contextmanager

@@ -570,7 +570,8 @@ def log_epoch(
         writer.add_scalar("train/samples_per_second", record["samples_per_second"], record["step"])
         if matrix:
             figure = evaluation.confusion_matrix_figure(matrix, class_names)
-            writer.add_figure("val/confusion_matrix", figure, record["step"])
+            with evaluation.boxes_for_missing_glyphs():
+                writer.add_figure("val/confusion_matrix", figure, record["step"])
         writer.flush()
 
 

@@ -32,9 +32,9 @@ from inference import load_model, predict
 ROOT = Path(train.__file__).parent
 LANGUAGES = Path(__file__).parent / "data" / "languages.csv"
 TINY = (
-    "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
-    "--num_self_attention_layers=1 --ema_decay=0 --lr=5e-3 --epochs=2"
-).split()
+    "--model_size=tiny", "--d_model=16", "--num_heads=2", "--num_latents=4", "--num_cross_attention_layers=1",
+    "--num_self_attention_layers=1", "--ema_decay=0", "--lr=5e-3", "--epochs=2",
+)  # fmt: skip
 SMALL_IMAGES = ("--image_size=8", "--patch_size=4")
 
 
@@ -408,28 +408,24 @@ def test_workers_buckets_and_a_limit_of_length(kind, tmp_path):
 
 # --- Several modalities are worth more than one ----------------------------------------------------------------------
 
-WORDS = {0: ("calm", "quiet", "still"), 1: ("windy", "stormy", "rough"), 2: ("hot", "burning", "warm")}
+WORDS = ("calm sea", "strong wind", "hot sand")
 
 
 def write_hard_digits(folder, name, numbers):
-    """A manifest of digits of which no modality alone says enough: a noisy image, a word for d // 4, a wave for d % 4.
-
-    A tenth of each is missing, and a tenth of the texts and series is another digit's.
-    """
+    """A manifest of digits of which no modality alone says enough: an image in noise, two words, misspelt, for d // 4,
+    and a ramp of slope d % 4 in noise. A tenth of each is missing."""
     digits, rng = load_digits(), np.random.default_rng(len(numbers))
     (folder / name).mkdir()
     columns = {"image": [], "text": [], "series": [], "label": []}
     for number in numbers:
         image, label = digits.images[number], int(digits.target[number])
-        noisy = np.clip(image * 8 + rng.normal(0, 75, image.shape) + 60, 0, 255).astype(np.uint8)
+        noisy = np.clip(image * 8 + rng.normal(60, 75, image.shape), 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / name / f"{number}.png")
-        said, shown = (label if rng.random() > 0.1 else int(rng.integers(10)) for _ in range(2))
-        word = list(rng.choice(WORDS[said // 4]) + " sea")
-        word[rng.integers(len(word))] = rng.choice(list("abcxyz"))
-        time = np.arange(12) / 12
-        wave = np.sin(2 * np.pi * (time * (1 + shown % 4) + rng.random())) + rng.normal(0, 0.4, 12)
-        np.save(folder / name / f"{number}.npy", wave)
-        cells = [f"{name}/{number}.png", "".join(word), f"{name}/{number}.npy"]
+        words = list(WORDS[label // 4])
+        words[rng.integers(len(words))] = rng.choice(list("abcxyz"))
+        ramp = np.linspace(-1, 1, 8) * (label % 4 - 1.5) + rng.normal(0, 0.3, 8)
+        np.save(folder / name / f"{number}.npy", ramp)
+        cells = [f"{name}/{number}.png", "".join(words), f"{name}/{number}.npy"]
         if (lacking := int(rng.integers(10))) < 3:
             cells[lacking] = ""
         for column, cell in zip(columns.values(), [*cells, str(label)], strict=True):
@@ -453,13 +449,12 @@ def test_several_modalities_beat_the_best_one_and_need_not_all_be_there(tmp_path
         done = run(
             train.main, folder, "--dataset=multimodal", f"--data_path={tmp_path}/{modality}_train.csv",
             f"--test_path={tmp_path}/{modality}_test.csv", "--image_size=8", "--patch_size=2", "--d_model=64",
-            "--num_latents=16", "--epochs=20", "--lr=3e-3", "--no_augment", "--seed=0",
+            "--num_latents=16", "--epochs=15", "--lr=3e-3", "--no_augment", "--seed=0",
         )  # fmt: skip
         assert done.status == 0, done.err
         assert infer(folder).status == 0
         accuracy[modality] = results_of(folder)["accuracy"]
-    print(accuracy)
-    assert accuracy["all"] > max(accuracy[name] for name in ("image", "text", "series")) + 0.08
+    assert accuracy["all"] > max(accuracy[name] for name in ("image", "text", "series")) + 0.2, accuracy
 
     model, settings = load_model(tmp_path / "all" / "checkpoints" / BEST)
     columns = {name: name for name in ("image", "text", "series")}
@@ -468,9 +463,8 @@ def test_several_modalities_beat_the_best_one_and_need_not_all_be_there(tmp_path
         rest = [{name: value for name, value in item.items() if name != left_out} for item in items.values]
         there = [number for number, item in enumerate(rest) if item]
         answers = predict(model, [rest[number] for number in there])
-        right = np.mean([answer["class"] == items.labels[number] for answer, number in zip(answers, there, strict=True)])
-        print(left_out, right)
-        assert right > 0.3, left_out  # chance: 0.1
+        right = [answer["class"] == items.labels[number] for answer, number in zip(answers, there, strict=True)]
+        assert np.mean(right) > 0.25, left_out  # chance: 0.1
 
 
 def test_languages_are_told_apart(tmp_path):
@@ -486,7 +480,8 @@ def test_languages_are_told_apart(tmp_path):
     check_inference_repeats(tmp_path, done, ["English", "German", "Greek", "Korean", "Polish", "Russian"])
     assert float(re.search(r"test accuracy (\S+)", done.out)[1]) >= 0.9
     model, _ = load_model(tmp_path / "checkpoints" / BEST)
-    unseen = {"Korean": "안녕하세요, 만나서 반갑습니다.", "Greek": "Καλημέρα σας, τι κάνετε;", "Russian": "Как вас зовут?"}
+    unseen = {"Korean": "안녕하세요, 만나서 반갑습니다.", "Greek": "Καλημέρα σας, τι κάνετε;",
+              "Russian": "Как вас зовут?"}  # fmt: skip
     assert [answer["class"] for answer in predict(model, list(unseen.values()))] == list(unseen)
 
 
@@ -638,8 +633,11 @@ def broken_series(folder):
     lines.insert(4, "1,2:3,x")
     lines.insert(5, "1,2:3,1e300")
     (folder / "new.ts").write_text("@problemName New\n@data\n" + "\n".join(lines).replace("nan", "NaN") + "\n")
-    return "new.ts", ["1", "2", "4", "7"], series, ["new.ts, line 5: ragged", "new.ts, line 7, dimension 2, value 2: 'x'",
-                                                   "new.ts, line 8: the series holds values too far"]  # fmt: skip
+    return "new.ts", ["1", "2", "4", "7"], series, [
+        "new.ts, line 5: ragged",
+        "new.ts, line 7, dimension 2, value 2: 'x'",
+        "new.ts, line 8: the series holds values too far",
+    ]
 
 
 def broken_texts(folder):
@@ -673,7 +671,7 @@ def test_an_unreadable_item_is_reported_and_the_others_are_there(kind, make, req
     lines = done.err.splitlines()
     assert len(lines) == len(errors)
     for line, start in zip(lines, errors, strict=True):
-        assert line.startswith(f"error: {start}") and line.count(start.partition(":")[0] + ":") == 1, line
+        assert line.startswith(f"error: {start}") and line.count(f"{start.partition(':')[0]}:") <= 1, line
     assert f"{len(ids)} predictions; {len(errors)} could not be read" in done.out
     check_predictions(folder, tmp_path / "results", ids, items)
 
@@ -836,7 +834,8 @@ BAD = [
     table_of(FIVE, "--test_path=nowhere.csv", parts=["nowhere.csv"]),
     table_of(FIVE, parts=["a.txt", "holds no label"], name="a.txt"),
     table_of(FIVE, parts=["'.xlsx'"], name="a.xlsx"),
-    table_of('{"text": "x", "label": "a"}\n{"text": 7, "label": "b"}\n', parts=["a.jsonl, line 2", "7"], name="a.jsonl"),
+    table_of('{"text": "x", "label": "a"}\n{"text": 7, "label": "b"}\n', parts=["a.jsonl, line 2", "7"],
+             name="a.jsonl"),
     table_of('{"text": "x", "label": 0.5}\n', parts=["a.jsonl, line 1", "0.5"], name="a.jsonl"),
     table_of(LONG.replace("2,b,4", "2,b,four"), dataset="sequences", parts=["a.csv, line 5", "'v'", "'four'"]),
     table_of(LONG.replace("2,b,4", "2,a,4"), dataset="sequences", parts=["a.csv, line 5", "'a'"]),
@@ -849,12 +848,14 @@ BAD = [
     partial(lying_header, "@equalLength true\n@seriesLength 5\n", "5 by @seriesLength"),
     infinite_value, channel_without_values, other_width,
     partial(manifest, edit("files/4.npy", "files/x.npy"), ["all.csv, line 6", "'series'", "files/x.npy"]),
-    partial(manifest, lambda folder: (folder / "files/4.npy").write_text("no array"), ["all.csv, line 6", "files/4.npy"]),
+    partial(manifest, lambda folder: (folder / "files/4.npy").write_text("no array"),
+            ["all.csv, line 6", "files/4.npy"]),
     partial(manifest, lambda folder: np.save(folder / "files/4.npy", np.zeros((2, 5))), ["all.csv, line", "channels"]),
     partial(manifest, lambda folder: next((folder / "files").glob("4.*g*")).write_text("no image"),
             ["all.csv, line 6", "files/4."]),
     partial(manifest, edit("image,text,series", "picture,words,wave"), ["all.csv", "image, text, series"]),
-    partial(manifest, edit("image,text,series,label", "image,text,series,kind"), ["all.csv", "no column 'label'", "series, kind"]),
+    partial(manifest, edit("image,text,series,label", "image,text,series,kind"),
+            ["all.csv", "no column 'label'", "series, kind"]),
     lambda folder: (["--dataset=text"], ["--data_path", "text"]),
     lambda folder: (["--dataset=images", "--data_path=nowhere"], ["nowhere"]),
     lambda folder: (["--dataset=sequences", "--data_path=nowhere.ts"], ["nowhere.ts"]),
