@@ -786,8 +786,15 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     for name, column in columns.items():
         if name not in there and column != FIELDS[f"{name}_column"].default:
             raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
+    known = [name for name in columns if name in (info["adapters"] if info else there)]
+    unseen = {name for found in items.values() for item in found.values for name in item}.difference(known)
+    for found in items.values():
+        for item, place in zip(found.values, found.places, strict=True):
+            if item.keys().isdisjoint(known):
+                raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
+    notes = items["train"].notes + [f"no training item has a {name}, so it is not looked at" for name in sorted(unseen)]
     adapters, parts = {}, {name: {} for name in items}
-    for modality in (name for name in columns if name in (info["adapters"] if info else there)):
+    for modality in known:
         for name in ("train", "val", "test"):
             found = items[name]
             have = [number for number, item in enumerate(found.values) if modality in item]
@@ -805,7 +812,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
                 data = SequenceDataset(_each(adapter, raw, places), labels[name][have])
             parts[name][modality] = data, numbers
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, items["train"].notes)
+    return splits, _describe(adapters, class_names, notes)
 
 
 def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:

@@ -734,6 +734,39 @@ def test_prediction_of_several_modalities(multimodal_run, tmp_path):
         predict(model, [{}])
 
 
+def test_manifests_of_one_column(tmp_path):
+    """Trained on and predicted as manifests, though there is one modality."""
+    make_manifest(tmp_path / "data", 36)
+    with open(tmp_path / "data" / "all.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("image", "text", "series"):
+        there = [row for row in rows if row[name]]
+        (tmp_path / name).mkdir()
+        path = write_table(tmp_path / "data" / f"{name}.csv", {key: [row[key] for row in there]
+                                                               for key in (name, "label")})  # fmt: skip
+        done = trained(tmp_path / name, "--dataset=multimodal", f"--data_path={path}", *SMALL_IMAGES)
+        check_inference_repeats(tmp_path / name, done, ["down", "up"])
+        done = infer(tmp_path / name, f"--input={path}")
+        assert done.status == 0 and len(predictions(tmp_path / name / "results")) == len(there), done.err
+
+
+def test_analysis_where_a_modality_is_missing_throughout(multimodal_run, tmp_path):
+    folder, _ = multimodal_run
+    write_table(tmp_path / "text.csv", {"text": ["day", "dark night"], "label": ["up", "down"]})
+    done = infer(folder, "--analyze", f"--test_path={tmp_path}/text.csv", "--output_dir=analysis")
+    assert done.status == 0 and done.err == "", done.err
+    pictures = {file.name for file in (folder / "analysis").iterdir() if file.name.startswith("attention")}
+    assert pictures == {"attention_text.png"}
+
+
+def test_a_modality_that_training_lacks_is_noted(tmp_path):
+    write_table(tmp_path / "a.csv", {"text": ["x", "y"] * 5, "label": ["a", "b"] * 5})
+    write_table(tmp_path / "b.csv", {"text": ["x", "y"], "series": ["s.npy", ""], "label": ["a", "b"]})
+    np.save(tmp_path / "s.npy", np.zeros((3, 1)))
+    done = trained(tmp_path, "--dataset=multimodal", "--data_path=a.csv", "--test_path=b.csv")
+    assert "note: no training item has a series" in done.out
+
+
 # --- Mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -812,6 +845,13 @@ def manifest(change, parts, folder):
     return ["--dataset=multimodal", f"--data_path={path.name}", *SMALL_IMAGES], parts
 
 
+def only_what_training_lacks(folder):
+    (folder / "a.csv").write_text(FIVE)
+    (folder / "b.csv").write_text("text,series,label\nx,,a\n,s.npy,b\n")
+    np.save(folder / "s.npy", np.zeros((3, 1)))
+    return ["--dataset=multimodal", "--data_path=a.csv", "--test_path=b.csv"], ["b.csv, line 3", "only series"]
+
+
 def edit(old, new):
     def change(folder):
         text = (folder / "all.csv").read_text()
@@ -846,7 +886,7 @@ BAD = [
     partial(lying_header, "@univariate true\n", "@univariate"),
     partial(lying_header, "@dimensions 3\n", "3 by @dimensions"),
     partial(lying_header, "@equalLength true\n@seriesLength 5\n", "5 by @seriesLength"),
-    infinite_value, channel_without_values, other_width,
+    infinite_value, channel_without_values, other_width, only_what_training_lacks,
     partial(manifest, edit("files/4.npy", "files/x.npy"), ["all.csv, line 6", "'series'", "files/x.npy"]),
     partial(manifest, lambda folder: (folder / "files/4.npy").write_text("no array"),
             ["all.csv, line 6", "files/4.npy"]),
