@@ -821,8 +821,15 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     for name, column in columns.items():
         if name not in there and column != FIELDS[f"{name}_column"].default:
             raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
-    adapters, parts, notes = {}, {name: {} for name in items}, []
-    for modality in (name for name in columns if name in (info["adapters"] if info else there)):
+    known = [name for name in columns if name in (info["adapters"] if info else there)]
+    for found in items.values():
+        for item, place in zip(found.values, found.places, strict=True):
+            if item.keys().isdisjoint(known):
+                raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
+    unseen = {name for found in items.values() for item in found.values for name in item}.difference(known)
+    notes = [f"no training item has a {name}, so it is not looked at" for name in sorted(unseen)]
+    adapters, parts = {}, {name: {} for name in items}
+    for modality in known:
         have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
         raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}

@@ -207,7 +207,8 @@ def _analysis_figures(
         tokens = [dataset[row["index"]]["input"] for row in rows]
         plots.plot_mistakes(rows, adapters["image"].images(torch.stack(tokens)) if rows else [], path)
 
-    figures = {f"attention_{name}.png": partial(attention, name) for name in adapters}
+    there = [name for name in adapters if any(name in by_modality(number) for number in range(len(labels)))]
+    figures = {f"attention_{name}.png": partial(attention, name) for name in there}
     if only:
         figures = {"attention.png": partial(attention, only)}
     figures["latents.png"] = latents
@@ -225,7 +226,7 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     """The items of a file or folder, without labels: what training took, or one image, text or series."""
     modalities = list(model.adapters)
     options = {"labelled": False, "on_error": on_error}
-    if len(modalities) > 1 and path.suffix.lower() in MANIFESTS:
+    if settings.dataset_type == "multimodal" and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
         items = read_manifest(path, columns, settings.label_column, **options)
         lacking = [name for name in modalities if not any(name in value for value in items.values)]

@@ -122,7 +122,8 @@ def test_no_language_is_changed_or_normalised(text, length):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("", "empty"), (" \n\t", "empty"), (None, "NoneType"), (7, "int"), (b"abc", "bytes"), ("x\ud83d", "half a character"),
+    ("", "empty"), (" \n\t", "empty"), (None, "NoneType"), (7, "int"), (b"abc", "bytes"),
+    ("x\ud83d", "half a character"),
 ])  # fmt: skip
 def test_texts_that_cannot_be_used(text, expected):
     assert expected in message(TextAdapter(), text)
