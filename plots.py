@@ -7,7 +7,6 @@ Letters: N samples, C classes, B batch, L tokens, D latent width.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,8 +68,7 @@ def missing_glyphs_noted() -> Iterator[None]:
 def _note_boxes() -> None:
     print(
         "note: some characters are drawn as boxes in the figures, no font here has them; install one that does, such "
-        f"as {OTHER_FONTS[0]}",
-        file=sys.stderr,
+        f"as {OTHER_FONTS[0]}"
     )
 
 

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import evaluation
 import inference
+import plots
+import run_log
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -43,9 +44,9 @@ def quick():
     """Without TensorBoard and pictures, which cost more than the tiny runs here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(train, "tensorboard_writer", lambda *_: None)
-        patch.setattr(evaluation, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-        patch.setattr(evaluation, "evaluation_figures", lambda *_: {})
+        patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
+        patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+        patch.setattr(plots, "evaluation_figures", lambda *_: {})
         yield
 
 
