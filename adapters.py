@@ -143,7 +143,7 @@ class SeriesAdapter:
 
     def __call__(self, series: Any) -> Tensor:
         """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
-        values = _numbers(read_one_series(series) if isinstance(series, Path) else series, "series")
+        values = _numbers(read_one_series(series) if isinstance(series, (str, Path)) else series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
             raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
@@ -184,7 +184,8 @@ class ImageAdapter:
 
     @classmethod
     def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
-        """The adapter of training images, uint8 (N, H, W, channels)."""
+        """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
+        images = np.stack([_stored_pixels(image) for image in images])
         return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size)
 
     @property
@@ -205,6 +206,7 @@ class ImageAdapter:
 
     def pixels(self, image: Any) -> np.ndarray:
         """The image as it is kept: uint8 (H, W, channels)."""
+        image = Path(image) if isinstance(image, str) else image
         if self.any_size:
             return square_pixels(image, self.image_shape[0])
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))

@@ -106,7 +106,7 @@ class Settings:
     test_fraction: float = _data(
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
-    id_column: str = _column("id", "column of a series' name in a table", applies={"dataset_type": ("sequences",)})
+    id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
@@ -448,7 +448,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         if _has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{shown:<30}{sources[name]}")
+            rows.append(f"  {name:<28}{shown:<28}  {sources[name]}")
     return "\n".join(rows)
 
 

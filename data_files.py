@@ -16,7 +16,6 @@ A message names the file and line (or row) as the user gave it, the value and th
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import math
@@ -94,10 +93,12 @@ def _repeated(names: Iterable[str]) -> str | None:
 def _extension(path: Path, valid: list[str], labelled: bool = False, unlabelled: str = "") -> str:
     """The lower-case extension: one of `valid`, or `unlabelled`, of files that hold no label."""
     extension = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file ({', '.join(valid)})")
     if labelled and extension == unlabelled:
         raise UserError(f"{path}: a {extension} file holds no label; for labelled data use {' or '.join(valid)}")
     if not extension or extension not in (*valid, unlabelled):
-        known = ", ".join(filter(None, (*valid, unlabelled)))
+        known = ", ".join(filter(None, (*valid, *([] if labelled else [unlabelled]))))
         raise UserError(f"{path}: unknown extension {extension!r}; convert it to one of {known}")
     return extension
 
@@ -166,9 +167,9 @@ class Table:
     def column(self, name: str) -> list[Any]:
         """The cells of a column. Raises UserError that lists the columns there are."""
         if name not in self.columns:
-            nearest = difflib.get_close_matches(name, self.columns, 1, cutoff=0.0)[0]
-            raise UserError(f"{self.path}: no column {name!r}, the nearest is {nearest!r}; "
-                            f"name one of {_listed(self.columns)}")
+            delimiter = "; its delimiter seems to be another one" if set(";\t,") & set("".join(self.columns)) else ""
+            raise UserError(f"{self.path}: no column {name!r}; there are {_listed(self.columns)}: name the right one "
+                            f"by its flag (--id_column, --text_column, --label_column){delimiter}")
         position = self.columns.index(name)
         return [row[position] for row in self.rows]
 
@@ -249,17 +250,18 @@ def _jsonl_table(path: Path) -> Table:
 
 
 def _rows_of(
-    table: Table, value_of: Callable[[int], Any], label_column: str, labelled: bool, on_error: OnError
+    table: Table, value_of: Callable[[int], Any], id_column: str, label_column: str, labelled: bool, on_error: OnError
 ) -> Items:
     """The items of a table with one row each; `value_of` is given the row's index."""
     labels = table.column(label_column) if labelled else None
+    ids = table.column(id_column) if id_column in table.columns else range(1, len(table.rows) + 1)
 
     def make(row: int) -> tuple[Any, str | None]:
         if row in table.faults:
             raise UserError(table.faults[row])
         return value_of(row), _label(labels[row], table.place(row)) if labelled else None
 
-    parts = ((str(row + 1), table.place(row), partial(make, row)) for row in range(len(table.rows)))
+    parts = ((str(ids[row]), table.place(row), partial(make, row)) for row in range(len(table.rows)))
     return _gather(parts, labelled, on_error)
 
 
@@ -560,8 +562,12 @@ def read_texts(
     label_column: str = "label",
     labelled: bool = True,
     on_error: OnError = stop,
+    id_column: str = "id",
 ) -> Items:
-    """Texts, as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label)."""
+    """Texts, as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
+
+    Their ids are in the column of ids, if there is one, else the numbers of the rows.
+    """
     path = Path(path)
     if _extension(path, [".csv", ".tsv", ".jsonl"], labelled, ".txt") == ".txt":
         text = _read_utf8(path)
@@ -572,7 +578,7 @@ def read_texts(
     def text_of(row: int) -> str:
         return _text(texts[row], f"{table.place(row)}, column {text_column!r}: it")
 
-    return _rows_of(table, text_of, label_column, labelled, on_error)
+    return _rows_of(table, text_of, id_column, label_column, labelled, on_error)
 
 
 # -- tables that name files -----------------------------------------------------------------------------------
@@ -584,6 +590,7 @@ def read_manifest(
     label_column: str = "label",
     labelled: bool = True,
     on_error: OnError = stop,
+    id_column: str = "id",
 ) -> Items:
     """Items of several modalities, one per row of a .csv, .tsv or .jsonl: {'image': Path, 'text': str, 'series': Path}.
 
@@ -611,11 +618,11 @@ def read_manifest(
                 if not os.path.isfile(found[modality]):
                     raise UserError(f"{where} there is no file {found[modality]}; correct the path")
         if not found:
-            raise UserError(f"{table.place(row)}: {_listed(columns[modality] for modality in there)} are all empty; "
+            raise UserError(f"{table.place(row)}: {_listed(columns[modality] for modality in there)} empty; "
                             "give one of them, or remove the row")
         return found
 
-    return _rows_of(table, values, label_column, labelled, on_error)
+    return _rows_of(table, values, id_column, label_column, labelled, on_error)
 
 
 # -- images ---------------------------------------------------------------------------------------------------
@@ -714,7 +721,8 @@ def open_image(path: str | Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # damaged bytes come out as a dozen kinds
-        raise UserError(f"{path}: not an image that can be read: {_shown(str(error))}; replace or remove it") from error
+        kind = type(error).__name__
+        raise UserError(f"{path}: not an image that can be read ({kind}); replace or remove it") from error
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:

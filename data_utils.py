@@ -20,7 +20,7 @@ import os
 import shutil
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
@@ -377,7 +377,7 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
         members = rng.permutation(np.flatnonzero(labels == label))
         held_out.extend(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     if not held_out:
-        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; at least 2 of a class are needed")
+        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; more of a class are needed")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
@@ -718,11 +718,12 @@ class MultimodalDataset(Dataset):
         return {"input": inputs, "label": self.labels[number]}
 
 
-OwnSplits = tuple[dict[str, Items], dict[str, np.ndarray], list[str]]
+OwnSplits = tuple[dict[str, Items], dict[str, np.ndarray], list[str], list[str]]
+Read = Callable[[Path, Callable[[UserError], None]], Items]
 
 
-def _own_splits(settings: Settings, info: Info | None, read: Callable[[Path], Items]) -> OwnSplits:
-    """(items, class numbers) of each split of the user's data, and the names of the classes.
+def _own_splits(settings: Settings, info: Info | None, read: Read) -> OwnSplits:
+    """(items, class numbers) of each split of the user's data, the names of the classes, and notes for the user.
 
     What data_path does not say itself (test_path, or the folders train, val and test of images) is split off, the same
     test set for every seed.
@@ -730,39 +731,80 @@ def _own_splits(settings: Settings, info: Info | None, read: Callable[[Path], It
     if settings.data_path is None:
         raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
     path = Path(settings.data_path)
+    if info and not path.exists():
+        raise UserError(f"{path}: the data of training are not there; say with --data_path where they are now")
     places = (split_folders(path) if settings.dataset_type == "images" else None) or {"train": path}
     if settings.test_path is not None:
         places["test"] = Path(settings.test_path)
-    items = {name: read(place) for name, place in places.items()}
+        if places["test"].resolve() == path.resolve():
+            raise UserError(f"test_path: {path} is the training data itself; leave it out to set a part of them aside")
+    errors: list[UserError] = []
+    items = {name: read(place, errors.append) for name, place in places.items()}
+    refuse_together(errors)
     class_names = info["class_names"] if info else class_order(items["train"].labels)
     if len(class_names) < 2:
         raise UserError(f"{path}: every item has the label {class_names[0]!r}; at least two classes are needed")
     numbers = {name: number for number, name in enumerate(class_names)}
-    for found in items.values():
-        for place, label in zip(found.places, found.labels, strict=True):
-            if label not in numbers:
-                raise UserError(f"{place}: label {label!r} does not occur in the training data; correct or remove it")
+    refuse_together(
+        UserError(f"{place}: label {label!r} does not occur in the training data; correct or remove it")
+        for found in items.values()
+        for place, label in zip(found.places, found.labels, strict=True)
+        if label not in numbers
+    )
     streams = {
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
     }
     for name in (name for name in streams if name not in items):  # the test set first: it is the same for every seed
         labels = np.array([numbers[label] for label in items["train"].labels])
-        kept, held_out = stratified_split(labels, *streams[name])
+        with naming(f"{path}, to set aside data for {'the test' if name == 'test' else 'validation'}"):
+            kept, held_out = stratified_split(labels, *streams[name])
         items[name], items["train"] = items["train"].subset(held_out), items["train"].subset(kept)
     labels = {name: np.array([numbers[label] for label in found.labels]) for name, found in items.items()}
-    return items, labels, class_names
+    notes = list(items["train"].notes)
+    for name, present in labels.items():
+        absent = [class_names[number] for number in range(len(class_names)) if number not in present]
+        if absent:
+            notes.append(f"{len(absent)} of {len(class_names)} classes have no {name} sample, the first is {absent[0]}")
+    return items, labels, class_names, notes
+
+
+def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
+    """Raise one UserError with a line for each of the first errors and the number of the others; nothing for none."""
+    lines = [str(error) for error in errors]
+    if lines:
+        more = [f"and {len(lines) - most} more like these"] if len(lines) > most else []
+        raise UserError("\n".join(lines[:most] + more))
+
+
+def _fingerprints(items: dict[str, Items]) -> dict[str, str]:
+    """A checksum of the samples of each split in their order: names, labels, texts, series; of other files the name."""
+
+    def checksum(found: Items) -> str:
+        result = 0
+        for id, label, value in zip(found.ids, found.labels, found.values, strict=True):
+            for part in (id, label, *(value.values() if isinstance(value, dict) else [value])):
+                part = part.name if isinstance(part, Path) else part
+                result = zlib.crc32(part.encode() if isinstance(part, str) else part.tobytes(), result)
+        return f"{result:08x}"
+
+    return {name: checksum(found) for name, found in items.items()}
 
 
 def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
-    """function(value) of each, in threads (files are read and decoded in C); an error says at which place."""
+    """function(value) of each, in threads (files are read and decoded in C); errors say at which places."""
 
     def call(value: Any, place: str) -> Any:
-        with naming(place):
-            return function(value)
+        try:
+            with naming(place):
+                return function(value)
+        except UserError as error:
+            return error
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(call, values, places))
+        results = list(pool.map(call, values, places))
+    refuse_together(result for result in results if isinstance(result, UserError))
+    return results
 
 
 def _cut_note(modality: str, lengths: Sequence[int], limit: int | None) -> list[str]:
@@ -777,44 +819,52 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     They are kept in memory as bytes, image_size x image_size x 3 each.
     """
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
-    items, labels, class_names = _own_splits(settings, info, read_images)
+    items, labels, class_names, notes = _own_splits(settings, info, lambda path, _: read_images(path))
     size = _known(info, "image").image_shape[0] if info else settings.image_size
     read = partial(square_pixels, size=size)
     images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
-    notes = items["train"].notes
-    return _image_splits(images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes)
+    splits, description = _image_splits(
+        images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes
+    )
+    return splits, description | {"fingerprints": _fingerprints(items)}
 
 
 def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
     columns = {"id_column": settings.id_column, "label_column": settings.label_column}
-    items, labels, class_names = _own_splits(settings, info, partial(read_series, **columns))
+    items, labels, class_names, notes = _own_splits(
+        settings, info, lambda path, on_error: read_series(path, **columns, on_error=on_error)
+    )
     adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
-    notes = _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"series": adapter}, class_names, notes)
+    notes += _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
+    return splits, _describe({"series": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
 
 def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The user's texts: a .csv, .tsv or .jsonl file."""
-    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
-    items, labels, class_names = _own_splits(settings, info, partial(read_texts, **columns))
+    columns = {name: getattr(settings, name) for name in ("text_column", "label_column", "id_column")}
+    items, labels, class_names, notes = _own_splits(
+        settings, info, lambda path, on_error: read_texts(path, **columns, on_error=on_error)
+    )
     adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
-    notes = _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"text": adapter}, class_names, notes)
+    notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
+    return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
 
 def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The user's manifest: a .csv, .tsv or .jsonl file whose columns name an image, a text, a series and a label."""
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
     columns = {name: getattr(settings, f"{name}_column") for name in ("image", "text", "series")}
-    read = partial(read_manifest, columns=columns, label_column=settings.label_column)
-    items, labels, class_names = _own_splits(settings, info, read)
+    named = {"label_column": settings.label_column, "id_column": settings.id_column}
+    items, labels, class_names, notes = _own_splits(
+        settings, info, lambda path, on_error: read_manifest(path, columns, **named, on_error=on_error)
+    )
     size = _known(info, "image").image_shape[0] if info and "image" in info["adapters"] else settings.image_size
     prepare = {"image": partial(square_pixels, size=size), "text": str, "series": read_one_series}
     there = {name for item in items["train"].values for name in item}
@@ -827,7 +877,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
             if item.keys().isdisjoint(known):
                 raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
     unseen = {name for found in items.values() for item in found.values for name in item}.difference(known)
-    notes = [f"no training item has a {name}, so it is not looked at" for name in sorted(unseen)]
+    notes += [f"no training item has an entry for {name}, so it is not looked at" for name in sorted(unseen)]
     adapters, parts = {}, {name: {} for name in items}
     for modality in known:
         have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
@@ -849,7 +899,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
             lengths = [len(one.encode() if modality == "text" else one) for one in raw["train"]]
             notes += _cut_note(modality, lengths, adapter.max_seq_len)
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, notes)
+    return splits, _describe(adapters, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
 
 def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:
@@ -888,7 +938,7 @@ def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, I
 
     The description holds plain values that a checkpoint can store: dataset_type, class_names, num_classes, for each
     modality the adapter (see adapters.py) and the features that the model is told of, split_sizes, split_seed, and
-    notes for the user.
+    notes for the user, and for the user's own data a fingerprint of the samples of each split.
 
     info: a description made in training. Its adapters and classes are then used.
     """
@@ -896,6 +946,7 @@ def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, I
     return splits, {
         "dataset_type": settings.dataset_type,
         "num_classes": len(specific["class_names"]),
+        "fingerprints": {},
         **specific,
         "split_sizes": {name: len(splits[name]) for name in ("train", "val", "test")},
         "split_seed": settings.seed,

@@ -51,6 +51,7 @@ COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_c
 OVERRIDES = ("data_path", "test_path", *COLUMNS, "data_dir", "num_workers", "batch_size", "amp", "device")
 EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
+REPORTED = 10  # items that cannot be read and are named; of more the number is given
 MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
@@ -79,10 +80,11 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     """Classify raw items with a model from :func:`load_model`.
 
     Args:
-        items: texts (str); series, float arrays (length, channels) of any length, NaN where a value is missing; images,
-            PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size where the model was
-            trained on the user's own images, else as stored (of the digits 0..16); a series or an image also as the
-            Path of its file. For a model of several modalities, dicts of them; one that is missing is left out.
+        items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN where a
+            value is missing; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of
+            any size where the model was trained on the user's own images, else as stored (of the digits 0..16). A
+            series or an image may also be the path of its file. For a model of several modalities, dicts of them; one
+            that is missing is left out.
         batch_size: items at a time; it changes no result.
 
     Returns:
@@ -92,6 +94,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     Raises:
         UserError: an item that the model cannot take.
     """
+    if isinstance(items, (str, bytes, dict)):
+        raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_classify(model, prepared, batch_size))
 
@@ -189,7 +193,8 @@ def _analysis_figures(
         batch = collate([{"input": by_modality(i)} for i in chosen])
         maps, tokens = evaluation.collect_attention(model, batch, device), batch["input"][modality]
         maps = [weights[..., model.token_ranges(batch["input"])[modality]] for weights in maps]
-        captions = [f"true {names[labels[i]]}, predicted {names[predicted[i]]}" for i in chosen]
+        short = [plots.short(name) for name in names]
+        captions = [f"true {short[labels[i]]}, predicted {short[predicted[i]]}" for i in chosen]
         if not only:
             shares = [np.mean([weights[i].sum(-1).mean() for weights in maps]) for i in range(len(chosen))]
             captions = [f"{text}, {share:.0%} of the attention" for text, share in zip(captions, shares, strict=True)]
@@ -228,9 +233,9 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     options = {"labelled": False, "on_error": on_error}
     if settings.dataset_type == "multimodal" and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
-        items = read_manifest(path, columns, settings.label_column, **options)
+        items = read_manifest(path, columns, settings.label_column, **options, id_column=settings.id_column)
         lacking = [name for name in modalities if not any(name in value for value in items.values)]
-        items.notes += [f"{path}: no item has a {name}, column {columns[name]!r}" for name in lacking]
+        items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
     if len(modalities) > 1:
         modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
@@ -239,7 +244,7 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     if modality == "image":
         items = read_images(path, labelled=False)
     elif modality == "text":
-        items = read_texts(path, settings.text_column, settings.label_column, **options)
+        items = read_texts(path, settings.text_column, settings.label_column, **options, id_column=settings.id_column)
     else:
         items = read_series(path, settings.id_column, settings.label_column, **options)
     items.values = [{modality: value} for value in items.values]
@@ -285,11 +290,12 @@ def write_predictions(
 def print_results(results: dict[str, Any]) -> None:
     """The metrics, and a line per class where they are few enough to read."""
     for name, value in results.items():
-        if isinstance(value, (int, float)) and name not in ("epoch", "split_seed", "num_classes"):
+        if type(value) in (int, float) and name not in ("epoch", "split_seed", "num_classes"):
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
             print(f"{name.replace('_', ' '):<28}{shown:>8}")
     rows = results["per_class"]
     if len(rows) <= 20:
+        rows = [row | {"class": "".join(c if c.isprintable() else "\u00b7" for c in row["class"])} for row in rows]
         width = max(len("class"), *(len(row["class"]) for row in rows))
         print(f"\n{'class':<{width}}  precision  recall      f1  support")
         for row in rows:
@@ -303,9 +309,12 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
 
     def report(error: UserError) -> None:
         errors.append(error)
-        print(f"error: {error}", file=sys.stderr)
+        if len(errors) <= REPORTED:
+            print(f"error: {error}", file=sys.stderr)
 
     table = Path(output_dir) / "predictions.csv"
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise UserError(f"cannot write into {output_dir}: it is a file; take another --output_dir")
     items = read_input(Path(path), model, settings, report)
     for note in items.notes:
         print(f"note: {note}")
@@ -313,10 +322,12 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
         count = write_predictions(model, items, settings.batch_size, table, report)
     except OSError as error:
         raise UserError(f"cannot write {table}: {error.strerror}; take another --output_dir") from error
+    if len(errors) > REPORTED:
+        print(f"error: and {len(errors) - REPORTED} more", file=sys.stderr)
     left_out = f"; {len(errors)} could not be read" if errors else ""
     if not count:
         raise UserError(f"{path}: no item could be read, so no predictions were written")
-    print(f"wrote {table}: {count} predictions{left_out}")
+    print(f"wrote {table}: {count} {'prediction' if count == 1 else 'predictions'}{left_out}")
     return 0
 
 
@@ -333,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.input is not None and args.analyze:
         raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("inference.py runs in one process; start it with python, not with torchrun")
 
     checkpoint = load_checkpoint(args.model_path)
     here = {"device": "auto", "augment": False}  # the device of training may not exist here
@@ -347,6 +360,8 @@ def main(argv: list[str] | None = None) -> int:
         amp_dtype = choose_precision(settings.amp, device)
     model = _model(checkpoint, device)
     if args.input is not None:
+        for name in {"data_path", "test_path", "data_dir", "num_workers"} & args.flags.keys():
+            print(f"note: {name} has no effect with --input")
         return predict_files(model, args.input, settings, args.output_dir)
     splits, data = load_splits(settings, model.data_info)
     about = {
@@ -357,9 +372,13 @@ def main(argv: list[str] | None = None) -> int:
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
-    before, now = model.data_info["split_sizes"], data["split_sizes"]
-    if now != before and not args.flags.keys() & {"data_path", "test_path"}:
-        print(f"note: the data have changed: {before} samples in training, {now} now; the splits may be mixed up")
+    known, found = (info["fingerprints"].get(args.split) for info in (model.data_info, data))
+    about["samples_as_in_training"] = known == found
+    if known != found:
+        print(
+            f"note: these are not the samples of training's {args.split} split (other data, or in another order); what "
+            "was split off data_path may now hold samples that the model was trained on"
+        )
     print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
     try:
         results = evaluate(

@@ -97,14 +97,14 @@ def _page(path: PathLike, width: float, height: float) -> Iterator[Figure]:
         _save(figure, path)
 
 
-def _short(name: str, limit: int = 18) -> str:
+def short(name: str, limit: int = 18) -> str:
     """The name; where it is longer than `limit` characters, its middle is left out."""
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - limit // 2 - 1) :]}"
 
 
 def _tick_names(class_names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
     """The class numbers to label, at most `most` where there are many, and their short and distinct names."""
-    names = [_short(str(name)) for name in class_names]
+    names = [short(str(name)) for name in class_names]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
     step = 1 if len(names) <= FEW_CLASSES else -(-len(names) // most)
@@ -288,7 +288,7 @@ def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) 
             axes.set_axis_off()
         for axes, mistake, image in zip(grid[: len(mistakes)], mistakes, _unit_range(images), strict=True):
             _show_image(axes, image)
-            true, predicted = _short(mistake["true"]), _short(mistake["predicted"])
+            true, predicted = short(mistake["true"]), short(mistake["predicted"])
             title = f"true {true}\npredicted {predicted}\nconfidence {mistake['confidence']:.1%}"
             axes.set_title(title, fontsize=7.5, weight="normal")
 
@@ -328,7 +328,7 @@ def plot_image_attention(
             maps = {"mean": latents.mean(0)} | {f"latent {k}": latents[k] for k in chosen}
             _show_image(panels[0], images[i])
             caption = captions[i].split(", ") + [f"cross-attend {number + 1}"] * (len(attention) > 1)
-            panels[0].set_title("\n".join(_short(line, 24) for line in caption), fontsize=7)
+            panels[0].set_title("\n".join(short(line, 24) for line in caption), fontsize=7)
             for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
                 _show_image(axes, 0.3 + 0.4 * images[i].mean(-1, keepdims=True))
                 extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -447,7 +447,7 @@ def plot_latent_projection(
             for number in np.unique(labels) if classes <= 10 else ():
                 x, y = np.median(points[labels == number][:, [a, b]], axis=0)
                 outline = [withStroke(linewidth=2.5, foreground="white")]
-                name = _short(str(class_names[number]), 12)
+                name = short(str(class_names[number]), 12)
                 axes.text(x, y, name, ha="center", va="center", path_effects=outline)
         bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class")
         bar.solids.set_alpha(1)

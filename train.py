@@ -114,11 +114,13 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
     with distributed.in_turn():
         splits, data = load_splits(settings, checkpoint and checkpoint["data"])
-    if checkpoint and data["split_sizes"] != checkpoint["data"]["split_sizes"]:
-        raise UserError(
-            f"the data have changed: the checkpoint has {checkpoint['data']['split_sizes']} samples, these are "
-            f"{data['split_sizes']}; bring the old data back, or start a new run without --resume"
-        )
+    if checkpoint:
+        for what in ("split_sizes", "fingerprints"):
+            if data[what] != checkpoint["data"][what]:
+                raise UserError(
+                    f"the data have changed ({what} were {checkpoint['data'][what]}, now {data[what]}); bring the old "
+                    "data back in their old order, or start a new run without --resume"
+                )
     loaders = {
         name: create_dataloader(
             splits[name],
@@ -456,7 +458,8 @@ def command(argv: list[str] | None) -> int:
             return 0
         print(
             f"resuming {args.resume}: {progress.epoch} of {settings.num_epochs} epochs done, batch {progress.batch} of "
-            f"the next, step {progress.step}, best validation accuracy {progress.best.get('val_accuracy')}"
+            f"the next, step {progress.step}, best validation accuracy "
+            + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
         )
     else:
         settings, sources = resolve(args.flags, args.file)

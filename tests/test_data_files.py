@@ -193,7 +193,7 @@ def test_ts_mistakes(tmp_path, content, expected):
     ("id,label,x\n", "a.csv: holds no row"),
     ("id,label,x,x\n1,a,2,3\n", "line 1: column 'x' is there more than once"),
     (",id,label,x\n1,1,a,2\n", "line 1: column 1 has no name"),
-    ("id,labels,x\n1,a,2\n", "no column 'label', the nearest is 'labels'; name one of id, labels, x"),
+    ("id,labels,x\n1,a,2\n", "no column 'label'; there are id, labels, x: name the right one"),
     ("name,label,x\n1,a,2\n", "no column 'id'"),
     ("id,label\n1,a\n", "no column beside 'id' and 'label'"),
     ("id,label,x\n1,a,2\n1,a\n", "line 3: 2 fields for 3 columns"),
@@ -282,11 +282,11 @@ def test_prediction_reports_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("read, name, expected", [
-    (read_series, "a.xlsx", "unknown extension '.xlsx'; convert it to one of .ts, .npz, .csv, .tsv, .npy"),
+    (read_series, "a.xlsx", "unknown extension '.xlsx'; convert it to one of .ts, .npz, .csv, .tsv"),
     (read_series, "a", "unknown extension ''"),
     (read_series, "a.npy", "a .npy file holds no label"),
     (read_texts, "a.txt", "a .txt file holds no label"),
-    (read_texts, "a.json", "unknown extension '.json'; convert it to one of .csv, .tsv, .jsonl, .txt"),
+    (read_texts, "a.json", "unknown extension '.json'; convert it to one of .csv, .tsv, .jsonl"),
     (read_series, "a.ts", "cannot be read: No such file or directory"),
     (read_series, "a.npz", "cannot be read: No such file or directory"),
     (read_one_series, "a.csv", "cannot be read: No such file or directory"),
@@ -380,7 +380,7 @@ def test_jsonl_mistakes(tmp_path, line, expected):
     ("", "a.jsonl: holds no row"),
     ("\n{}\n", "a.jsonl, line 2: the object is empty"),
     ("oops\n3\n", "a.jsonl, line 1: column 1: Expecting value"),
-    ('{"txt": "a"}', "no column 'text', the nearest is 'txt'; name one of txt"),
+    ('{"txt": "a"}', "no column 'text'; there are txt: name the right one by its flag (--id_column, --text_column, --label_column)"),
 ])
 def test_jsonl_files_of_no_use(tmp_path, content, expected):
     path = write(tmp_path / "a.jsonl", content)
@@ -421,7 +421,7 @@ def test_manifest(tmp_path):
 
 @pytest.mark.parametrize("row, expected", [
     ("no.png,a,,x", "line 2, column 'photo': there is no file"),
-    (", ,,x", "line 2: photo, text, series are all empty"),
+    (", ,,x", "line 2: photo, text, series empty"),
     (",a,,", "line 2: the label is empty"),
     ("," + "a" * 5000 + "/,nothing\0there,x", "line 2, column 'series': there is no file"),
     ("a" * 5000 + ",,,x", "line 2, column 'photo': there is no file"),

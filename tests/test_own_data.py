@@ -317,9 +317,9 @@ def test_data_that_changed_since_training_are_noted(tmp_path):
     make_images(tmp_path / "data", 8)
     trained(tmp_path, "--dataset=images", "--data_path=data", *SMALL_IMAGES)
     save_picture(tmp_path / "data" / "日中" / "more", 200, 0)
-    assert "note: the data have changed" in infer(tmp_path).out
+    assert "note: these are not the samples of training's" in infer(tmp_path).out
     make_images(tmp_path / "other", 3, 2)
-    assert "note" not in infer(tmp_path, "--data_path=other").out
+    assert "note: these are not the samples of training's" in infer(tmp_path, "--data_path=other").out
 
 
 def test_what_is_no_image_is_noted(tmp_path):
@@ -331,7 +331,7 @@ def test_what_is_no_image_is_noted(tmp_path):
 
 def same_data(one, other):
     (splits, info), (others, other_info) = one, other
-    assert info == other_info
+    assert info | {"fingerprints": {}} == other_info | {"fingerprints": {}}  # ids differ from format to format
     for name, data in splits.items():
         assert len(data) == len(others[name])
         for number in range(len(data)):
@@ -602,7 +602,7 @@ def test_predictions_of_files_are_those_of_raw_items(kind, make, request, tmp_pa
     path, ids, items = make(tmp_path)
     done = run(inference.main, tmp_path, f"--model_path={folder}/checkpoints/{BEST}", f"--input={path}")
     assert done.status == 0 and done.err == "", done.err
-    assert f"{len(ids)} predictions\n" in done.out
+    assert f"{len(ids)} prediction{'s' * (len(ids) > 1)}\n" in done.out
     check_predictions(folder, tmp_path / "results", ids, items)
     assert [file.name for file in (tmp_path / "results").iterdir()] == ["predictions.csv"]
 
@@ -617,7 +617,7 @@ def test_a_column_that_no_item_has_is_noted(multimodal_run, tmp_path):
     folder, _ = multimodal_run
     new_manifest(("text",), tmp_path)
     done = infer(folder, f"--input={tmp_path}/more/new.tsv", "--output_dir=text only")
-    assert done.status == 0 and "no item has a image, column 'image'" in done.out and "'series'" in done.out
+    assert done.status == 0 and "no item has an entry for image (column 'image')" in done.out and "'series'" in done.out
 
 
 def broken_picture(folder):
@@ -684,7 +684,7 @@ def test_an_unreadable_item_is_reported_and_the_others_are_there(kind, make, req
     ("series_run", "a.csv", "1,2\n3,x\n", "a.csv, line 2, column 2: 'x'"),
     ("series_run", "a.npy", "no array", "a.npy"),
     ("series_run", "a.xls", "no table", "'.xls'"),
-    ("text_run", "a.csv", "text\nx\n", "no column 'words', the nearest is 'text'"),
+    ("text_run", "a.csv", "text\nx\n", "no column 'words'; there are text"),
     ("text_run", "a.csv", 'words\n" "\n', "a.csv, line 2"),
     ("text_run", "a.txt", " \n", "a.txt"),
     ("multimodal_run", "a.csv", "picture,label\nx.png,up\n", "image"),
@@ -714,7 +714,7 @@ def test_analysis_of_new_items_is_refused(text_run):
 def test_predictions_that_cannot_be_written(text_run, tmp_path):
     (tmp_path / "file").write_text("")
     done = infer(text_run[0], "--input=data.jsonl", f"--output_dir={tmp_path}/file")
-    assert done.status == 2 and done.err.count("\n") == 1 and f"{tmp_path}/file/predictions.csv" in done.err
+    assert done.status == 2 and done.err.count("\n") == 1 and f"{tmp_path}/file: it is a file" in done.err
 
 
 def test_prediction_of_several_modalities(multimodal_run, tmp_path):
@@ -765,7 +765,7 @@ def test_a_modality_that_training_lacks_is_noted(tmp_path):
     write_table(tmp_path / "b.csv", {"text": ["x", "y"], "series": ["s.npy", ""], "label": ["a", "b"]})
     np.save(tmp_path / "s.npy", np.zeros((3, 1)))
     done = trained(tmp_path, "--dataset=multimodal", "--data_path=a.csv", "--test_path=b.csv")
-    assert "note: no training item has a series" in done.out
+    assert "note: no training item has an entry for series" in done.out
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------------------
@@ -906,12 +906,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("make", BAD)
-def test_bad_data_is_named_in_one_line(make, tmp_path):
+def test_bad_data_is_named_line_by_line(make, tmp_path):
     words, parts = make(tmp_path)
     before = set(tmp_path.rglob("*"))
     done = run(train.main, tmp_path, *TINY, *words)
     assert done.status == 2, done.out
-    assert done.err.count("\n") == 1 and all(part in done.err for part in parts), done.err
+    lines = done.err.splitlines()  # one for each bad item, up to ten
+    assert 1 <= len(lines) <= 11 and all(line.startswith("error: ") for line in lines), done.err
+    assert all(part in done.err for part in parts), done.err
     assert set(tmp_path.rglob("*")) == before  # nothing half-written
 
 
@@ -935,3 +937,34 @@ def test_what_is_known_of_the_data_is_stored(series_run, multimodal_run):
         for name, known in data["adapters"].items():
             adapter = from_description(json.loads(json.dumps(known)))
             assert adapter.features == data["features"][name]
+
+
+def test_the_same_samples_in_another_order_are_noticed(tmp_path):
+    """What was set aside by its place in the file is another part of it then: training data could pass for test data."""
+    rows = [f"{kind} number {number},{kind}" for number in range(10) for kind in ("cat", "dog")]
+    table = tmp_path / "a.csv"
+    table.write_text("\n".join(["text,label", *rows]))
+    done = trained(tmp_path, "--dataset=text", "--data_path=a.csv")
+    again = infer(tmp_path)
+    assert done.status == 0 and "note" not in again.out
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["samples_as_in_training"] is True
+    table.write_text("\n".join(["text,label", *reversed(rows)]))
+    assert "note: these are not the samples of training's test split" in infer(tmp_path).out
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["samples_as_in_training"] is False
+    refused = run(train.main, tmp_path, "--resume", "--epochs=3")
+    assert refused.status == 2 and "the data have changed" in refused.err and refused.err.count("\n") == 1
+
+
+def test_all_bad_items_are_named_at_once_and_many_are_counted(tmp_path):
+    rows = [f"word {number},{'ab'[number % 2]}" if number % 3 else f",{'ab'[number % 2]}" for number in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
+    done = run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv")
+    lines = done.err.splitlines()
+    assert done.status == 2 and len(lines) == 11 and lines[-1] == "error: and 10 more like these"
+    assert [line.split(", column")[0] for line in lines[:2]] == ["error: a.csv, line 2", "error: a.csv, line 5"]
+
+
+def test_the_training_file_is_no_test_file(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "a,x\nb,y\n" * 5)
+    done = run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv", "--test_path=./a.csv")
+    assert done.status == 2 and "test_path: a.csv is the training data itself" in done.err
