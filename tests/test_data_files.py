@@ -380,7 +380,7 @@ def test_jsonl_mistakes(tmp_path, line, expected):
     ("", "a.jsonl: holds no row"),
     ("\n{}\n", "a.jsonl, line 2: the object is empty"),
     ("oops\n3\n", "a.jsonl, line 1: column 1: Expecting value"),
-    ('{"txt": "a"}', "no column 'text'; there are txt: name the right one by its flag (--id_column, --text_column, --label_column)"),
+    ('{"txt": "a"}', "no column 'text'; there are txt: name the right one"),
 ])
 def test_jsonl_files_of_no_use(tmp_path, content, expected):
     path = write(tmp_path / "a.jsonl", content)

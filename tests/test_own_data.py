@@ -940,7 +940,7 @@ def test_what_is_known_of_the_data_is_stored(series_run, multimodal_run):
 
 
 def test_the_same_samples_in_another_order_are_noticed(tmp_path):
-    """What was set aside by its place in the file is another part of it then: training data could pass for test data."""
+    """What was set aside by its place in the file is another part then: training data could pass for test data."""
     rows = [f"{kind} number {number},{kind}" for number in range(10) for kind in ("cat", "dog")]
     table = tmp_path / "a.csv"
     table.write_text("\n".join(["text,label", *rows]))
