@@ -257,7 +257,8 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
         _bars(axes, x, accuracy, count, width=0.8)
         mean = accuracy @ count / count.sum()
         axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3f}")
-        axes.set_xticks(x, [f"{row['shortest']}–{row['longest']}\nn = {row['count']}" for row in rows])
+        ranges = ["–".join(dict.fromkeys((str(row["shortest"]), str(row["longest"])))) for row in rows]
+        axes.set_xticks(x, [f"{span}\nn = {row['count']}" for span, row in zip(ranges, rows, strict=True)])
         axes.set(xlabel="length (real tokens)")
         axes.set_title("Accuracy by sequence length")
         axes.grid(axis="x", visible=False)
