@@ -185,7 +185,8 @@ class ImageAdapter:
     @classmethod
     def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
         """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
-        images = np.stack([_stored_pixels(image) for image in images])
+        if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
+            images = np.stack([_stored_pixels(image) for image in images])
         return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size)
 
     @property

@@ -407,3 +407,12 @@ def test_statistics_of_images_come_from_the_training_split_only(tmp_path):
     _, info = load_splits(chosen)
     adapter = from_description(info["adapters"]["image"])
     assert adapter.mean == [20, 0, 7] and adapter.std == [10, 1, 1] and adapter.any_size
+
+
+def test_images_are_fitted_in_every_form_that_predict_takes():
+    images = np.random.default_rng(0).integers(0, 17, (5, 8, 8), dtype=np.uint8)
+    expected = ImageAdapter.fit(images[..., None], 2)
+    for same in (images, images.astype(float), list(images), images[..., None].tolist()):
+        assert ImageAdapter.fit(same, 2) == expected
+    with pytest.raises(UserError, match="whole numbers from 0 to 255"):
+        ImageAdapter.fit(images / 16, 2)
