@@ -99,7 +99,7 @@ class TextAdapter:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text holds {text[error.start]!r}, half a character; it has no UTF-8 form") from error
-        return torch.tensor(list(data[: self.max_seq_len]), dtype=torch.float32)[:, None]
+        return torch.from_numpy(np.frombuffer(data[: self.max_seq_len], np.uint8).astype(np.float32))[:, None]
 
 
 # -- series ---------------------------------------------------------------------------------------------------
