@@ -4,9 +4,24 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: a second thread costs more than it saves
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="how many training processes test_resume.py kills, at least")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; all of them: pytest -m cuda")
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

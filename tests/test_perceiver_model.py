@@ -1233,7 +1233,7 @@ def test_bfloat16_predicts_the_same(trained, folded):
         check_half_precision(trained, "cpu", torch.bfloat16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 class TestCuda:
     @PATHS
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
