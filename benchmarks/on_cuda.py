@@ -96,7 +96,7 @@ def command(run: Run, *words: str, env: dict[str, str] | None = None) -> subproc
     return subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -116,10 +116,11 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def train_flags(run: Run, name: str, *flags: str) -> list[str]:
     folder = str(run.out / "runs" / name)
-    epochs = "3" if run.quick else "8"
+    data = "--dataset digits --epochs 8"
+    if run.quick:
+        data = "--dataset synthetic --num_samples 60 --seq_len_range 5 12 --d_model 16 --num_heads 2 --epochs 3"
     return [
-        "train.py", "--dataset", "digits", "--device", run.device, "--epochs", epochs, "--checkpoint_dir", folder,
-        "--log_dir", folder, *flags,
+        "train.py", *data.split(), "--device", run.device, "--checkpoint_dir", folder, "--log_dir", folder, *flags
     ]  # fmt: skip
 
 

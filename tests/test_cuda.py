@@ -111,14 +111,12 @@ def test_a_compiled_run_is_nearly_the_plain_one(call, tmp_path):
 
 def test_memory_that_runs_out_gives_the_remedies(call, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    long = "--dataset=synthetic --num_samples=600 --seq_len_range 900 1000"
     fraction = 300 * 2**20 / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(fraction)
     try:
         with pytest.raises(SystemExit, match="2"):
-            train.main(
-                "--dataset=synthetic --num_samples=600 --seq_len_range 900 1000 --batch_size=256 --device=cuda "
-                "--model_size=small --epochs=1".split()  # noqa: SIM905
-            )
+            train.main(f"{long} --model_size=small --epochs=1 --batch_size=256 --device=cuda".split())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
