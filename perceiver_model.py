@@ -347,7 +347,7 @@ class PerceiverEncoder(nn.Module):
 # --- Positions -------------------------------------------------------------------------------------------------------
 
 
-def sequence_positions(length: int, num_bands: int) -> Tensor:
+def sequence_positions(length: int, num_bands: int, device: torch.device | str = "cpu") -> Tensor:
     """Sines and cosines of the token's index at num_bands frequencies 10000^(-k / num_bands) (Vaswani et al. 2017,
     section 3.5): wavelengths from 2 pi tokens, above the Nyquist limit of 2, to nearly 20000 pi.
 
@@ -356,8 +356,9 @@ def sequence_positions(length: int, num_bands: int) -> Tensor:
     Returns:
         float32 (length, 2 num_bands); angles are computed in float64, float32 would lose them at a million tokens.
     """
-    frequencies = 10000.0 ** -(torch.arange(num_bands, dtype=torch.float64) / num_bands)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (length, num_bands)
+    exact = {"dtype": torch.float64, "device": device}
+    frequencies = 10000.0 ** -(torch.arange(num_bands, **exact) / num_bands)
+    angles = torch.arange(length, **exact)[:, None] * frequencies  # (length, num_bands)
     return torch.cat([angles.sin().float(), angles.cos().float()], 1)
 
 
@@ -376,7 +377,7 @@ def grid_positions(rows: int, cols: int, num_bands: int) -> Tensor:
 
 
 class PositionFeatures(nn.Module):
-    """Position features of a sequence or of a grid, made once and kept; they have no parameters.
+    """Position features of a sequence or of a grid; they have no parameters, and are kept once made.
 
     Args:
         grid_shape: (rows, cols) of an image's tokens in row-major order; None for a sequence of any length.
@@ -391,18 +392,25 @@ class PositionFeatures(nn.Module):
         check_sizes(num_frequency_bands=num_bands)
         self.grid_shape, self.num_bands = grid_shape, num_bands
         self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
-        self.table = torch.empty(0, self.num_channels)
+        self.table = self._make(0, torch.device("cpu"))  # (tokens so far or of the grid, num_channels)
+
+    def _make(self, length: int, device: torch.device) -> Tensor:
+        if self.grid_shape:
+            return grid_positions(*self.grid_shape, self.num_bands).to(device)
+        exact = "cpu" if device.type == "mps" else device  # MPS has no float64
+        return sequence_positions(length, self.num_bands, exact).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, features) -> (L, num_channels) on its device and in its dtype; of x nothing else is looked at."""
-        length = x.size(1)
-        if len(self.table) < length or (self.table.device, self.table.dtype) != (x.device, x.dtype):
-            if self.grid_shape:
-                table = grid_positions(*self.grid_shape, self.num_bands)
-            else:
-                table = sequence_positions(length, self.num_bands)
-            self.table = table.to(x)
-        return self.table[:length]
+        length, table = x.size(1), self.table
+        fits = table.size(0) >= length and table.device == x.device
+        if torch.compiler.is_compiling() and not (fits and self.grid_shape):
+            table = self._make(length, x.device)  # in the graph, which a table of one length would tie to that length
+        elif not fits:
+            table = self._make(max(length, 2 * table.size(0)), x.device)
+            if type(table) is Tensor:  # not one of a FakeTensorMode, which must leave nothing behind
+                self.table = table
+        return table[:length].to(x)
 
 
 # --- Modalities ------------------------------------------------------------------------------------------------------

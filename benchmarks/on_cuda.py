@@ -41,8 +41,9 @@ import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"checks": 0.38, "rates": 0.04, "presets": 0.22, "peers": 0.16, "folding": 0.1, "loader": 0.1}
+MARK = "PERCEIVER_ON_CUDA"  # in the environment of every process of a step
 PRECISIONS = ("bf16", "fp16", "off")
-MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # how torch.compile is asked
+MODES = ("eager", "compiled")  # compiled: as train.py --compile does
 
 # name: (preset, samples, tokens, features, arguments of the model)
 CIFAR10 = {"grid_shape": (8, 8)}
@@ -57,7 +58,7 @@ PRESETS = {
     "base, 1 x 50,176 x 32": ("base", 1, 50_176, 32, {}),
     "base, 1 x 1,000,000 x 64, one head": ("base", 1, 1_000_000, 64, ONE_HEAD),
 }
-GRAPHS = ("base, CIFAR-10", "base, 16 x 200 x 64", "base, 1 x 50,176 x 32")  # also with CUDA graphs
+COMPILED = ("base, CIFAR-10", "base, 16 x 200 x 64", "base, 1 x 50,176 x 32", "large, CIFAR-10")
 QUICK_PRESETS = {"tiny, 2 x 20 x 8": ("tiny", 2, 20, 8, {})}
 
 
@@ -203,7 +204,7 @@ def checks(run: Run) -> None:
             jobs.append((check_run, amp, True))
     jobs += [(check_repeat,), (check_torchrun,)]
     if not run.quick:
-        jobs += [(warm_compiler, "presets", case) for case in PRESETS]
+        jobs += [(warm_compiler, "presets", case) for case in COMPILED]
         jobs += [(warm_compiler, "peers", case) for case in COMPILED_PEERS]
 
     def attempt(job: tuple) -> None:
@@ -250,15 +251,19 @@ def rates(run: Run) -> None:
     target = torch.empty_like(source)
     seconds = timed(lambda: target.copy_(source), run.device, 5)
     run.report(copy_gigabytes_per_second=2 * source.numel() / seconds / 1e9)
+    one = torch.zeros(1, device=run.device)
+    run.report(microseconds_a_launch=1e6 * timed(lambda: one.add_(1), run.device, 1000))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
 
-def compiled_model(model: Any, mode: str) -> Any:
+def in_mode(model: Any, mode: str, device: str) -> Any:
     import torch
 
-    return model if MODES[mode] is None else torch.compile(model, mode=MODES[mode])
+    import train
+
+    return train.compiled(model, torch.device(device)) if mode == "compiled" else model
 
 
 def make_step(run: Run, case: str, mode: str) -> tuple[Callable[[], None], int]:
@@ -273,7 +278,7 @@ def make_step(run: Run, case: str, mode: str) -> tuple[Callable[[], None], int]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x = torch.randn(samples, tokens, features, device=run.device)
     label = torch.randint(10, (samples,), device=run.device)
-    run_model = compiled_model(model, mode)
+    run_model = in_mode(model, mode, run.device)
     return lambda: measure.training_step(run_model, optimizer, x, label, torch.bfloat16), samples
 
 
@@ -282,13 +287,12 @@ def presets(run: Run, warm_up: str | None = None) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     if warm_up:
-        for mode in ("compiled", "graphs") if warm_up in GRAPHS else ("compiled",):
-            make_step(run, warm_up, mode)[0]()
+        make_step(run, warm_up, "compiled")[0]()
         return
     rate = matmul_rate(run.device, run.quick)
     for case in QUICK_PRESETS if run.quick else PRESETS:
         flops = None
-        for mode in ("eager",) if run.quick else MODES if case in GRAPHS else ("eager", "compiled"):
+        for mode in MODES if case in COMPILED else ("eager",):
             with run.attempt(case=case, mode=mode):
                 torch._dynamo.reset()
                 step, samples = make_step(run, case, mode)
@@ -333,7 +337,7 @@ PEERS = {
 }
 PEER_CASES = {**compare_peers.CASES, "images": compare_peers.Case(8, 50_176, 32, 8, {})}
 QUICK_PEER_CASES = {"quick": compare_peers.Case(2, 20, 8, 8, {})}
-COMPILED_PEERS = ("batch", "image", "images")
+COMPILED_PEERS = ("batch", "image")
 
 
 def peers(run: Run, warm_up: str | None = None) -> None:
@@ -345,13 +349,13 @@ def peers(run: Run, warm_up: str | None = None) -> None:
     for case_name, case in cases.items():
         contestants = [] if warm_up else [(name, "eager") for name in PEERS]
         if case_name in COMPILED_PEERS:
-            contestants += [*((name, "compiled") for name in PEERS), ("ours", "graphs")]
+            contestants += [(name, "compiled") for name in PEERS]
         x = torch.randn(case.batch, case.tokens, case.channels, device=run.device)
         label = torch.randint(compare_peers.CLASSES, (case.batch,), device=run.device)
         steps, memory = {}, {}
         for name, mode in contestants:
             with run.attempt(case=case_name, name=name, mode=mode):
-                model = compiled_model(PEERS[name](case).to(run.device).train(), mode)
+                model = in_mode(PEERS[name](case).to(run.device).train(), mode, run.device)
 
                 def step(model: Any = model, x: Any = x, label: Any = label) -> None:
                     model.zero_grad(set_to_none=True)
@@ -362,7 +366,8 @@ def peers(run: Run, warm_up: str | None = None) -> None:
                 for _ in range(1 if warm_up else 3):  # graphs are recorded at the second run
                     step()
                 model.zero_grad(set_to_none=True)
-                memory[name, mode] = measure.peak_memory(step, torch.device(run.device))
+                if mode == "eager":  # the memory of a CUDA graph is all taken when it is recorded
+                    memory[name] = measure.peak_memory(step, torch.device(run.device))
                 steps[name, mode] = step
         if warm_up:
             return
@@ -372,11 +377,15 @@ def peers(run: Run, warm_up: str | None = None) -> None:
                 turns[key].append(timed(step, run.device, 3, turns=1))
         for (name, mode), seconds in turns.items():
             row = {"case": case_name, "shape": str(case), "name": name, "mode": mode}
-            row |= {"milliseconds": 1e3 * statistics.median(seconds), "gib": memory[name, mode] / measure.GIB}
+            row |= {"milliseconds": 1e3 * statistics.median(seconds)}
             row["range"] = [1e3 * min(seconds), 1e3 * max(seconds)]
-            if own := turns.get(("ours", mode)):
-                row["ours_is_times_as_fast"] = statistics.median(b / a for a, b in zip(own, seconds, strict=True))
-                row["ours_takes_times_less_memory"] = memory[name, mode] / memory["ours", mode]
+            for own in MODES:
+                if ours := turns.get(("ours", own)):
+                    row[f"ours_{own}_is_times_as_fast"] = statistics.median(
+                        other / mine for mine, other in zip(ours, seconds, strict=True)
+                    )
+            if mode == "eager":
+                row |= {"gib": memory[name] / measure.GIB, "ours_takes_times_less": memory[name] / memory["ours"]}
             run.report(**row)
         steps.clear()
         model = step = None
@@ -427,13 +436,30 @@ def attention_step(
     return step
 
 
+def on_the_card_alone(step: Callable[[], None], device: str) -> Callable[[], None]:
+    """The step as a CUDA graph, so that its time is the card's and not that of launching its kernels."""
+    import torch
+
+    if device == "cpu":
+        return step
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def folding(run: Run) -> None:
     import torch
 
     from perceiver_model import create_perceiver_model
 
     models = [(32, 4, 8)] if run.quick else [(512, 8, 256), (512, 1, 256), (768, 12, 512), (128, 4, 32)]
-    shapes = [(2, 20)] if run.quick else [(1, 50_176), (256, 64), (32, 512)]
+    shapes = [(2, 20)] if run.quick else [(1, 50_176), (256, 64), (16, 200), (4, 50_176)]
     channel_counts = [8, 32] if run.quick else [16, 32, 64, 96, 128, 192, 256, 384]
     cases = [
         (*model, channels, *shape, masked)
@@ -448,7 +474,7 @@ def folding(run: Run) -> None:
             for way, folded in {"folded": True, "separate": False}.items():
                 step = attention_step(run, *case, folded)
                 row[f"{way}_kernels"] = kernels_of(step)
-                row[f"{way}_ms"] = 1e3 * timed(step, run.device, 3)
+                row[f"{way}_ms"] = 1e3 * timed(on_the_card_alone(step, run.device), run.device, 5)
             run.report(**row)
     for case, (preset, samples, tokens, features, arguments) in (QUICK_PRESETS if run.quick else PRESETS).items():
         model = create_perceiver_model(features, 10, preset, **arguments).to(run.device)
@@ -472,7 +498,7 @@ def loader(run: Run) -> None:
     from perceiver_model import MODEL_SIZES, PerceiverModel
 
     rng = np.random.default_rng(0)
-    images = 512 if run.quick else 20_000
+    images = 512 if run.quick else 6_000
     adapter = ImageAdapter([32, 32, 3], 4, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
     pixels = rng.integers(256, size=(images, 32, 32, 3), dtype=np.uint8)
     cifar10 = ImageDataset(pixels, rng.integers(10, size=images), adapter, margin=4, flip=True)
@@ -494,7 +520,7 @@ def loader(run: Run) -> None:
                 )
                 model = PerceiverModel(features, 10, **MODEL_SIZES[preset]).to(run.device).train()
                 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-                run_model = compiled_model(model, mode)
+                run_model = in_mode(model, mode, run.device)
 
                 def step(x: Any, mask: Any, label: Any, model: Any = model, optimizer: Any = optimizer,
                          run_model: Any = run_model) -> None:  # fmt: skip
@@ -558,17 +584,28 @@ def run_step(args: argparse.Namespace, step: str, limit: float) -> str | None:
     """Run a step in a process group of its own, for `limit` seconds at most. Returns what went wrong, if anything."""
     words = [sys.executable, __file__, "--step", step, "--out", args.out, "--device", args.device]
     words += ["--minutes", str(args.minutes), *(["--quick"] if args.quick else [])]
+    mark = f"{os.getpid()} {step}"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with open(Path(args.out) / "log.txt", "a") as log:
-        print(f"\n===== {step}, at most {limit:.0f} s", file=log, flush=True)
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)
+        print(f"\n===== {step}, at most {limit:.0f} s, load {os.getloadavg()[0]:.1f}", file=log, flush=True)
+        process = subprocess.Popen(words, stdout=log, stderr=log, env={**env, MARK: mark})
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return f"did not end within {limit:.0f} s"
+        finally:
+            end_all(mark)
     return f"ended with status {status}" if status else None
+
+
+def end_all(mark: str) -> None:
+    """Kill every process that a step has left, also those with a session of their own, by their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}\0".encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is another user's
+            continue
 
 
 def main() -> int:
