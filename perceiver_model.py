@@ -102,23 +102,9 @@ class MultiHeadAttention(nn.Module):
             (B, N, D), and with ``return_attention`` the weights (B, H, N, L): rows sum to 1 over the tokens of the
             mask and are exactly 0 elsewhere.
         """
-        folded = inputs is not None and self._folding_is_cheaper(queries.size(1), inputs.size(2))
-        if inputs is None:
-            weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product is one pass
-            q, k, v = self._split_heads(F.linear(queries, weight), 3)  # (B, H, N, E/H) each
-        elif folded:
-            (q,) = self._split_heads(self.query(queries))
-            q = q @ self._head_weight(self.key)  # (B or 1, H, N, C)
-            padding = (0, -inputs.size(2) % 8)  # zeros: fused CUDA kernels want multiples of 8 channels
-            groups = self._query_groups(inputs, q.size(1) * q.size(2))
-            q = F.pad(q.flatten(1, 2), padding).unflatten(1, (groups, -1))  # (B or 1, G, H N / G, C)
-            k = v = (F.pad(inputs, padding) if padding[1] else inputs)[:, None].expand(-1, groups, -1, -1)
-        else:
-            (q,) = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
-            weight = torch.cat([self.key.weight, self.value.weight])
-            k, v = self._split_heads(F.linear(inputs, weight), 2)  # (B, H, L, E/H) each
+        folded = inputs is not None and self._folds(queries.size(1), inputs.size(2))
+        q, k, v = self._fold(queries, inputs) if folded else self._project(queries, inputs)
         q = q.expand(k.size(0), -1, -1, -1)
-
         allowed = None
         if mask is not None:
             empty = ~mask.any(1)  # (B,) softmax over no token is NaN: let such samples see all, then zero the result
@@ -127,21 +113,60 @@ class MultiHeadAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
-        if folded:  # (B, G, H N / G, C) -> (B, H, N, E/H)
-            attended = attended[..., : inputs.size(2)].reshape(len(k), self.num_heads, queries.size(1), inputs.size(2))
-            attended = attended @ self._head_weight(self.value).mT
+        attended = self._unfold(attended) if folded else attended  # (B, H, N, E/H)
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
             return result
         scores = (q * self.scale) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
-        weights = scores.softmax(-1).view(len(k), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
+        weights = scores.softmax(-1).reshape(k.size(0), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
+
+    def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries (B or 1, H, N, E/H), keys and values (B, H, L, E/H). What can be one product is one pass."""
+        plain = self._layers_are_plain()
+        if plain and inputs is None:
+            weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+            return self._split_heads(F.linear(queries, weight), 3)
+        q, inputs = self._split_heads(self.query(queries)), queries if inputs is None else inputs
+        if plain:
+            return *q, *self._split_heads(F.linear(inputs, torch.cat([self.key.weight, self.value.weight])), 2)
+        return *q, *self._split_heads(self.key(inputs)), *self._split_heads(self.value(inputs))
+
+    def _fold(self, queries: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B or 1, G, H N / G, C) in G groups, and the tokens (B, G, L, C) as keys and as values.
+
+        C is filled up with zeros to a multiple of 8, which fused CUDA kernels want.
+        """
+        (q,) = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
+        q = q @ _filled_up(self._head_weight(self.key))  # (B or 1, H, N, C)
+        groups = self._query_groups(inputs, q.size(1) * q.size(2))
+        tokens = _filled_up(inputs)[:, None].expand(-1, groups, -1, -1)
+        return q.flatten(1, 2).unflatten(1, (groups, -1)), tokens, tokens
+
+    def _unfold(self, attended: Tensor) -> Tensor:
+        """Weighted sums of tokens (B, G, H N / G, C) -> of values (B, H, N, E/H)."""
+        attended = attended.flatten(1, 2).unflatten(1, (self.num_heads, -1))
+        return attended @ _filled_up(self._head_weight(self.value)).mT
+
+    def _folds(self, num_queries: int, channels: int) -> bool:
+        return self._folding_is_cheaper(num_queries, channels) and self._layers_are_plain()
 
     def _folding_is_cheaper(self, num_queries: int, channels: int) -> bool:
         width = self.key.out_features
         return self.num_heads * num_queries * channels < width * (channels + num_queries)
+
+    def _layers_are_plain(self) -> bool:
+        """Whether the projections are just their weights, so that a product with these stands for calling the layers:
+        no hooks (pruning, FSDP), no replacement (LoRA, quantisation), no parametrisation."""
+        return all(
+            type(layer) is nn.Linear
+            and "forward" not in vars(layer)
+            and not (layer._forward_hooks or layer._forward_pre_hooks)
+            and not (layer._backward_hooks or layer._backward_pre_hooks)
+            for layer in (self.query, self.key, self.value)
+        )
 
     @staticmethod
     def _query_groups(inputs: Tensor, num_queries: int) -> int:
@@ -162,6 +187,12 @@ class MultiHeadAttention(nn.Module):
 
     def _head_weight(self, projection: nn.Linear) -> Tensor:
         return projection.weight.unflatten(0, (self.num_heads, -1))  # (E, C) -> (H, E/H, C)
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """x with its last dimension filled up with zeros to a multiple of 8."""
+    missing = -x.size(-1) % 8
+    return F.pad(x, (0, missing)) if missing else x
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -392,7 +423,7 @@ class PositionFeatures(nn.Module):
         check_sizes(num_frequency_bands=num_bands)
         self.grid_shape, self.num_bands = grid_shape, num_bands
         self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
-        self.table = self._make(0, torch.device("cpu"))  # (tokens so far or of the grid, num_channels)
+        self.table = torch.empty(0, self.num_channels)
 
     def _make(self, length: int, device: torch.device) -> Tensor:
         if self.grid_shape:

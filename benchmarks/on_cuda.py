@@ -25,6 +25,7 @@ wall-clock time with the device synchronised before and after a turn, medians ov
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ import compare_peers
 import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"checks": 0.38, "rates": 0.04, "presets": 0.22, "peers": 0.16, "folding": 0.1, "loader": 0.1}
+SHARES = {"checks": 0.4, "rates": 0.03, "presets": 0.21, "peers": 0.14, "folding": 0.08, "loader": 0.14}
 MARK = "PERCEIVER_ON_CUDA"  # in the environment of every process of a step
 PRECISIONS = ("bf16", "fp16", "off")
 MODES = ("eager", "compiled")  # compiled: as train.py --compile does
@@ -50,13 +51,13 @@ CIFAR10 = {"grid_shape": (8, 8)}
 ONE_HEAD = {"num_cross_attention_heads": 1}
 PRESETS = {
     "base, CIFAR-10": ("base", 512, 64, 48, CIFAR10),
+    "base, 16 x 200 x 64": ("base", 16, 200, 64, {}),
+    "base, 1 x 50,176 x 32": ("base", 1, 50_176, 32, {}),
+    "base, 1 x 1,000,000 x 64, one head": ("base", 1, 1_000_000, 64, ONE_HEAD),
     "small, CIFAR-10": ("small", 512, 64, 48, CIFAR10),
     "large, CIFAR-10": ("large", 256, 64, 48, CIFAR10),
     "small, 16 x 200 x 64": ("small", 16, 200, 64, {}),
-    "base, 16 x 200 x 64": ("base", 16, 200, 64, {}),
     "large, 16 x 200 x 64": ("large", 16, 200, 64, {}),
-    "base, 1 x 50,176 x 32": ("base", 1, 50_176, 32, {}),
-    "base, 1 x 1,000,000 x 64, one head": ("base", 1, 1_000_000, 64, ONE_HEAD),
 }
 COMPILED = ("base, CIFAR-10", "base, 16 x 200 x 64", "base, 1 x 50,176 x 32", "large, CIFAR-10")
 QUICK_PRESETS = {"tiny, 2 x 20 x 8": ("tiny", 2, 20, 8, {})}
@@ -313,8 +314,33 @@ def presets(run: Run, warm_up: str | None = None) -> None:
                     tflops=flops / seconds / 1e12,
                     share_of_product=flops / seconds / rate,
                     peak_gib=memory / measure.GIB,
+                    kernels=where_the_time_goes(step) if run.device == "cuda" else None,
                 )
             step = None
+
+
+def where_the_time_goes(step: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds on the card of the products, the attention and the rest of a step, and of its slowest other kernels."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    totals = {"products": 0.0, "attention": 0.0, "other": 0.0}
+    others = {}
+    for event in profiled.key_averages():
+        name, milliseconds = event.key, event.device_time_total / 3e3
+        if re.search("flash|fmha|cudnn.*(sdpa|attention)|attention", name, re.I):
+            totals["attention"] += milliseconds
+        elif re.search("gemm|cutlass|nvjet|xmma|cublas|splitK", name, re.I):
+            totals["products"] += milliseconds
+        else:
+            totals["other"] += milliseconds
+            others[name[:80]] = round(milliseconds, 3)
+    slowest = sorted(others.items(), key=lambda pair: -pair[1])[:8]
+    return {name: round(value, 3) for name, value in totals.items()} | {"slowest": dict(slowest)}
 
 
 def occupied(step: Callable[[], None]) -> int:
@@ -337,7 +363,7 @@ PEERS = {
 }
 PEER_CASES = {**compare_peers.CASES, "images": compare_peers.Case(8, 50_176, 32, 8, {})}
 QUICK_PEER_CASES = {"quick": compare_peers.Case(2, 20, 8, 8, {})}
-COMPILED_PEERS = ("batch", "image")
+COMPILED_PEERS = ("image",)
 
 
 def peers(run: Run, warm_up: str | None = None) -> None:
@@ -345,11 +371,13 @@ def peers(run: Run, warm_up: str | None = None) -> None:
     import torch
     import torch.nn.functional as F
 
-    cases = QUICK_PEER_CASES if run.quick else {warm_up: PEER_CASES[warm_up]} if warm_up else PEER_CASES
-    for case_name, case in cases.items():
-        contestants = [] if warm_up else [(name, "eager") for name in PEERS]
-        if case_name in COMPILED_PEERS:
-            contestants += [(name, "compiled") for name in PEERS]
+    cases = QUICK_PEER_CASES if run.quick else PEER_CASES
+    rounds = [(name, case, ("eager",)) for name, case in cases.items()]
+    compiled = [(name, cases[name], MODES) for name in COMPILED_PEERS if name in cases]
+    if warm_up:
+        rounds, compiled = [], [(warm_up, cases[warm_up], ("compiled",))]
+    for case_name, case, modes in rounds + compiled:
+        contestants = [(name, mode) for mode in modes for name in PEERS]
         x = torch.randn(case.batch, case.tokens, case.channels, device=run.device)
         label = torch.randint(compare_peers.CLASSES, (case.batch,), device=run.device)
         steps, memory = {}, {}
@@ -502,17 +530,18 @@ def loader(run: Run) -> None:
     adapter = ImageAdapter([32, 32, 3], 4, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
     pixels = rng.integers(256, size=(images, 32, 32, 3), dtype=np.uint8)
     cifar10 = ImageDataset(pixels, rng.integers(10, size=images), adapter, margin=4, flip=True)
-    cases: dict[str, tuple[Any, dict, int, str]] = {
-        "CIFAR-10-sized, base, 512": (cifar10, {"image": adapter.features}, 512, "base"),
-        "CIFAR-10-sized, small, 128": (cifar10, {"image": adapter.features}, 128, "small"),
-    }
+    cases: dict[str, tuple[Any, dict, int, str]] = {}
     for name in ("digits", "synthetic"):
         splits, data = load_splits(resolve(flags={"dataset_type": name})[0])
         cases[f"{name}, tiny, 32"] = (splits["train"], data["features"], 32, "tiny")
+    cases |= {
+        "CIFAR-10-sized, small, 128": (cifar10, {"image": adapter.features}, 128, "small"),
+        "CIFAR-10-sized, base, 512": (cifar10, {"image": adapter.features}, 512, "base"),
+    }
     for case, (dataset, features, batch_size, preset) in cases.items():
         if run.quick and "base" in case:
             continue
-        for mode in ("eager",) if run.quick else ("eager", "compiled"):
+        for mode in MODES if "digits" in case and not run.quick else ("eager",):
             with run.attempt(case=case, mode=mode):
                 torch._dynamo.reset()
                 batches = create_dataloader(
