@@ -48,6 +48,8 @@ MODEL_SETTINGS = (
 def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
     """The arguments of PerceiverModel that settings and data ask for: the preset's, and over them what is set."""
     chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
+    if not settings.use_positions:
+        chosen.pop("num_frequency_bands", None)
     return MODEL_SIZES[settings.model_size] | chosen | {
         "input_dim": data["features"],
         "num_classes": data["num_classes"],

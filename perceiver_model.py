@@ -20,14 +20,16 @@ Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; la
 import difflib
 import inspect
 import math
+from collections.abc import Iterable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_FUSED_WIDTH = 256  # of a head, for the fast attention kernels of CUDA; wider ones take ten times as long
 CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
 
 
@@ -36,6 +38,27 @@ def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse by name, with a ValueError, a share that is not a number from 0 to 1."""
+    for name, value in shares.items():
+        if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+
+def check_switches(**switches: bool) -> None:
+    """Refuse by name, with a ValueError, a switch that is neither True nor False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Refuse, with a TypeError, a name that is not valid; the nearest valid one is given."""
+    for name in sorted(set(given) - set(valid), key=str):
+        nearest = difflib.get_close_matches(str(name), valid, 1, 0)[0]
+        raise TypeError(f"{where} got an unknown argument {name!r}; did you mean {nearest!r}?")
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -62,7 +85,8 @@ class MultiHeadAttention(nn.Module):
 
     so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
     N results. The parameters and the function are the same, dropout of attention weights included; what changes is
-    the cost: 2 H N C multiply-adds a token against 2 E (C + N). ``forward`` takes the cheaper one.
+    the cost: 2 H N C multiply-adds a token against 2 E (C + N). ``forward`` takes the cheaper one; on CUDA, where these
+    are not what takes the time, the one that was measured to be faster.
     """
 
     def __init__(
@@ -77,8 +101,7 @@ class MultiHeadAttention(nn.Module):
         input_dim, attention_dim = input_dim or d_model, attention_dim or d_model
         if attention_dim % num_heads:
             raise ValueError(f"attention_dim={attention_dim} is not divisible by num_heads={num_heads}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"the dropout of attention weights must be from 0 to 1, not {dropout!r}")
+        check_shares(attention_dropout=dropout)
         self.num_heads, self.dropout = num_heads, dropout
         self.scale = (attention_dim // num_heads) ** -0.5
         self.query = nn.Linear(d_model, attention_dim, bias=False)
@@ -102,7 +125,7 @@ class MultiHeadAttention(nn.Module):
             (B, N, D), and with ``return_attention`` the weights (B, H, N, L): rows sum to 1 over the tokens of the
             mask and are exactly 0 elsewhere.
         """
-        folded = inputs is not None and self._folds(queries.size(1), inputs.size(2))
+        folded = inputs is not None and self._layers_are_plain() and self._folding_is_cheaper(queries.size(1), inputs)
         q, k, v = self._fold(queries, inputs) if folded else self._project(queries, inputs)
         q = q.expand(k.size(0), -1, -1, -1)
         allowed = None
@@ -150,11 +173,16 @@ class MultiHeadAttention(nn.Module):
         attended = attended.flatten(1, 2).unflatten(1, (self.num_heads, -1))
         return attended @ _filled_up(self._head_weight(self.value)).mT
 
-    def _folds(self, num_queries: int, channels: int) -> bool:
-        return self._folding_is_cheaper(num_queries, channels) and self._layers_are_plain()
-
-    def _folding_is_cheaper(self, num_queries: int, channels: int) -> bool:
+    def _folding_is_cheaper(self, num_queries: int, inputs: Tensor) -> bool:
+        tokens, channels = inputs.shape[1:]
         width = self.key.out_features
+        head_width = width // self.num_heads
+        if inputs.device.type == "cuda" and max(head_width, channels) <= MAX_FUSED_WIDTH:
+            # benchmarks/on_cuda.py, H200: attention to C channels costs as much as to heads of that width, and folding
+            # the queries as much as projecting as many tokens
+            return channels <= head_width and tokens >= num_queries
+        if inputs.device.type == "cuda" and channels <= MAX_FUSED_WIDTH:
+            return True
         return self.num_heads * num_queries * channels < width * (channels + num_queries)
 
     def _layers_are_plain(self) -> bool:
@@ -228,7 +256,8 @@ class CrossAttentionBlock(nn.Module):
     ):
         super().__init__()
         self.latent_norm = nn.LayerNorm(d_model)
-        self.input_norm = nn.LayerNorm(input_dim)
+        # The norm of a single channel is a constant, whatever the token holds
+        self.input_norm = nn.LayerNorm(input_dim) if input_dim > 1 else nn.Identity()
         self.attention = MultiHeadAttention(d_model, num_heads, input_dim, attention_dim, attention_dropout)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model, mlp_ratio)
@@ -326,6 +355,8 @@ class PerceiverEncoder(nn.Module):
             cross_attention_dim=cross_dim,
             mlp_ratio=mlp_ratio,
         )
+        check_shares(dropout=dropout, attention_dropout=attention_dropout)
+        check_switches(share_weights=share_weights, gradient_checkpointing=gradient_checkpointing)
         cross_names = (
             "d_model" if cross_attention_dim is None else "cross_attention_dim",
             "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads",
@@ -393,16 +424,17 @@ def sequence_positions(length: int, num_bands: int, device: torch.device | str =
     return torch.cat([angles.sin().float(), angles.cos().float()], 1)
 
 
-def grid_positions(rows: int, cols: int, num_bands: int) -> Tensor:
+def grid_positions(rows: int, cols: int, num_bands: int, device: torch.device | str = "cpu") -> Tensor:
     """The 2-D Fourier features of the paper (section 3.2): coordinates in [-1, 1] from edge to edge, and their sines
     and cosines at num_bands frequencies from 1 to the Nyquist frequency of each axis, half its number of tokens.
 
     Returns:
         float32 (rows * cols, 4 num_bands + 2) in row-major order: the coordinates, all sines, all cosines.
     """
-    axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in (rows, cols)]
+    exact = {"dtype": torch.float64, "device": device}
+    axes = [torch.linspace(-1, 1, size, **exact) for size in (rows, cols)]
     coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (rows cols, 2)
-    bands = [torch.linspace(1, max(1, size / 2), num_bands, dtype=torch.float64) for size in (rows, cols)]
+    bands = [torch.linspace(1, max(1, size / 2), num_bands, **exact) for size in (rows, cols)]
     angles = math.pi * (coordinates[:, :, None] * torch.stack(bands)).flatten(1)  # (rows cols, 2 num_bands)
     return torch.cat([coordinates, angles.sin(), angles.cos()], 1).float()
 
@@ -426,9 +458,9 @@ class PositionFeatures(nn.Module):
         self.table = torch.empty(0, self.num_channels)
 
     def _make(self, length: int, device: torch.device) -> Tensor:
-        if self.grid_shape:
-            return grid_positions(*self.grid_shape, self.num_bands).to(device)
         exact = "cpu" if device.type == "mps" else device  # MPS has no float64
+        if self.grid_shape:
+            return grid_positions(*self.grid_shape, self.num_bands, exact).to(device)
         return sequence_positions(length, self.num_bands, exact).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -474,6 +506,7 @@ class TokenFeatures(nn.Module):
     ):
         super().__init__()
         check_sizes(input_dim=input_dim, embedding_dim=embedding_dim)
+        check_switches(use_positions=use_positions)
         if grid_shape is not None:
             if not (isinstance(grid_shape, (tuple, list)) and len(grid_shape) == 2):
                 raise ValueError(f"grid_shape must be (rows, cols), not {grid_shape!r}")
@@ -543,11 +576,19 @@ class PerceiverModel(nn.Module):
     def __init__(self, input_dim: int | dict[str, dict], num_classes: int, **features_and_encoder):
         super().__init__()
         check_sizes(num_classes=num_classes)
+        check_names(features_and_encoder, FEATURES | ENCODER, "PerceiverModel()")
         features = {name: features_and_encoder.pop(name) for name in FEATURES & features_and_encoder.keys()}
         modalities = input_dim if isinstance(input_dim, dict) else {"input": {"input_dim": input_dim}}
         if not modalities:
             raise ValueError("input_dim is a dict of no modality; it needs at least one")
-        self.modalities = nn.ModuleDict({name: TokenFeatures(**features | own) for name, own in modalities.items()})
+        for name, own in modalities.items():
+            check_names(own, FEATURES | {"input_dim"}, f"the modality {name!r}")
+        arguments = {name: features | own for name, own in modalities.items()}
+        for argument, needed in {"embedding_dim": "vocab_size", "num_frequency_bands": "use_positions"}.items():
+            there = any(each.get(needed, needed == "use_positions") for each in arguments.values())
+            if features.get(argument) is not None and not there:
+                raise ValueError(f"{argument}={features[argument]} has no effect without {needed}")
+        self.modalities = nn.ModuleDict({name: TokenFeatures(**each) for name, each in arguments.items()})
         width = max(tokens.num_channels for tokens in self.modalities.values())
         if len(self.modalities) > 1:
             width += MODALITY_CHANNELS
@@ -635,6 +676,7 @@ class PerceiverModel(nn.Module):
 
 
 FEATURES = set(inspect.signature(TokenFeatures).parameters) - {"input_dim"}
+ENCODER = set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
 
 
 def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
@@ -682,8 +724,4 @@ def create_perceiver_model(
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"unknown model_size {model_size!r}; choose from {', '.join(MODEL_SIZES)}")
-    valid = FEATURES | set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
-    for name in overrides.keys() - valid:
-        nearest = difflib.get_close_matches(name, valid, 1, 0)[0]
-        raise TypeError(f"create_perceiver_model() got an unknown argument {name!r}; did you mean {nearest!r}?")
     return PerceiverModel(input_dim, num_classes, **MODEL_SIZES[model_size] | overrides)

@@ -320,7 +320,7 @@ def presets(run: Run, warm_up: str | None = None) -> None:
 
 
 def where_the_time_goes(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds on the card of the products, the attention and the rest of a step, and of its slowest other kernels."""
+    """Milliseconds on the card of products, attention and the rest of a step, and of its slowest other kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -5,7 +5,9 @@ import io
 import itertools
 import math
 import pickle
+import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -395,6 +398,136 @@ def test_compiled_model_is_the_eager_one(folded, checkpointing):
         F.cross_entropy(logits.float(), torch.arange(3)).backward()
     assert_close(logits, expected[0], 1e-12)
     assert_close(gradients(model), expected[1], 1e-12)
+
+
+# --- Layers that are more than their weights -------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank addition (LoRA), as adapter libraries put in the place of a linear one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.out_features, rank = layer.out_features, 2
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features, dtype=layer.weight.dtype))
+        self.up = nn.Parameter(torch.randn(layer.out_features, rank, dtype=layer.weight.dtype))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def add_hook(layer):
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+def add_input_hook(layer):
+    layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return layer
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+def parametrised(layer):
+    return parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def replace_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [Adapted, add_hook, add_input_hook, pruned, parametrised, replace_forward])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_a_wrapped_projection_does_what_it_does_alone(wrap, name, cross):
+    """Its result must not be bypassed by a product with the layer's weight; the reference calls the layers."""
+    attention = randomised(MultiHeadAttention(8, 2, 5 if cross else None).double())
+    setattr(attention, name, wrap(getattr(attention, name)))
+    queries = torch.randn(2, 3, 8, dtype=torch.float64)
+    inputs = torch.randn(2, 9, 5, dtype=torch.float64) if cross else queries
+    q, k, v = (
+        layer(x).unflatten(2, (2, 4)).transpose(1, 2)
+        for layer, x in ((attention.query, queries), (attention.key, inputs), (attention.value, inputs))
+    )
+    expected = attention.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    with path_taken(True):
+        assert_close(attention(queries, inputs if cross else None), expected, 1e-12)
+
+
+def test_a_quantised_model_uses_its_quantised_projections():
+    model = create_perceiver_model(6, 3, "tiny").eval()
+    x = torch.randn(2, 9, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own module
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    layers = [module for module in quantised.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)]
+    called = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: called.append(id(module)))
+    with torch.no_grad():
+        assert_close(quantised(x), model(x), 0.1)
+    assert set(called) == {id(layer) for layer in layers}
+
+
+# --- Calls leave nothing behind --------------------------------------------------------------------------------------
+
+
+def test_calls_from_several_threads_get_their_own_positions():
+    model, lengths = small_model().eval(), [3, 50, 7, 200, 1, 90] * 20
+    inputs = [torch.randn(1, length, 5, dtype=torch.float64) for length in lengths]
+    with torch.no_grad():
+        expected = [copy.deepcopy(model)(x) for x in inputs]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda x: model(x), inputs))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-12)
+
+
+def test_a_call_with_fake_tensors_leaves_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, x = small_model().eval(), torch.randn(2, 30, 5, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == expected.shape
+    assert_close(model(x), expected, 1e-12)
+
+
+def test_a_model_filled_after_it_was_made_without_memory_knows_its_positions():
+    real = small_model(grid_shape=(3, 4)).float()
+    with torch.device("meta"):
+        empty = small_model(grid_shape=(3, 4)).float()
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(real.state_dict())
+    x = torch.randn(2, 12, 5)
+    assert_close(filled(x), real(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "heads, num_queries, tokens, channels, folds",
+    [
+        (8, 256, 50_176, 32, True),  # measured: 1.2 times as fast
+        (8, 256, 50_176, 64, True),
+        (8, 256, 50_176, 96, False),  # 0.9
+        (8, 256, 64, 32, False),  # 0.87
+        (1, 256, 50_176, 96, True),  # heads of 512 channels have no fast kernel
+        (8, 256, 50_176, 384, False),  # nor have tokens of 384: 0.08
+    ],
+)
+def test_folding_on_cuda_follows_what_was_measured(heads, num_queries, tokens, channels, folds):
+    attention = MultiHeadAttention(512, heads, channels)
+    inputs = SimpleNamespace(device=torch.device("cuda"), shape=(1, tokens, channels))
+    assert attention._folding_is_cheaper(num_queries, inputs) == folds
 
 
 # --- The whole model -------------------------------------------------------------------------------------------------
@@ -1010,9 +1143,53 @@ def test_defaults_are_the_base_preset():
         ("positions", "use_positions"),
     ],
 )
-def test_unknown_override_is_refused_with_the_nearest_name(override, nearest):
-    with pytest.raises(TypeError, match=f"'{override}'.*'{nearest}'"):
-        create_perceiver_model(32, 10, "tiny", **{override: 1})
+def test_unknown_argument_is_refused_with_the_nearest_name(override, nearest):
+    for make in (create_perceiver_model, PerceiverModel):
+        with pytest.raises(TypeError, match=f"'{override}'.*'{nearest}'"):
+            make(32, 10, **{override: 1})
+
+
+def test_a_misspelt_argument_of_a_modality_is_refused_with_the_nearest_name():
+    with pytest.raises(TypeError, match="'image'.*'grid_shap'.*'grid_shape'"):
+        PerceiverModel({"image": {"input_dim": 3, "grid_shap": (2, 2)}}, 10)
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ({"use_positions": "no"}, ["use_positions", "'no'"]),
+        ({"share_weights": 1}, ["share_weights", "1"]),
+        ({"gradient_checkpointing": "false"}, ["gradient_checkpointing", "'false'"]),
+        ({"dropout": "a"}, ["dropout", "'a'"]),
+        ({"dropout": math.nan}, ["dropout", "nan"]),
+        ({"attention_dropout": 1.5}, ["attention_dropout", "1.5"]),
+        ({"attention_dropout": True}, ["attention_dropout", "True"]),
+        ({"embedding_dim": 8}, ["embedding_dim", "vocab_size"]),
+        ({"use_positions": False, "num_frequency_bands": 4}, ["num_frequency_bands", "use_positions"]),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_or_without_effect_is_refused(arguments, parts):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
+        PerceiverModel(32, 10, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_dim": 1, "use_positions": False},
+        {"input_dim": 1, "use_positions": False, "grid_shape": (3, 3)},
+        {"input_dim": {"text": {"vocab_size": 9, "embedding_dim": 1, "use_positions": False}}},
+        {"input_dim": {name: {"use_positions": False} for name in ("one", "other")}},
+    ],
+    ids=["sequence", "grid", "embedding", "several"],
+)
+def test_tokens_of_one_channel_are_told_apart(arguments):
+    """The layer norm of one channel would give 0 whatever it holds."""
+    model = small_model(**arguments).eval()
+    x = torch.randint(9, (4, 9, 1)).double()
+    x = dict.fromkeys(arguments["input_dim"], x) if isinstance(arguments["input_dim"], dict) else x
+    logits = model(x)
+    assert (logits[1:] - logits[:1]).abs().amax(1).min() > 1e-4
 
 
 def test_unknown_preset_is_refused_with_the_known_ones():
