@@ -29,9 +29,8 @@ from perceiver_model import (
     PerceiverEncoder,
     PerceiverModel,
     create_perceiver_model,
-    grid_positions,
-    sequence_positions,
 )
+from token_features import grid_positions, sequence_positions
 
 SMALL = {
     "d_model": 16,
