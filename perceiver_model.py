@@ -18,8 +18,10 @@ Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; la
 """
 
 import inspect
+import itertools
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,22 +44,25 @@ class MultiHeadAttention(nn.Module):
         d_model: channels of the queries and of the result (D).
         num_heads: H.
         input_dim: channels of the tokens attended to (C); default d_model.
-        attention_dim: total width of the heads (E), a multiple of num_heads; default d_model.
+        attention_dim: total width of the heads' queries and keys (E), a multiple of num_heads; default d_model.
         dropout: probability of dropping an attention weight in training. Above 0 the fused kernels of the CPU do not
             apply, and the (N, L) weights are held in memory.
+        value_dim: total width of the heads' values (V), a multiple of num_heads; default E.
+        query_bias: whether the queries have a bias (those of the published Perceiver IO models have).
 
-    Queries, keys and values have no bias: a key bias adds the same number to every score of a query, which softmax
-    ignores, and a value bias passes through the weights (they sum to 1) into the bias of the output projection.
+    Keys and values need no bias. The score of a key with a bias, q (k + b)^T = q k^T + q b^T, adds the same number to
+    every score of a query, which softmax ignores. The bias of the values passes through the attention weights, which
+    sum to 1, into the bias of the output projection: W (sum a (v + b)) + c = W (sum a v) + (W b + c).
 
     **Folded projections.** In a cross-attend the tokens are many and their channels few, while the queries are few.
-    With X (L, C) the tokens, q (N, E/H) the queries of one head and Wk, Wv (C, E/H) its projections,
+    With X (L, C) the tokens, q (N, E/H) the queries of one head, Wk (C, E/H) and Wv (C, V/H) its projections,
 
         scores   q (X Wk)^T = (q Wk^T) X^T          result   softmax(.) (X Wv) = (softmax(.) X) Wv
 
     so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
     N results. The parameters and the function are the same, dropout of attention weights included; what changes is
-    the cost: 2 H N C multiply-adds a token against 2 E (C + N). ``forward`` takes the cheaper one; on CUDA, where these
-    are not what takes the time, the one that was measured to be faster.
+    the cost: 2 H N C multiply-adds a token against (E + V) (C + N). ``forward`` takes the cheaper one; on CUDA, where
+    these are not what takes the time, the one that was measured to be faster.
     """
 
     def __init__(
@@ -67,18 +72,22 @@ class MultiHeadAttention(nn.Module):
         input_dim: int | None = None,
         attention_dim: int | None = None,
         dropout: float = 0.0,
+        value_dim: int | None = None,
+        query_bias: bool = False,
     ):
         super().__init__()
         input_dim, attention_dim = input_dim or d_model, attention_dim or d_model
-        if attention_dim % num_heads:
-            raise ValueError(f"attention_dim={attention_dim} is not divisible by num_heads={num_heads}")
+        value_dim = value_dim or attention_dim
+        for name, width in {"attention_dim": attention_dim, "value_dim": value_dim}.items():
+            if width % num_heads:
+                raise ValueError(f"{name}={width} is not divisible by num_heads={num_heads}")
         check_shares(attention_dropout=dropout)
         self.num_heads, self.dropout = num_heads, dropout
         self.scale = (attention_dim // num_heads) ** -0.5
-        self.query = nn.Linear(d_model, attention_dim, bias=False)
+        self.query = nn.Linear(d_model, attention_dim, bias=query_bias)
         self.key = nn.Linear(input_dim, attention_dim, bias=False)
-        self.value = nn.Linear(input_dim, attention_dim, bias=False)
-        self.output = nn.Linear(attention_dim, d_model)
+        self.value = nn.Linear(input_dim, value_dim, bias=False)
+        self.output = nn.Linear(value_dim, d_model)
 
     def forward(
         self, queries: Tensor, inputs: Tensor | None = None, mask: Tensor | None = None, return_attention: bool = False
@@ -107,7 +116,7 @@ class MultiHeadAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
-        attended = self._unfold(attended) if folded else attended  # (B, H, N, E/H)
+        attended = self._unfold(attended) if folded else attended  # (B, H, N, V/H)
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
             return result
@@ -118,43 +127,49 @@ class MultiHeadAttention(nn.Module):
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
     def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries (B or 1, H, N, E/H), keys and values (B, H, L, E/H). What can be one product is one pass."""
-        plain = self._layers_are_plain()
-        if plain and inputs is None:
-            weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-            return self._split_heads(F.linear(queries, weight), 3)
-        q, inputs = self._split_heads(self.query(queries)), queries if inputs is None else inputs
-        if plain:
-            return *q, *self._split_heads(F.linear(inputs, torch.cat([self.key.weight, self.value.weight])), 2)
-        return *q, *self._split_heads(self.key(inputs)), *self._split_heads(self.value(inputs))
+        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H). What can be one product is one."""
+        together = [self.query, self.key, self.value] if inputs is None else [self.key, self.value]
+        if not self._layers_are_plain():
+            inputs = queries if inputs is None else inputs
+            parts = self.query(queries), self.key(inputs), self.value(inputs)
+        else:
+            weight = torch.cat([layer.weight for layer in together])
+            bias = None
+            if inputs is None and self.query.bias is not None:
+                bias = F.pad(self.query.bias, (0, weight.size(0) - self.query.out_features))
+            parts = F.linear(queries if inputs is None else inputs, weight, bias)
+            parts = parts.split([layer.out_features for layer in together], -1)
+            if inputs is not None:
+                parts = self.query(queries), *parts
+        return tuple(self._split_heads(part) for part in parts)
 
     def _fold(self, queries: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B or 1, G, H N / G, C) in G groups, and the tokens (B, G, L, C) as keys and as values.
 
         C is filled up with zeros to a multiple of 8, which fused CUDA kernels want.
         """
-        (q,) = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
+        q = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
         q = q @ _filled_up(self._head_weight(self.key))  # (B or 1, H, N, C)
         groups = self._query_groups(inputs, q.size(1) * q.size(2))
         tokens = _filled_up(inputs)[:, None].expand(-1, groups, -1, -1)
         return q.flatten(1, 2).unflatten(1, (groups, -1)), tokens, tokens
 
     def _unfold(self, attended: Tensor) -> Tensor:
-        """Weighted sums of tokens (B, G, H N / G, C) -> of values (B, H, N, E/H)."""
+        """Weighted sums of tokens (B, G, H N / G, C) -> of values (B, H, N, V/H)."""
         attended = attended.flatten(1, 2).unflatten(1, (self.num_heads, -1))
         return attended @ _filled_up(self._head_weight(self.value)).mT
 
     def _folding_is_cheaper(self, num_queries: int, inputs: Tensor) -> bool:
         tokens, channels = inputs.shape[1:]
-        width = self.key.out_features
-        head_width = width // self.num_heads
+        keys, values = self.key.out_features, self.value.out_features
+        head_width = max(keys, values) // self.num_heads
         if inputs.device.type == "cuda" and max(head_width, channels) <= MAX_FUSED_WIDTH:
             # benchmarks/on_cuda.py, H200: attention to C channels costs as much as to heads of that width, and folding
             # the queries as much as projecting as many tokens
             return channels <= head_width and tokens >= num_queries
         if inputs.device.type == "cuda" and channels <= MAX_FUSED_WIDTH:
             return True
-        return self.num_heads * num_queries * channels < width * (channels + num_queries)
+        return 2 * self.num_heads * num_queries * channels < (keys + values) * (channels + num_queries)
 
     def _layers_are_plain(self) -> bool:
         """Whether the projections are just their weights, so that a product with these stands for calling the layers:
@@ -180,9 +195,8 @@ class MultiHeadAttention(nn.Module):
             wanted = max(1, min(4, num_queries // 512, -(-CPU_THREADS // max(1, inputs.size(0)))))
         return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
 
-    def _split_heads(self, x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-        """(B, N, parts E) -> parts views (B, H, N, E/H)."""
-        return tuple(part.transpose(1, 2) for part in x.unflatten(2, (parts, self.num_heads, -1)).unbind(2))
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, E) -> (B, H, N, E/H)
 
     def _head_weight(self, projection: nn.Linear) -> Tensor:
         return projection.weight.unflatten(0, (self.num_heads, -1))  # (E, C) -> (H, E/H, C)
@@ -210,9 +224,10 @@ class CrossAttentionBlock(nn.Module):
     Args:
         d_model: latent width D.
         input_dim: input channels C.
-        num_heads, attention_dim, attention_dropout: see :class:`MultiHeadAttention`.
+        num_heads, attention_dim, attention_dropout, and further arguments: see :class:`MultiHeadAttention`.
         mlp_ratio: hidden width of the MLP over D.
         dropout: probability of dropping a channel of what either branch adds.
+        query_residual: whether what is attended is added to the latents or takes their place.
     """
 
     def __init__(
@@ -224,12 +239,17 @@ class CrossAttentionBlock(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        query_residual: bool = True,
+        **attention: Any,
     ):
         super().__init__()
+        self.query_residual = query_residual
         self.latent_norm = nn.LayerNorm(d_model)
         # The norm of a single channel is a constant, whatever the token holds
         self.input_norm = nn.LayerNorm(input_dim) if input_dim > 1 else nn.Identity()
-        self.attention = MultiHeadAttention(d_model, num_heads, input_dim, attention_dim, attention_dropout)
+        self.attention = MultiHeadAttention(
+            d_model, num_heads, input_dim, attention_dim, dropout=attention_dropout, **attention
+        )
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
@@ -240,7 +260,8 @@ class CrossAttentionBlock(nn.Module):
         """latents (B or 1, N, D), inputs (B, L, C), mask bool (B, L) -> latents (B, N, D) [, weights (B, H, N, L)]."""
         attended = self.attention(self.latent_norm(latents), self.input_norm(inputs), mask, return_attention)
         attended, weights = attended if return_attention else (attended, None)
-        latents = latents + self.dropout(attended)
+        attended = self.dropout(attended)
+        latents = latents + attended if self.query_residual else attended
         latents = latents + self.dropout(self.mlp(self.mlp_norm(latents)))
         return (latents, weights) if return_attention else latents
 
@@ -258,10 +279,11 @@ class SelfAttentionBlock(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        **attention: Any,
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model)
-        self.attention = MultiHeadAttention(d_model, num_heads, dropout=attention_dropout)
+        self.attention = MultiHeadAttention(d_model, num_heads, dropout=attention_dropout, **attention)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
@@ -287,7 +309,12 @@ class PerceiverEncoder(nn.Module):
         num_cross_attention_layers: cross-attends.
         num_self_attention_layers: self-attention layers in all.
         num_cross_attention_heads: heads of the cross-attends; default num_heads (the paper uses 1).
-        cross_attention_dim: attention width E of the cross-attends; default d_model (the paper uses C).
+        cross_attention_dim, cross_attention_value_dim: widths E and V of the cross-attends; default d_model (the paper
+            uses C), and E.
+        self_attention_dim, self_attention_value_dim: widths E and V of the self-attention; default d_model, and E.
+        num_blocks: how often the self-attention layers after a cross-attend run, one block after another with the same
+            weights (Perceiver IO reads once and runs 8 blocks of 6 layers on ImageNet).
+        query_bias: see :class:`MultiHeadAttention`.
         share_weights: the repeats share their weights, except for the first cross-attend, as in the paper.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         mlp_ratio, dropout, attention_dropout: see :class:`CrossAttentionBlock`.
@@ -312,10 +339,15 @@ class PerceiverEncoder(nn.Module):
         attention_dropout: float = 0.0,
         share_weights: bool = False,
         gradient_checkpointing: bool = False,
+        cross_attention_value_dim: int | None = None,
+        self_attention_dim: int | None = None,
+        self_attention_value_dim: int | None = None,
+        num_blocks: int = 1,
+        query_bias: bool = False,
     ):
         super().__init__()
         cross_heads = num_heads if num_cross_attention_heads is None else num_cross_attention_heads
-        cross_dim = d_model if cross_attention_dim is None else cross_attention_dim
+        heads_name = "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads"
         check_sizes(
             d_model=d_model,
             num_heads=num_heads,
@@ -323,21 +355,25 @@ class PerceiverEncoder(nn.Module):
             num_cross_attention_layers=num_cross_attention_layers,
             num_self_attention_layers=num_self_attention_layers,
             num_cross_attention_heads=cross_heads,
-            cross_attention_dim=cross_dim,
+            num_blocks=num_blocks,
             mlp_ratio=mlp_ratio,
         )
         check_shares(dropout=dropout, attention_dropout=attention_dropout)
-        check_switches(share_weights=share_weights, gradient_checkpointing=gradient_checkpointing)
-        cross_names = (
-            "d_model" if cross_attention_dim is None else "cross_attention_dim",
-            "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads",
+        check_switches(
+            query_bias=query_bias, share_weights=share_weights, gradient_checkpointing=gradient_checkpointing
         )
-        for (width_name, heads_name), width, heads in (
-            (("d_model", "num_heads"), d_model, num_heads),
-            (cross_names, cross_dim, cross_heads),
+        for name, width, by, heads in (
+            ("d_model", d_model, "num_heads", num_heads if self_attention_dim is None else 1),
+            ("self_attention_dim", self_attention_dim, "num_heads", num_heads),
+            ("self_attention_value_dim", self_attention_value_dim, "num_heads", num_heads),
+            ("d_model", d_model, heads_name, cross_heads if cross_attention_dim is None else 1),
+            ("cross_attention_dim", cross_attention_dim, heads_name, cross_heads),
+            ("cross_attention_value_dim", cross_attention_value_dim, heads_name, cross_heads),
         ):
-            if width % heads:
-                raise ValueError(f"{width_name}={width} is not divisible by {heads_name}={heads}")
+            if width is not None:
+                check_sizes(**{name: width})
+                if width % heads:
+                    raise ValueError(f"{name}={width} is not divisible by {by}={heads}")
         repeats, layers = num_cross_attention_layers, num_self_attention_layers
         if share_weights and layers % repeats:
             raise ValueError(
@@ -346,15 +382,19 @@ class PerceiverEncoder(nn.Module):
             )
         self.depths = [layers // repeats + (repeat < layers % repeats) for repeat in range(repeats)]
         self.share_weights, self.gradient_checkpointing = share_weights, gradient_checkpointing
+        self.num_blocks = num_blocks
         # Truncated normal, sigma 0.02, cut at +-2 (paper appendix C).
         self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_latents, d_model), std=0.02))
-        regularisation = {"mlp_ratio": mlp_ratio, "dropout": dropout, "attention_dropout": attention_dropout}
+        common = {"d_model": d_model, "mlp_ratio": mlp_ratio, "query_bias": query_bias}
+        common |= {"dropout": dropout, "attention_dropout": attention_dropout}
+        cross = {"num_heads": cross_heads, "attention_dim": cross_attention_dim, "value_dim": cross_attention_value_dim}
+        own = {"num_heads": num_heads, "attention_dim": self_attention_dim, "value_dim": self_attention_value_dim}
         self.cross_attention = nn.ModuleList(
-            CrossAttentionBlock(d_model, input_dim, cross_heads, cross_dim, **regularisation)
+            CrossAttentionBlock(input_dim=input_dim, **common, **cross)
             for _ in range(min(repeats, 2) if share_weights else repeats)
         )
         self.self_attention = nn.ModuleList(
-            nn.ModuleList(SelfAttentionBlock(d_model, num_heads, **regularisation) for _ in range(depth))
+            nn.ModuleList(SelfAttentionBlock(**common, **own) for _ in range(depth))
             for depth in (self.depths[:1] if share_weights else self.depths)
         )
 
@@ -372,9 +412,67 @@ class PerceiverEncoder(nn.Module):
             if return_attention:
                 latents, weights = latents
                 maps.append(weights)
-            for layer in self.self_attention[0 if self.share_weights else repeat]:
+            layers = self.self_attention[0 if self.share_weights else repeat]
+            for layer in itertools.chain.from_iterable(itertools.repeat(layers, self.num_blocks)):
                 latents = run(layer, latents)  # (B, N, D)
         return (latents, maps) if return_attention else latents
+
+
+# --- Decoder ---------------------------------------------------------------------------------------------------------
+
+
+class PerceiverDecoder(nn.Module):
+    """Output queries that cross-attend to the latents: one answer for each query (Perceiver IO, section 3.2).
+
+    An answer depends on its own query and on the latents, not on other queries, so O answers cost O N.
+
+    Args:
+        query_dim: channels of a query (Q), and the width of the block.
+        d_model: latent width D.
+        num_outputs: numbers of an answer; None leaves the Q channels as they are.
+        query_residual: whether the query is added to what it attends to (for classification in the paper, not for
+            language).
+        num_heads, mlp_ratio, dropout, and further arguments: see :class:`CrossAttentionBlock`.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        d_model: int,
+        num_outputs: int | None,
+        num_heads: int = 1,
+        query_residual: bool = True,
+        mlp_ratio: int = 1,
+        **block: Any,
+    ):
+        super().__init__()
+        self.cross_attention = CrossAttentionBlock(
+            query_dim, d_model, num_heads, mlp_ratio=mlp_ratio, query_residual=query_residual, **block
+        )
+        self.output = nn.Identity() if num_outputs is None else nn.Linear(query_dim, num_outputs)
+
+    def forward(
+        self, queries: Tensor, latents: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Answer the queries.
+
+        Args:
+            queries: (B, O, Q), or (1, O, Q) to put the same queries to every sample.
+            latents: (B, N, D).
+            mask: bool (B, O), True at real queries. What the others hold reaches no gradient; their answers are 0.
+            return_attention: also return the attention weights.
+
+        Returns:
+            (B, O, outputs), and with ``return_attention`` the weights (B, H, O, N).
+        """
+        if mask is not None:
+            queries = queries.masked_fill(~mask[..., None], 0)
+        answered = self.cross_attention(queries, latents, return_attention=return_attention)
+        answered, weights = answered if return_attention else (answered, None)
+        answers = self.output(answered)  # (B, O, outputs)
+        if mask is not None:
+            answers = answers.masked_fill(~mask[..., None], 0)
+        return (answers, weights) if return_attention else answers
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
