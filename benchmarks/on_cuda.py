@@ -201,7 +201,7 @@ def checks(run: Run) -> None:
         if amp == "fp16" and run.device == "cpu":
             continue
         jobs.append((check_run, amp, False))
-        if not run.quick or amp == "off":
+        if not run.quick:
             jobs.append((check_run, amp, True))
     jobs += [(check_repeat,), (check_torchrun,)]
     if not run.quick:

@@ -14,10 +14,6 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="how many training processes test_resume.py kills, at least")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA device; all of them: pytest -m cuda")
-
-
 def pytest_collection_modifyitems(items):
     import torch
 
