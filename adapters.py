@@ -23,7 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from config import UserError
-from data_files import open_image, read_one_series, to_rgb
+from data_files import open_image, to_rgb
+from series_files import not_as_trained, read_one_series
+from tables import FileFinder, nfc, repeated
 
 
 @contextmanager
@@ -115,15 +117,26 @@ class SeriesAdapter:
     Args:
         mean, std: per channel (C).
         flagged: numbers of the channels with a flag.
+        names: of the columns of the training data, in order; None where they had none. They are those of the channels
+            or, where table_rows is 'series', of the steps.
+        table_rows: what a row of the table of training data was, 'steps' or 'series'; None where they were no table.
     """
 
     mean: list[float]
     std: list[float]
     flagged: list[int] = field(default_factory=list)
     max_seq_len: int | None = None
+    names: list[str] | None = None
+    table_rows: str | None = None
 
     @classmethod
-    def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
+    def fit(
+        cls,
+        series: Sequence[np.ndarray],
+        max_seq_len: int | None = None,
+        names: list[str] | None = None,
+        table_rows: str | None = None,
+    ) -> "SeriesAdapter":
         """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
         steps = np.concatenate([_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
@@ -135,18 +148,32 @@ class SeriesAdapter:
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
         varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # of a constant, std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
-        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len)
+        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len, names, table_rows)
 
     @property
     def features(self) -> dict[str, Any]:
         return {"input_dim": len(self.mean) + len(self.flagged)}
 
+    @property
+    def channels(self) -> list[str] | None:
+        """The names of the channels, if they are known."""
+        return None if self.table_rows == "series" else self.names
+
     def __call__(self, series: Any) -> Tensor:
-        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
-        values = _numbers(read_one_series(series) if isinstance(series, (str, Path)) else series, "series")
+        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series.
+
+        Rows of a DataFrame are steps; its columns, and those of a file, are brought into the order of training by name.
+        """
+        if isinstance(series, (str, Path)):
+            series = read_one_series(series, known=self.channels)
+        elif hasattr(series, "columns") and self.channels is not None:
+            series = self._in_order(series)
+        values = _numbers(series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
-            raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
+            transposed = values.ndim == 2 and len(values) == len(self.mean)
+            raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})"
+                            + "; transpose it" * transposed)
         if not len(values):
             raise UserError(f"the series is empty, it has shape {values.shape}")
         if np.isinf(values).any():
@@ -159,6 +186,16 @@ class SeriesAdapter:
         if not np.isfinite(tokens).all():
             raise UserError("the series holds values too far from those of training for float32; correct them")
         return torch.from_numpy(tokens)
+
+    def _in_order(self, frame: Any) -> Any:
+        """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
+        names = {nfc(str(column)): column for column in frame.columns}
+        fault = not_as_trained(list(names), self.channels)
+        if twice := repeated(nfc(str(column)) for column in frame.columns):
+            fault = f"column {twice!r} is there more than once"
+        if fault:
+            raise UserError(f"a DataFrame of a series: {fault}; rename its columns, or drop what is no feature")
+        return frame[[names[name] for name in self.channels]]
 
 
 # -- images ---------------------------------------------------------------------------------------------------
@@ -207,7 +244,7 @@ class ImageAdapter:
 
     def pixels(self, image: Any) -> np.ndarray:
         """The image as it is kept: uint8 (H, W, channels)."""
-        image = Path(image) if isinstance(image, str) else image
+        image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
             return square_pixels(image, self.image_shape[0])
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))

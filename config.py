@@ -69,8 +69,8 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 
     on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
     'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
-    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`, and
-    `applies`: {other setting: its values with which this one has an effect}.
+    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`,
+    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -88,6 +88,7 @@ _IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
 _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
+_SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 
 
@@ -111,6 +112,23 @@ class Settings:
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column("label", "column of the label", applies=_TABLES)
+    feature_columns: str | None = _column(
+        None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
+    ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
+    table_rows: str = _column(
+        "auto", "what a row of a table of series is: one of its steps, or a whole series; auto = by its looks",
+        choices=("auto", "steps", "series"), applies=_SERIES)
+    delimiter: str | None = _column(
+        None, "what separates the cells of a table, for example ';' or tab; none = by its looks", metavar="CHARACTER",
+        applies=_TABLES)
+    encoding: str | None = _column(
+        None, "of text files, for example cp949; none = UTF-8, or as their first bytes say", metavar="NAME",
+        applies=_TABLES)
+    quoting: str = _column(
+        "auto", "quotes in a table: as Excel writes them, or none = plain text; auto = Excel's, in a file with tabs "
+        "plain text where they make no sense as such", choices=("auto", "excel", "none"), applies=_TABLES)
+    max_unpacking: int = _column(
+        100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -243,10 +261,12 @@ def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
 
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the declared type; ValueError or OverflowError where it has another or is out of range."""
+    """`value` in the declared type; ValueError, TypeError or OverflowError where it is another or out of range."""
     kind, rules = _kind(field), field.metadata
     if value is None and _is_optional(field):
         return None
+    if field.name.endswith("_columns") and isinstance(value, (list, tuple)):  # names, as a JSON file may list them
+        value = ",".join(f'"{name}"' if "," in name else name for name in value)
     if kind in (int, float):
         return _number(kind, rules, value)
     if kind is tuple:
@@ -334,7 +354,7 @@ def _check(
         field = FIELDS[name]
         try:
             checked[name] = _convert(field, value)
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError, OverflowError):
             remark = ""
             if isinstance(value, str) and _from_text(field, value) != value:
                 remark = " (text: write it without the quotes)"
@@ -513,8 +533,11 @@ class Parser(argparse.ArgumentParser):
                 groups[title].add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), **options)
             else:
                 choices = ",".join(field.metadata.get("choices", ()))
-                text = "NAME" if name.endswith("_column") else "PATH"
+                text = "NAME" if name.endswith("_column") else field.metadata.get("metavar", "PATH")
                 metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: text}[kind]
+                if name.endswith("_columns"):  # several words are taken as well as one of several names
+                    options |= {"nargs": "+", "action": _Names}
+                    metavar = "NAME"
                 groups[title].add_argument(flag, metavar=metavar, **options)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -569,6 +592,13 @@ class Parser(argparse.ArgumentParser):
             if message.startswith(f"{flag_of(name)}: expected"):
                 message += f": {_expected(field, 'none')}"
         raise UserError(message)
+
+
+class _Names(argparse.Action):
+    """--name a b and --name a,b set 'a,b'."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
 
 
 class _Switch(argparse.Action):

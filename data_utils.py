@@ -22,6 +22,8 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -48,14 +50,16 @@ from adapters import (
 from config import FIELDS, Settings, UserError
 from data_files import (
     Items,
-    class_order,
     read_images,
     read_manifest,
-    read_one_series,
     read_series,
     read_texts,
     split_folders,
+    without_effect,
 )
+from labels import ClassNumbers, class_order, read_labels, slips
+from series_files import read_named_series, read_one_series
+from tables import FileFinder, listed, nfc
 
 Batch = dict[str, Any]
 Item = dict[str, Any]
@@ -719,7 +723,8 @@ class MultimodalDataset(Dataset):
 
 
 OwnSplits = tuple[dict[str, Items], dict[str, np.ndarray], list[str], list[str]]
-Read = Callable[[Path, Callable[[UserError], None]], Items]
+# Given the path, on_error, and the items of training where they have been read
+Read = Callable[[Path, Callable[[UserError], None], Items | None], Items]
 
 
 def _own_splits(settings: Settings, info: Info | None, read: Read) -> OwnSplits:
@@ -730,27 +735,25 @@ def _own_splits(settings: Settings, info: Info | None, read: Read) -> OwnSplits:
     """
     if settings.data_path is None:
         raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
-    path = Path(settings.data_path)
+    find = FileFinder()
+    path = find(Path(settings.data_path))
     if info and not path.exists():
         raise UserError(f"{path}: the data of training are not there; say with --data_path where they are now")
     places = (split_folders(path) if settings.dataset_type == "images" else None) or {"train": path}
     if settings.test_path is not None:
-        places["test"] = Path(settings.test_path)
+        places["test"] = find(Path(settings.test_path))
         if places["test"].resolve() == path.resolve():
             raise UserError(f"test_path: {path} is the training data itself; leave it out to set a part of them aside")
     errors: list[UserError] = []
-    items = {name: read(place, errors.append) for name, place in places.items()}
-    refuse_together(errors)
-    class_names = info["class_names"] if info else class_order(items["train"].labels)
-    if len(class_names) < 2:
-        raise UserError(f"{path}: every item has the label {class_names[0]!r}; at least two classes are needed")
+    items: dict[str, Items] = {}
+    for name, place in places.items():
+        items[name] = read(place, errors.append, items.get("train"))
+    notes = [note for found in items.values() for note in found.notes]
+    given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
+    notes += without_effect(places.values(), given)
+    class_names, more = _name_classes(items, info and info["class_names"], path, errors)
+    notes += more
     numbers = {name: number for number, name in enumerate(class_names)}
-    refuse_together(
-        UserError(f"{place}: label {label!r} does not occur in the training data; correct or remove it")
-        for found in items.values()
-        for place, label in zip(found.places, found.labels, strict=True)
-        if label not in numbers
-    )
     streams = {
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
@@ -761,12 +764,40 @@ def _own_splits(settings: Settings, info: Info | None, read: Read) -> OwnSplits:
             kept, held_out = stratified_split(labels, *streams[name])
         items[name], items["train"] = items["train"].subset(held_out), items["train"].subset(kept)
     labels = {name: np.array([numbers[label] for label in found.labels]) for name, found in items.items()}
-    notes = list(items["train"].notes)
     for name, present in labels.items():
         absent = [class_names[number] for number in range(len(class_names)) if number not in present]
         if absent:
             notes.append(f"{len(absent)} of {len(class_names)} classes have no {name} sample, the first is {absent[0]}")
     return items, labels, class_names, notes
+
+
+def _name_classes(
+    items: dict[str, Items], known: list[str] | None, path: Path, errors: list[UserError]
+) -> tuple[list[str], list[str]]:
+    """(the names of the classes, notes on labels); the labels of the items become names of classes.
+
+    known: the names that a checkpoint has. Raises UserError for `errors` of reading and what is no label, together.
+    """
+    names = {}
+    for split, found in items.items():
+        names[split], wrong = read_labels(found.labels, found.places, known or ())
+        errors = errors + wrong
+    refuse_together(errors)
+    class_names = known or class_order(names["train"])
+    if len(class_names) < 2:
+        raise UserError(f"{path}: every item has the label {class_names[0]!r}; at least two classes are needed")
+    numbers = ClassNumbers(class_names)
+    refuse_together(
+        UserError(f"{place}: label {name!r} does not occur in the training data{numbers.nearest(name)}; correct or "
+                  "remove it")
+        for split, found in items.items()
+        for place, name in zip(found.places, names[split], strict=True)
+        if numbers.get(name) is None
+    )  # fmt: skip
+    notes = [] if known else slips(items["train"].labels, names["train"])
+    for split, found in items.items():
+        found.labels = [class_names[numbers.get(name)] for name in names[split]]
+    return class_names, notes
 
 
 def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
@@ -783,8 +814,8 @@ def _fingerprints(items: dict[str, Items]) -> dict[str, str]:
     def checksum(found: Items) -> str:
         result = 0
         for id, label, value in zip(found.ids, found.labels, found.values, strict=True):
-            for part in (id, label, *(value.values() if isinstance(value, dict) else [value])):
-                part = part.name if isinstance(part, Path) else part
+            for part in (nfc(id), label, *(value.values() if isinstance(value, dict) else [value])):
+                part = nfc(part.name) if isinstance(part, Path) else part
                 result = zlib.crc32(part.encode() if isinstance(part, str) else part.tobytes(), result)
         return f"{result:08x}"
 
@@ -819,7 +850,7 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     They are kept in memory as bytes, image_size x image_size x 3 each.
     """
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
-    items, labels, class_names, notes = _own_splits(settings, info, lambda path, _: read_images(path))
+    items, labels, class_names, notes = _own_splits(settings, info, lambda path, *_: read_images(path))
     size = _known(info, "image").image_shape[0] if info else settings.image_size
     read = partial(square_pixels, size=size)
     images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
@@ -829,25 +860,62 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     return splits, description | {"fingerprints": _fingerprints(items)}
 
 
+def read_series_as(
+    trained: SeriesAdapter | Items | None, path: Path, settings: Settings, **options: Any
+) -> Items:
+    """Series whose features are those of training: of its adapter, or of its items; None where these are training's."""
+    if trained is None:
+        return read_series(path, settings, **options)
+    names = trained.names if isinstance(trained, SeriesAdapter) else trained.features
+    if trained.table_rows and settings.table_rows == "auto":
+        settings = replace(settings, table_rows=trained.table_rows)
+    items = read_series(path, settings, **options, known=names)
+    if names is None and len(items.features or ()) > 1 and items.table_rows == "steps":
+        items.notes.append(f"{path}: the training data name no columns, so these are taken in their order: "
+                           f"{', '.join(items.features)}")
+    return items
+
+
 def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
-    """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
-    columns = {"id_column": settings.id_column, "label_column": settings.label_column}
-    items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_series(path, **columns, on_error=on_error)
-    )
-    adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
+    """The user's series: a file that `read_series` takes, standardised with the training split's statistics."""
+    known = _known(info, "series")
+
+    def read(path: Path, on_error: Callable[[UserError], None], train: Items | None) -> Items:
+        named = known and (known.names or known.table_rows)  # an older checkpoint has neither
+        return read_series_as(known if named else train, path, settings, on_error=on_error)
+
+    items, labels, class_names, notes = _own_splits(settings, info, read)
+    train = items["train"]
+    adapter = known or _fit_series(train.values, train.places, settings, train.features, train.table_rows)
     splits = {
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
-    notes += _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"series": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
+    about, more = _about_series(train.values, adapter)
+    notes += [*more, *_cut_note("series", [len(series) for series in train.values], adapter.max_seq_len)]
+    description = _describe({"series": adapter}, class_names, notes) | {"about": about}
+    return splits, description | {"fingerprints": _fingerprints(items)}
+
+
+def _about_series(series: Sequence[np.ndarray], adapter: SeriesAdapter) -> tuple[list[str], list[str]]:
+    """(a line on steps and channels of the training series; notes where they seem to be exchanged)."""
+    lengths, width = [len(one) for one in series], len(adapter.mean)
+    low, high, median = min(lengths), max(lengths), int(np.median(lengths))
+    steps, channels = f"{median} step{'s' * (median > 1)}", f"{width} channel{'s' * (width > 1)}"
+    names = f": {listed(adapter.channels)}" if adapter.channels else ""
+    line = f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"
+    if high == 1 and adapter.table_rows == "steps":
+        return [line], [f"every series has one step, of {channels}; if each row of the table is a whole series, say "
+                        "--table_rows series"]
+    if high == 1 or median < width:
+        return [line], [f"the series have {steps} and {channels}; if it is the other way round, transpose them: "
+                        "x of an .npz is (series, steps, channels)"]
+    return [line], []
 
 
 def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """The user's texts: a .csv, .tsv or .jsonl file."""
-    columns = {name: getattr(settings, name) for name in ("text_column", "label_column", "id_column")}
     items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_texts(path, **columns, on_error=on_error)
+        settings, info, lambda path, on_error, _: read_texts(path, settings, on_error=on_error)
     )
     adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
     splits = {
@@ -861,12 +929,12 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
     """The user's manifest: a .csv, .tsv or .jsonl file whose columns name an image, a text, a series and a label."""
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
     columns = {name: getattr(settings, f"{name}_column") for name in ("image", "text", "series")}
-    named = {"label_column": settings.label_column, "id_column": settings.id_column}
     items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_manifest(path, columns, **named, on_error=on_error)
+        settings, info, lambda path, on_error, _: read_manifest(path, columns, settings, on_error=on_error)
     )
     size = _known(info, "image").image_shape[0] if info and "image" in info["adapters"] else settings.image_size
-    prepare = {"image": partial(square_pixels, size=size), "text": str, "series": read_one_series}
+    names = _series_names(info, items["train"])
+    prepare = {"image": partial(square_pixels, size=size), "text": str, "series": partial(read_one_series, known=names)}
     there = {name for item in items["train"].values for name in item}
     for name, column in columns.items():
         if name not in there and column != FIELDS[f"{name}_column"].default:
@@ -878,13 +946,15 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
                 raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
     unseen = {name for found in items.values() for item in found.values for name in item}.difference(known)
     notes += [f"no training item has an entry for {name}, so it is not looked at" for name in sorted(unseen)]
-    adapters, parts = {}, {name: {} for name in items}
+    adapters, parts, about = {}, {name: {} for name in items}, []
     for modality in known:
         have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
         raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
         raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
-        adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], places["train"], settings)
+        adapter = adapters[modality] = _known(info, modality) or _fit(
+            modality, raw["train"], places["train"], settings, names
+        )
         for name, found in items.items():
             numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
             numbers[have[name]] = np.arange(len(have[name]))
@@ -898,18 +968,38 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
         if modality != "image":
             lengths = [len(one.encode() if modality == "text" else one) for one in raw["train"]]
             notes += _cut_note(modality, lengths, adapter.max_seq_len)
+        if modality == "series" and raw["train"]:
+            about, more = _about_series(raw["train"], adapter)
+            notes += more
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, notes) | {"fingerprints": _fingerprints(items)}
+    return splits, _describe(adapters, class_names, notes) | {"about": about, "fingerprints": _fingerprints(items)}
 
 
-def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:
+def _series_names(info: Info | None, train: Items) -> list[str] | None:
+    """The names of the channels of series that a manifest names: those of training, else of its first table."""
+    if info:
+        return _known(info, "series").channels if "series" in info["adapters"] else None
+    files = [item["series"] for item in train.values if "series" in item]
+    table = next((file for file in files if file.suffix.lower() in (".csv", ".tsv")), None)
+    return read_named_series(table)[1] if table else None
+
+
+def _fit(
+    modality: str, raw: list[Any], places: list[str], settings: Settings, names: list[str] | None
+) -> Adapter:
     """The adapter of a modality's training items."""
     if modality == "image":
         return ImageAdapter.fit(np.stack(raw), settings.patch_size, any_size=True)
-    return TextAdapter(settings.max_seq_len) if modality == "text" else _fit_series(raw, places, settings)
+    return TextAdapter(settings.max_seq_len) if modality == "text" else _fit_series(raw, places, settings, names)
 
 
-def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings) -> SeriesAdapter:
+def _fit_series(
+    series: list[np.ndarray],
+    places: list[str],
+    settings: Settings,
+    names: list[str] | None,
+    table_rows: str | None = None,
+) -> SeriesAdapter:
     """The adapter of the training series; an error says where they lie."""
     width = series[0].shape[1]
     for one, place in zip(series, places, strict=True):
@@ -917,7 +1007,22 @@ def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings)
             raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
                             "all must have the same")
     with naming(str(settings.data_path)):
-        return SeriesAdapter.fit(series, settings.max_seq_len)
+        return SeriesAdapter.fit(series, settings.max_seq_len, names, table_rows)
+
+
+@contextmanager
+def reading_advice() -> Iterator[None]:
+    """Turn running out of memory while data are read into a UserError with the remedies, the most helpful first."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory while the data are read ({error}); in the order that helps: fewer processes on this "
+            "machine (each holds the data), a smaller --image_size, --max_seq_len, --feature_columns, a file of fewer "
+            "items; or a Dataset of your own that reads items when they are needed"
+        ) from error
 
 
 # -- by name --------------------------------------------------------------------------------------------------
@@ -942,7 +1047,8 @@ def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, I
 
     info: a description made in training. Its adapters and classes are then used.
     """
-    splits, specific = DATASETS[settings.dataset_type](settings, info)
+    with reading_advice():
+        splits, specific = DATASETS[settings.dataset_type](settings, info)
     return splits, {
         "dataset_type": settings.dataset_type,
         "num_classes": len(specific["class_names"]),

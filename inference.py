@@ -18,7 +18,7 @@ single image, .txt or .npy. Data set, preprocessing and model come from the chec
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ import plots
 from adapters import ImageAdapter, TextAdapter, from_description, naming
 from checkpoint import build_model, load_checkpoint
 from config import (
+    FIELDS,
     Parser,
     Settings,
     UserError,
@@ -42,13 +43,19 @@ from config import (
     resolve,
     unused_settings,
 )
-from data_files import Items, read_images, read_manifest, read_series, read_texts
-from data_utils import Item, collate, create_dataloader, load_splits
+from data_files import Items, read_images, read_manifest, read_texts, without_effect
+from data_utils import Item, collate, create_dataloader, load_splits, read_series_as, reading_advice
 from perceiver_model import PerceiverModel
+from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
+FEATURES = ("feature_columns", "ignore_columns", "table_rows")
+LOOKS = ("delimiter", "encoding", "quoting")  # of one file, not of another
 # Settings that evaluation may choose anew
-OVERRIDES = ("data_path", "test_path", *COLUMNS, "data_dir", "num_workers", "batch_size", "amp", "device")
+OVERRIDES = (
+    "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
+    "amp", "device",
+)  # fmt: skip
 EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
@@ -81,7 +88,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
 
     Args:
         items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN where a
-            value is missing; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of
+            value is missing, or DataFrames of a row for each step, whose columns are put in order by name; or of
+            images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of
             any size where the model was trained on the user's own images, else as stored (of the digits 0..16). A
             series or an image may also be the path of its file. For a model of several modalities, dicts of them; one
             that is missing is left out.
@@ -96,6 +104,9 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     """
     if isinstance(items, (str, bytes, dict)):
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
+    if hasattr(items, "columns"):  # iterating it would give the names of its columns
+        raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
+                        "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_classify(model, prepared, batch_size))
 
@@ -233,7 +244,7 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     options = {"labelled": False, "on_error": on_error}
     if settings.dataset_type == "multimodal" and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
-        items = read_manifest(path, columns, settings.label_column, **options, id_column=settings.id_column)
+        items = read_manifest(path, columns, settings, **options)
         lacking = [name for name in modalities if not any(name in value for value in items.values)]
         items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
@@ -244,9 +255,9 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     if modality == "image":
         items = read_images(path, labelled=False)
     elif modality == "text":
-        items = read_texts(path, settings.text_column, settings.label_column, **options, id_column=settings.id_column)
+        items = read_texts(path, settings, **options)
     else:
-        items = read_series(path, settings.id_column, settings.label_column, **options)
+        items = read_series_as(model.adapters[modality], path, settings, **options)
     items.values = [{modality: value} for value in items.values]
     return items
 
@@ -303,8 +314,13 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"{row['class']:<{width}}  {figures[0]:>9}  {figures[1]:>6}  {figures[2]:>6}  {row['support']:>7}")
 
 
-def predict_files(model: PerceiverModel, path: str, settings: Settings, output_dir: str) -> int:
-    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others."""
+def predict_files(
+    model: PerceiverModel, path: str, settings: Settings, output_dir: str, given: Collection[str] = ()
+) -> int:
+    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others.
+
+    given: names of the settings that are flags of this command.
+    """
     errors = []
 
     def report(error: UserError) -> None:
@@ -315,8 +331,10 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
     table = Path(output_dir) / "predictions.csv"
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise UserError(f"cannot write into {output_dir}: it is a file; take another --output_dir")
-    items = read_input(Path(path), model, settings, report)
-    for note in items.notes:
+    source = FileFinder()(Path(path))
+    with reading_advice():
+        items = read_input(source, model, settings, report)
+    for note in [*items.notes, *without_effect([source], given)]:
         print(f"note: {note}")
     try:
         count = write_predictions(model, items, settings.batch_size, table, report)
@@ -349,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
 
     checkpoint = load_checkpoint(args.model_path)
     here = {"device": "auto", "augment": False}  # the device of training may not exist here
+    if args.input is not None:
+        here |= {name: FIELDS[name].default for name in LOOKS}
     settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
     for note in unused_settings(settings, sources):
         print(f"note: {note}")
@@ -362,8 +382,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.input is not None:
         for name in {"data_path", "test_path", "data_dir", "num_workers"} & args.flags.keys():
             print(f"note: {name} has no effect with --input")
-        return predict_files(model, args.input, settings, args.output_dir)
+        return predict_files(model, args.input, settings, args.output_dir, args.flags)
     splits, data = load_splits(settings, model.data_info)
+    if {"data_path", "test_path"} & args.flags.keys():
+        for note in data["notes"]:
+            print(f"note: {note}")
     about = {
         "model_path": args.model_path,
         "epoch": checkpoint["epoch"],

@@ -111,6 +111,7 @@ def print_run(
     print(
         f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
         f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
+        + "".join(f"{line}\n" for line in data.get("about", [])) +
         "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
         "{num_self_attention_layers} self-attention layers; ".format(**model_args)
         + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"

@@ -427,6 +427,15 @@ def test_spellings_of_flags():
     assert settings_of("--no_augment", "--augment").augment is True
 
 
+def test_names_of_columns_are_words_or_a_list(tmp_path):
+    for words in (["a,b c"], ["a", "b c"]):
+        assert settings_of("--feature_columns", *words, "--seed", "1").feature_columns == "a,b c"
+    path = write(tmp_path / "c.json", {"ignore_columns": ["when", "a,b"], "feature_columns": "x"})
+    chosen = settings_of("--config", path)
+    assert (chosen.ignore_columns, chosen.feature_columns) == ('when,"a,b"', "x")
+    assert "ignore_columns: expected text" in problems(resolve, file={"ignore_columns": [1]})[0]
+
+
 def test_resume_names_a_checkpoint(tmp_path):
     path = write(tmp_path / "c.json", {"checkpoint_dir": "in_file"})
     assert parse().resume is None
@@ -472,6 +481,7 @@ def test_the_printed_settings_are_those_in_force():
     printed = {row[0] for row in rows}
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
     others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 
