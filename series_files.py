@@ -109,7 +109,7 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
     cells = read_cells(path, settings)
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
-    if _has_header(cells.rows):
+    if _has_header(cells):
         return _series_of(named(cells), settings, labelled, known)
     archive = settings.table_rows == "auto" and labelled and path.suffix.lower() == ".tsv"
     if archive or settings.table_rows == "series":
@@ -121,19 +121,25 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
     return SeriesFile([(path.name, str(path), lambda: (_one_by_place(cells), None))], notes=cells.notes)
 
 
-def _has_header(rows: list[tuple[str, ...]]) -> bool:
+def _comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
+    """Whether the comma is the decimal point of a table, which it may be where ';' separates the cells."""
+    return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
+
+
+def _has_header(cells: Cells) -> bool:
     """Whether the first row names columns: it holds text, or counts the columns from 0 above numbers with a point.
 
     A word and then numbers that do not rise are a label and a series.
     """
-    first = [cell.strip() for cell in rows[0]]
-    if not any(map(_is_text, first)):
+    first = [cell.strip() for cell in cells.rows[0]]
+    is_text = partial(_is_text, comma=_comma_is_point(cells.delimiter, first))
+    if not any(map(is_text, first)):
         counting = first[1:] if first[0] == "" else first
         return (len(counting) > 1 and counting == [str(number) for number in range(len(counting))]
-                and any("." in cell for cell in rows[min(1, len(rows) - 1)]))
-    if len(first) < 3 or any(map(_is_text, first[1:])) or "" in first[1:]:
+                and any("." in cell or "," in cell for row in cells.rows[1:2] for cell in row))
+    if len(first) < 3 or any(map(is_text, first[1:])) or "" in first[1:]:
         return True
-    numbers = _numbers(first[1:])
+    numbers = _numbers(first[1:], _comma_is_point(cells.delimiter, first))
     return bool((np.diff(numbers) > 0).all())
 
 
@@ -221,7 +227,7 @@ def _matrix(table: Table, names: list[str]) -> np.ndarray:
     columns = [table.column(name) for name in names]
     values = np.stack([_numbers(cells) for cells in columns], axis=1)
     wrong = np.isinf(values)
-    if table.delimiter == ";" and any(_DECIMAL_COMMA.fullmatch(columns[c][row]) for row, c in np.argwhere(wrong)):
+    if _comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong))):
         table.notes.append(f"{table.path}: a comma is the decimal point in it")
         values = np.stack([_numbers(cells, comma=True) for cells in columns], axis=1)
         wrong = np.isinf(values)
@@ -300,9 +306,10 @@ def _cell(table: Table, row: int, name: str) -> str:
 def _label_first(cells: Cells) -> SeriesFile:
     """Lines without a header: label, then the values of one channel."""
     path = cells.path
+    comma = _comma_is_point(cells.delimiter, (cell for row in cells.rows for cell in row[1:]))
 
     def make(row: tuple[str, ...], place: str) -> tuple[np.ndarray, Any]:
-        values = _numbers(row[1:])[:, None]
+        values = _numbers(row[1:], comma)[:, None]
         return _checked(values, place, lambda t, _: f"{place}, field {t + 2}: {shown(row[t + 1])}"), row[0]
 
     cells.notes.append(f"{path}: has no header; each line is read as a series, its label first (as in the UCR archive)")
@@ -342,7 +349,7 @@ def read_named_series(
             raise UserError(f"{path}: holds {_kind(array)}; it must be numbers (steps, channels) or (steps,)")
         return _checked(array if array.ndim == 2 else array[:, None], str(path)), None
     cells = read_cells(path, settings)
-    if cells.rows and _has_header(cells.rows):
+    if cells.rows and _has_header(cells):
         return _one_by_name(named(cells), settings, known, [])
     return _one_by_place(cells), None
 
@@ -353,7 +360,8 @@ def _one_by_place(cells: Cells) -> np.ndarray:
         if len(row) != len(rows[0]):
             raise UserError(f"{path}, line {line}: {len(row)} fields, {len(rows[0])} in line {lines[0]}; "
                             "make them equal")
-    values = np.array([_numbers(row) for row in rows], ndmin=2)
+    comma = _comma_is_point(cells.delimiter, (cell for row in rows for cell in row))
+    values = np.array([_numbers(row, comma) for row in rows], ndmin=2)
     return _checked(values, str(path), lambda t, c: f"{path}, line {lines[t]}, column {c + 1}: {shown(rows[t][c])}")
 
 

@@ -254,13 +254,14 @@ def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple
 def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool] | None:
     """(line, what, whether it is serious) of a quoted cell over several lines each of which could be a row.
 
-    It could be where it has as many cells as the header, none of them empty; it is serious where all those in one
-    column are values that other rows have there too, such as labels.
+    It could be where it has as many cells as the header, none of them empty. It is serious where all those in one
+    column are values that other rows have there too, such as labels; if not, it is dropped where more than one in a
+    hundred lines of the file would be no row without quoting.
     """
     multiline = [i for i, row in enumerate(cells.rows) if i and any("\n" in cell or "\r" in cell for cell in row)]
     if not multiline:
         return None
-    physical = io.StringIO(text, newline="").readlines()
+    physical, width = io.StringIO(text, newline="").readlines(), len(cells.rows[0])
     ends = [*cells.lines[1:], first_line + len(physical)]
     others = sorted(set(range(1, len(cells.rows))).difference(multiline))
     values: dict[int, set[str]] = {}  # of a column in the other rows
@@ -268,7 +269,6 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     for i in multiline:
         lines = physical[cells.lines[i] - first_line : ends[i] - first_line]
         rows, _ = _parse("".join(lines), cells.delimiter, 1, literal=True)
-        width = len(cells.rows[0])
         if len(rows) < 2 or any(len(row) != width or not all(map(str.strip, row)) for row in rows):
             continue
         for column in range(width):
@@ -277,7 +277,8 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
             if all(row[column] in values[column] for row in rows):
                 return cells.lines[i], f"a quote would swallow {len(rows) - 1} lines like rows of their own", True
         doubt = doubt or (cells.lines[i], f"a quoted cell spans {len(rows)} lines, each of which could be a row", False)
-    return doubt
+    rows = _parse(text, cells.delimiter, 1, literal=True)[0] if doubt else []
+    return doubt if sum(len(row) != width for row in rows) <= len(rows) / 100 else None
 
 
 # -- tables ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import os
 import pickle
 import string
 import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from config import UserError
+from config import Settings, UserError
 from data_files import (
     open_image,
     read_images,
@@ -22,6 +24,7 @@ from data_files import (
     read_texts,
     split_folders,
     to_rgb,
+    without_effect,
 )
 from series_files import read_one_series
 from tables import read_table
@@ -76,6 +79,12 @@ def test_ts(tmp_path):
     assert items.places == [f"{path}, line 8", f"{path}, line 11"]
 
 
+def test_ts_comments_of_any_encoding(tmp_path):
+    path = write(tmp_path / "a.ts", ("#60–100 bpm\n%Sources\n" + HEADER + "@data\n% more\n1:a\n").encode("cp1252"))
+    items = read_series(path)
+    assert items.labels == ["a"] and items.places == [f"{path}, line 9"]
+
+
 def test_ts_without_labels(tmp_path):
     """The labels of a file that has them are split off; one that has none is read whole."""
     for name, label in (("true a b", ":z"), ("false", "")):
@@ -108,6 +117,218 @@ def test_npz(tmp_path):
     items = read_series(path)
     same(items.values, [row[:, None].astype(float) for row in x[0]])
     assert items.labels == ["u", "v", "u", "u"] and items.ids == ["1", "2", "3", "4"]
+
+
+def test_arff(tmp_path):
+    """Univariate, as Weka and the UCR archive write it; the labels are in the last attribute or the named one."""
+    head = "% about 60–100\n@relation 'a b'\n@ATTRIBUTE att0 numeric\n@attribute 'att 1' REAL\n"
+    text = head + "@attribute target {1, 'two words'}\n\n@DATA\n% more\n0.5,?,1\n2, 3,'two words'\n"
+    path = write(tmp_path / "a.arff", text.encode("cp1252"))
+    items = read_series(path)
+    same(items.values, [np.array([[0.5]]), np.array([[2.0], [3.0]])])
+    assert items.labels == ["1", "two words"] and items.places == [f"{path}, line 9", f"{path}, line 10"]
+    assert read_series(path, labelled=False).labels is None
+    moved = "@attribute kind {a,b}\n@attribute id string\n@attribute x0 numeric\n@attribute x1 numeric\n@data\n"
+    items = read_series(write(tmp_path / "b.arff", moved + "b,'q 1',1,2\n"), Settings(label_column="kind"))
+    assert items.labels == ["b"] and items.ids == ["q 1"]
+    same(items.values, [np.array([[1.0], [2.0]])])
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_arff_of_several_channels(tmp_path, quote):
+    """A relational attribute, whose lines are the channels."""
+    head = "@relation a\n@attribute bag relational\n  @attribute t0 numeric\n  @attribute t1 numeric\n@end bag\n"
+    head += "@attribute target {up,down}\n@data\n"
+    path = write(tmp_path / "a.arff", head + f"{quote}1,2\\n3,?{quote},up\n{quote}5,6\\n7,8{quote},down\n")
+    items = read_series(path)
+    same(items.values, [np.array([[1.0, 3.0], [2.0, np.nan]]), np.array([[5.0, 7.0], [6.0, 8.0]])])
+    assert items.labels == ["up", "down"] and items.ids == ["1", "2"]
+    ragged = write(tmp_path / "b.arff", head + "'1,2\\n3',up\n")
+    assert "line 8: ragged, its dimensions have 1, 2 values" in message(read_series, ragged)
+
+
+@pytest.mark.parametrize("name, delimiter", [("a.tsv", "\t"), ("a.txt", "  "), ("b.txt", ",")])
+def test_a_line_per_series_without_a_header(tmp_path, name, delimiter):
+    """The UCR archive: the label first; unequal lengths are filled up with NaN."""
+    rows = [["1", "0.5", "-1"], ["-1", "2.5", "NaN"], ["1.0000000e+00", "1.5", "0"]]
+    path = write(tmp_path / name, "".join(delimiter.join(row) + "\n" for row in rows))
+    items = read_series(path)
+    same(items.values, [np.array([[0.5], [-1.0]]), np.array([[2.5]]), np.array([[1.5], [0.0]])])
+    assert items.labels == ["1", "-1", "1.0000000e+00"] and items.table_rows == "series"
+    assert len(items.notes) == 1 and "each line is read as a series, its label first" in items.notes[0]
+    told = Settings(table_rows="series")
+    same(read_series(path, told, labelled=False).values, items.values)
+    assert "line 2, field 3: 'x' is not" in message(read_series, write(path, path.read_text().replace("NaN", "x")))
+
+
+def test_labels_that_are_words_without_a_header(tmp_path):
+    path = write(tmp_path / "a.tsv", "walk\t0.5\t0.1\nrun\t1\t2\n")
+    assert read_series(path).labels == ["walk", "run"]
+    wide = write(tmp_path / "b.tsv", "label\t0\t0.5\t1\nwalk\t0.5\t0.1\t3\n")  # times are names: they rise
+    same(read_series(wide, Settings(table_rows="series")).values, [np.array([[0.5], [0.1], [3.0]])])
+
+
+def test_a_series_per_row_below_a_header(tmp_path):
+    expected = [np.array([[1.0], [2.0], [3.0]]), np.array([[4.0], [np.nan], [6.0]])]
+    path = write(tmp_path / "a.csv", "label,t0,t1,t2\nup,1,2,3\ndown,4,,6\n")
+    items = read_series(path)
+    same(items.values, expected)
+    assert (items.ids, items.labels, items.features) == (["1", "2"], ["up", "down"], ["t0", "t1", "t2"])
+    assert "columns t0 to t2: each row is read as a whole series (--table_rows steps" in items.notes[0]
+    told = Settings(table_rows="series")
+    path = write(tmp_path / "b.csv", "id,t10,t9,label,t11\np,2,1,up,3\nq,,4,down,6\n")  # sorted as text
+    items = read_series(path, told)
+    same(items.values, expected)
+    assert items.ids == ["p", "q"]
+    assert items.notes == [f"{path}: its columns are read in the order of their numbers, t9 to t11"]
+    same(read_series(path, told, known=["t9", "t10", "t11"]).values, expected)
+    assert "id 'p' is in several rows; if they are its steps" in message(
+        read_series, write(tmp_path / "c.csv", "id,label,x\np,a,1\np,a,2\n"), told
+    )
+    assert "line 3, column 't1': 'x' is not a finite" in message(
+        read_series, write(tmp_path / "d.csv", "label,t0,t1,t2\nup,1,2,3\ndown,4,x,6\n")
+    )
+
+
+def test_a_row_is_no_series_without_a_word(tmp_path):
+    path = write(tmp_path / "a.csv", "name,label,x,y\n1,a,2,3\n")
+    assert "if each row is a whole series, say --table_rows series" in message(read_series, path)
+    path = write(tmp_path / "b.csv", "1,0.5,0.25\n2,0.5,0.75\n")
+    found = message(read_series, path)
+    assert "line 1: '0.25' is a number, no name of a column" in found and "--table_rows series" in found
+    items = read_series(path, Settings(table_rows="series"))
+    assert items.labels == ["1", "2"] and items.values[1].tolist() == [[0.5], [0.75]]
+
+
+def test_names_that_pandas_counts_are_no_step(tmp_path):
+    """DataFrame(array).to_csv(index=False), and with its index."""
+    for content in ("0,1\n0.5,1.5\n2.5,3.5\n", ",0,1\n0,0.5,1.5\n1,2.5,3.5\n"):
+        same([read_one_series(write(tmp_path / "a.csv", content))], [np.array([[0.5, 1.5], [2.5, 3.5]])])
+    same([read_one_series(write(tmp_path / "a.csv", "0,1\n2,3\n"))], [np.array([[0.0, 1.0], [2.0, 3.0]])])
+
+
+def test_features_are_chosen_and_ordered_by_name(tmp_path):
+    path = write(tmp_path / "a.csv", 'id,when,"a,b",x,label\n1,09:00,5,6,up\n1,09:01,7,8,up\n')
+    found = message(read_series, path)
+    assert "line 2, column 'when': '09:00' is not" in found and "--ignore_columns when" in found
+    items = read_series(path, Settings(ignore_columns="when"))
+    same(items.values, [np.array([[5.0, 6], [7, 8]])])
+    assert items.features == ["a,b", "x"]
+    for chosen, expected in (('x,"a,b"', [[6.0, 5], [8, 7]]), ("x", [[6.0], [8]])):
+        same(read_series(path, Settings(feature_columns=chosen)).values, [np.array(expected)])
+    same(read_series(path, Settings(ignore_columns="when"), known=["x", "a,b"]).values, [np.array([[6.0, 5], [8, 7]])])
+
+
+@pytest.mark.parametrize("told, expected", [
+    ({"feature_columns": "z"}, "no column 'z', which --feature_columns names; there are id, label, x, y"),
+    ({"ignore_columns": "z"}, "no column 'z', which --ignore_columns names"),
+    ({"feature_columns": "x,label"}, "feature_columns: 'label' is the id, the label or in ignore_columns"),
+    ({"feature_columns": "x", "ignore_columns": "x"}, "feature_columns: 'x' is the id, the label or in ignore_columns"),
+    ({"feature_columns": "x,x"}, "feature_columns: 'x' is there more than once"),
+    ({"ignore_columns": "x,y"}, "no column beside 'id' and 'label'"),
+])
+def test_features_that_cannot_be(tmp_path, told, expected):
+    path = write(tmp_path / "a.csv", "id,label,x,y\n1,a,2,3\n")
+    assert expected in message(read_series, path, Settings(**told))
+
+
+@pytest.mark.parametrize("header, expected", [
+    ("id,label,x", "its columns are not those of the training data (x, y): y missing; rename the columns"),
+    ("id,label,x,z", "y missing, z not among them; rename the columns, or leave out what is no feature: "
+                     "--ignore_columns z"),
+    ("id,label,x,y,z", "(x, y): z not among them; rename"),
+    ("id,label,x,Y", "y missing, Y not among them"),
+])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_other_features_than_those_of_training(tmp_path, header, expected, labelled):
+    rows = ["0"] * header.count(",")
+    path = write(tmp_path / "a.csv", f"{header}\n1,{','.join(rows)}\n")
+    assert expected in message(read_series, path, labelled=labelled, known=["x", "y"])
+    path = write(tmp_path / "one.csv", header.removeprefix("id,label,") + "\n" + ",".join(rows[1:]) + "\n")
+    assert expected in message(read_one_series, path, known=["x", "y"])
+
+
+def test_features_of_one_series_are_ordered_by_name(tmp_path):
+    path = write(tmp_path / "a.csv", "y,x\n1,2\n3,4\n")
+    expected = np.array([[2.0, 1.0], [4.0, 3.0]])
+    same([read_one_series(path, known=["x", "y"]), *read_series(path, labelled=False, known=["x", "y"]).values],
+         [expected, expected])
+    path = write(tmp_path / "b.csv", "1,2\n3,4\n")
+    items = read_series(path, labelled=False, known=["x", "y"])
+    assert items.notes == [f"{path}: names no columns, so they are taken in the order of training: x, y"]
+
+
+def test_decimal_commas(tmp_path):
+    """Of a file with semicolons, and of the whole of it: 1.234 would be a thousand there."""
+    path = write(tmp_path / "a.csv", "id;x;y;label\n1;-1,5;2;a\n1;,25;;a\n")
+    items = read_series(path)
+    same(items.values, [np.array([[-1.5, 2], [0.25, np.nan]])])
+    assert items.notes[1] == f"{path}: a comma is the decimal point in it"
+    path = write(path, "id;x;y;label\n1;-1,5;2;a\n1;1.234;4;a\n")
+    assert "line 3, column 'x': '1.234' is not a finite number" in message(read_series, path)
+    path = write(path, 'id,x,label\n1,"1,5",a\n')
+    assert "write numbers with a decimal point" in message(read_series, path)
+    same([read_one_series(write(path, "1,5;2\n3;4,5\n"))], [np.array([[1.5, 2], [3, 4.5]])])
+
+
+@pytest.mark.parametrize("cell", ["", "?", "NA", "NaN", "nan", "NULL", "null", "None", "N/A", "#N/A", "<NA>", " "])
+def test_cells_that_are_missing(tmp_path, cell):
+    path = write(tmp_path / "a.csv", f"id,label,x,y\n1,a,{cell},1\n1,a,2,3\n")
+    same(read_series(path).values, [np.array([[np.nan, 1], [2, 3]])])
+
+
+def test_an_index_that_was_read_and_written_again_is_no_feature(tmp_path):
+    path = write(tmp_path / "a.csv", "Unnamed: 0,id,label,x\n0,1,a,5\n1,1,a,6\n")
+    items = read_series(path)
+    assert items.features == ["x"]
+    assert items.notes == [f"{path}: column 'Unnamed: 0' counts the rows, so it is left out"]
+    assert read_series(path, Settings(feature_columns="Unnamed: 0,x")).features == ["Unnamed: 0", "x"]
+    path = write(path, "Unnamed: 0,id,label,x\n0.5,1,a,5\n1,1,a,6\n")
+    assert read_series(path).features == ["Unnamed: 0", "x"]
+
+
+def test_the_rows_of_a_series_may_spell_its_label_in_two_ways(tmp_path):
+    path = write(tmp_path / "a.csv", "id,label,x\n1,1,2\n1,1.0,3\n")
+    assert read_series(path).labels == ["1"]
+    path = write(tmp_path / "a.ts", "@classLabel true 1 2\n@data\n5:1.0\n6:2\n")
+    assert read_series(path).labels == ["1.0", "2"]
+
+
+def test_archives_that_unpack_beyond_the_limit(tmp_path):
+    x = np.zeros((300, 1000, 120))  # 288 MB in 0.3 MB
+    np.savez_compressed(tmp_path / "a.npz", x=x, y=np.arange(300) % 2)
+    found = message(read_series, tmp_path / "a.npz")
+    assert "unpacks to 0.3 GiB" in found and "raise --max_unpacking (now 100)" in found
+    assert len(read_series(tmp_path / "a.npz", Settings(max_unpacking=2000)).values) == 300
+    np.savez_compressed(tmp_path / "b.npz", x=x[:20], y=np.arange(20) % 2)  # small enough for any ratio
+    assert len(read_series(tmp_path / "b.npz").values) == 20
+
+
+def test_what_an_archive_holds_beside_is_not_unpacked(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 3)), y=[0, 1], z=np.array([object()]))
+    assert "holds x, y, z; it must hold x and y" in message(read_series, tmp_path / "a.npz")
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    assert "mmap length is greater than file size" in message(read_one_series, tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.npz", "a.npy", "a.csv", "a.arff", "a.txt"])
+def test_devices_are_not_read(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert "is a pipe, a device or a folder" in message(read_series, tmp_path / name, labelled=False)
+
+
+def test_settings_that_say_nothing_to_a_file_are_noted():
+    given = ["id_column", "encoding", "max_unpacking", "batch_size"]
+    assert without_effect([Path("a.ts")], given) == [
+        "id_column has no effect: .ts files have no such thing",
+        "max_unpacking has no effect: .ts files have no such thing",
+    ]
+    assert without_effect([Path("a.csv"), Path("b.npz")], given) == []
+    assert without_effect([Path("folder")], given) == []
 
 
 def test_padding_at_the_end_is_cut(tmp_path):
@@ -404,6 +625,14 @@ def test_manifest(tmp_path):
         assert items.values == expected and items.labels == ["a", "b"] and items.ids == ["1", "2"]
     assert read_manifest(table, {"text": "text"}, on_error=lambda error: None).values == [{"text": " hi "}]
     assert "none of the columns words; rename one of photo, text" in message(read_manifest, table, {"text": "words"})
+
+
+@pytest.mark.parametrize("there, named", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_files_of_a_manifest_are_found_under_either_form(tmp_path, there, named):
+    image = image_file(tmp_path / unicodedata.normalize(there, "개/é.png"))
+    table = write(tmp_path / "m.csv", unicodedata.normalize(named, "photo,label\n개/é.png,a\n"))
+    [value] = read_manifest(table, COLUMNS).values
+    assert value["image"].samefile(image) and open_image(value["image"]).size == (3, 2)
 
 
 @pytest.mark.parametrize("row, expected", [

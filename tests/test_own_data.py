@@ -331,7 +331,12 @@ def test_what_is_no_image_is_noted(tmp_path):
 
 def same_data(one, other):
     (splits, info), (others, other_info) = one, other
-    assert info | {"fingerprints": {}} == other_info | {"fingerprints": {}}  # ids differ from format to format
+
+    def common(info):  # ids, and whether columns have names, differ from format to format
+        adapters = {name: known | {"names": None, "table_rows": None} for name, known in info["adapters"].items()}
+        return info | {"fingerprints": {}, "about": [], "adapters": adapters}
+
+    assert common(info) == common(other_info)
     for name, data in splits.items():
         assert len(data) == len(others[name])
         for number in range(len(data)):
