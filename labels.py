@@ -45,6 +45,8 @@ def class_name(cell: Any, where: str) -> str:
     if not isinstance(cell, str):
         raise UserError(f"{where}: label {shown(cell)} is no class; write text, a whole number, true or false")
     name = nfc(cell).strip()
+    if not (name.isascii() and name.isprintable()) and not _folded(name):
+        raise UserError(f"{where}: label {shown(name)} holds nothing that can be seen; write a name, or remove the row")
     if len(name) > _LONGEST:
         raise UserError(f"{where}: label {shown(name)} has {len(name)} characters; name the column by --label_column")
     if _NUMBER.fullmatch(name):

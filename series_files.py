@@ -31,6 +31,7 @@ from tables import (
     FileFinder,
     Table,
     check_regular,
+    csv_reader,
     extension_of,
     listed,
     named,
@@ -178,7 +179,7 @@ def _numbered(names: list[str]) -> list[int] | None:
 
 def _names(text: str | None) -> list[str]:
     """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
-    return [nfc(name.strip()) for name in next(csv.reader([text], skipinitialspace=True))] if text else []
+    return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
 
 
 def _features(table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]) -> list[str]:
@@ -248,6 +249,8 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
     labels = table.column(label_column) if labelled else None
     names = _features(table, settings, known, [id_column, label_column])
     numbers = _matrix(table, names)
+    if known is None:
+        table.notes.extend(_counting(table, names, numbers, ids))
     rows_of: dict[str, list[int]] = {}
     for row, id in enumerate(ids):
         # A row without an id is an item of its own, and a bad one.
@@ -267,6 +270,16 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
 
     parts = ((id, table.place(rows[0]), partial(make, rows)) for id, rows in rows_of.items())
     return SeriesFile(parts, names, "steps", table.notes)
+
+
+def _counting(table: Table, names: list[str], numbers: np.ndarray, ids: list[str]) -> list[str]:
+    """Notes on columns that count the rows of the file, over several series: an index, seldom a feature."""
+    if len(set(ids)) < 2:
+        return []
+    rows = np.arange(len(numbers))[:, None]
+    counting = (numbers == rows).all(0) | (numbers == rows + 1).all(0)
+    return [f"{table.path}: column {names[c]!r} counts the rows; if it is no feature, leave it out: --ignore_columns "
+            f"{names[c]}" for c in np.flatnonzero(counting)]
 
 
 def _series_per_row(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
@@ -511,7 +524,10 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
             rows.append(("",) * len(names))
     table = Table(path, {name: position for position, name in enumerate(names)}, rows, places, faults, notes=notes)
     declared = attributes[label] if label else ""
-    classes = _arff_cells(declared[1:-1]) if declared.startswith("{") else None
+    try:
+        classes = _arff_cells(declared.strip("{} ")) if declared.startswith("{") else None
+    except ValueError as error:
+        raise UserError(f"{path}: @attribute {label} {shown(declared)}: {error}") from error
 
     def checked(part: Part) -> Part:
         id, place, make = part
@@ -563,16 +579,17 @@ def _arff_attributes(path: Path, lines: list[tuple[int, str]]) -> dict[str, str]
 def _arff_cells(text: str) -> list[str]:
     """The cells of a line, quoted by ' or " (whichever comes first); in a relational one \\n stays as it stands."""
     quote = next((c for c in text if c in "'\""), "'")
-    return [cell.strip() for cell in next(csv.reader([text], quotechar=quote, skipinitialspace=True, strict=True))]
+    try:
+        cells = next(csv_reader([text], quotechar=quote, skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise ValueError(f"{error}; close each quote") from error
+    return [cell.strip() for cell in cells]
 
 
 def _arff_row(line: str, width: int) -> tuple[str, ...]:
     if line.startswith("{"):
         raise ValueError("sparse rows are not read; write every value")
-    try:
-        cells = _arff_cells(line)
-    except csv.Error as error:
-        raise ValueError(f"{error}; close each quote") from error
+    cells = _arff_cells(line)
     if len(cells) != width:
         raise ValueError(f"{len(cells)} values for {width} attributes; make them equal")
     return tuple(cells)

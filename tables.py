@@ -234,11 +234,15 @@ def _delimiter_by_looking(sample: str, default: str) -> str:
     return best if found.get(best, 0) > 0.5 else default
 
 
+def csv_reader(lines: Iterable[str], **options: Any) -> Any:
+    csv.field_size_limit(2**31 - 1)  # csv's own limit is 128 KiB a cell
+    return csv.reader(lines, **options)
+
+
 def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple[list[tuple[str, ...]], list[int]]:
     """(rows, first line of each). Raises csv.Error(line, what is wrong)."""
-    csv.field_size_limit(2**31 - 1)  # csv's own limit is 128 KiB a cell
     quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv_reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
     rows, lines, before = [], [], line - 1
     try:
         for row in reader:
@@ -379,7 +383,8 @@ def named(cells: Cells) -> Table:
             if rows and not any(row[position].strip() for row in rows):
                 notes.append(f"{path}: column {position + 1} has neither name nor cells, so it is left out")
                 continue
-            raise UserError(f"{where}: column {position + 1} has no name; name it, or remove it")
+            raise UserError(f"{where}: column {position + 1} has no name; name it, or remove it (an index of pandas: "
+                            "to_csv(index=False))")
         if name in keys:
             raise UserError(f"{where}: column {shown(name)} is there more than once; rename one")
         keys[name] = position

@@ -219,6 +219,13 @@ def test_features_are_chosen_and_ordered_by_name(tmp_path):
     same(read_series(path, Settings(ignore_columns="when"), known=["x", "a,b"]).values, [np.array([[6.0, 5], [8, 7]])])
 
 
+def test_a_column_that_counts_the_rows_is_noted(tmp_path):
+    path = write(tmp_path / "a.csv", "id,index,t,label,x\n1,0,0,a,5\n1,1,1,a,6\n2,2,0,b,6\n2,3,1,b,9\n")
+    expected = f"{path}: column 'index' counts the rows; if it is no feature, leave it out: --ignore_columns index"
+    assert read_series(path).notes == [expected]
+    assert read_series(path, Settings(ignore_columns="index")).notes == []
+
+
 @pytest.mark.parametrize("told, expected", [
     ({"feature_columns": "z"}, "no column 'z', which --feature_columns names; there are id, label, x, y"),
     ({"ignore_columns": "z"}, "no column 'z', which --ignore_columns names"),
@@ -517,13 +524,16 @@ def test_files_that_cannot_be_read(tmp_path, read, name, expected):
 
 
 @settings(quick, max_examples=30)
-@given(st.binary(max_size=200), st.sampled_from(["", "id,label,x\n1,a,", "@classLabel true a\n@data\n", '{"text": ']))
+@given(st.binary(max_size=200), st.sampled_from([
+    "", "id,label,x\n1,a,", "@classLabel true a\n@data\n", '{"text": ', "@attribute c {a,'b}\n@data\n",
+    "@attribute a real\n@attribute c {a,b}\n@data\n1,",
+]))
 def test_garbage_is_a_users_mistake(tmp_path, garbage, start):
     np.savez(tmp_path / "good.npz", x=np.ones((2, 3)), y=[0, 1])
     np.save(tmp_path / "good.npy", np.ones(3))
     starts = {"npz": (tmp_path / "good.npz").read_bytes(), "npy": (tmp_path / "good.npy").read_bytes()}
-    reads = {read_series: "ts npz npy csv tsv", read_texts: "csv tsv jsonl txt", read_one_series: "npy csv", open_image:
-             "png jpg tif", read_table: "csv tsv jsonl", read_images: "png"}
+    reads = {read_series: "ts arff npz npy csv tsv txt", read_texts: "csv tsv jsonl txt", read_one_series: "npy csv",
+             open_image: "png jpg tif", read_table: "csv tsv jsonl", read_images: "png"}
     for read, extensions in reads.items():
         for extension in extensions.split():
             content = start.encode() + garbage if start else garbage

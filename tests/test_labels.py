@@ -49,6 +49,7 @@ def test_classes(cell, name):
     (".5", "measurement"), ("0,5", "regression is not offered yet"), ("1,2", "several labels for an item are not"),
     (math.inf, "measurement"), (["a", "b"], "label ['a', 'b'] is no class: several labels for an item are not offered"),
     ({"a": 1}, "several labels"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
+    ("\u200b", "nothing that can be seen"), ("\0", "nothing that can be seen"),
     ("x" * 1001, "has 1001 characters; name the column by --label_column"),
 ])  # fmt: skip
 def test_what_is_no_class(cell, part):

@@ -245,7 +245,8 @@ def test_the_index_of_pandas_is_left_out(tmp_path):
     assert table.columns == ["text", "label"] and table.column("text") == ["x", "y"]
     assert table.notes == [f"{path}: its first column has no name and counts the rows, so it is left out"]
     path = write(tmp_path / "b.csv", ",text\n7,x\n8,y\n")
-    assert "line 1: column 1 has no name; name it, or remove it" in message(read_table, path)
+    found = message(read_table, path)
+    assert "line 1: column 1 has no name; name it, or remove it (an index of pandas: to_csv(index=False))" in found
     table = read_table(write(tmp_path / "c.csv", "text,label,\nx,a,\ny,b,\n"))  # a delimiter at the end of each line
     assert table.columns == ["text", "label"] and "column 3 has neither name nor cells" in table.notes[0]
 
