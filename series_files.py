@@ -66,7 +66,7 @@ def _number(cell: str, comma: bool = False) -> float:
     if comma and "." in cell:  # 1.234 may be a thousand
         raise ValueError
     cell = cell.replace(",", ".") if comma else cell
-    if "_" in cell or len(cell) > 400:  # float would take 1_000 for 1000
+    if "_" in cell:  # float would take 1_000 for 1000
         raise ValueError
     return math.nan if cell in _MISSING else float(cell)
 

@@ -134,6 +134,31 @@ def test_arff(tmp_path):
     same(items.values, [np.array([[1.0], [2.0]])])
 
 
+@pytest.mark.parametrize("content, expected", [
+    ("@relation a\n", "there is no series after a line @data"),
+    ("@attribute x real\n@data\n", "there is no series after a line @data"),
+    ("@data\n1\n", "there is no @attribute before @data"),
+    ("@attribute x real\n@attribute y real\n@data\n1,2\n", "no nominal attribute"),
+    ("@attribute x real\n@attribute x {a}\n@data\n1,a\n", "line 2: '@attribute x {a}' is there twice"),
+    ("@attribut x real\n@data\n1,a\n", "line 1: '@attribut x real' is none of @relation, @attribute"),
+    ("@attribute x real\n@attribute c {a,b}\n@data\n1,c\n", "line 4: label 'c' is not one of @attribute c, a, b"),
+    ("@attribute x real\n@attribute c {a,'b}\n@data\n1,c\n", "a.arff: @attribute c \"{a,'b}\": unexpected end of data"),
+    ("@attribute x real\n@attribute c {a}\n@data\n1,2,a\n", "line 4: 3 values for 2 attributes; make them equal"),
+    ("@attribute x real\n@attribute c {a}\n@data\n{0 1, 1 a}\n", "line 4: sparse rows are not read"),
+    ("@attribute x real\n@attribute c {a}\n@data\n'1,a\n", "line 4: unexpected end of data; close each quote"),
+    ("@attribute x real\n@attribute c {a}\n@data\noops,a\n", "line 4, column 'x': 'oops' is not a finite number"),
+    ("@attribute b relational\n@attribute x real\n@attribute c {a}\n@data\n", "there is no series after"),
+    ("@attribute b relational\n@end b\n@attribute x real\n@attribute c {a}\n@data\n'1',2,a\n", "beside a relational"),
+])
+def test_arff_mistakes(tmp_path, content, expected):
+    assert expected in message(read_series, write(tmp_path / "a.arff", content))
+
+
+def test_a_missing_label_of_an_arff_is_none(tmp_path):
+    path = write(tmp_path / "a.arff", "@attribute x real\n@attribute c {a}\n@data\n1,?\n2,a\n")
+    assert read_series(path).labels == [None, "a"]
+
+
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_arff_of_several_channels(tmp_path, quote):
     """A relational attribute, whose lines are the channels."""
@@ -260,6 +285,7 @@ def test_features_of_one_series_are_ordered_by_name(tmp_path):
     expected = np.array([[2.0, 1.0], [4.0, 3.0]])
     same([read_one_series(path, known=["x", "y"]), *read_series(path, labelled=False, known=["x", "y"]).values],
          [expected, expected])
+    same(read_series(write(tmp_path / "a.tsv", "1\t2\n3\t4\n"), labelled=False).values, [np.array([[1.0, 2], [3, 4]])])
     path = write(tmp_path / "b.csv", "1,2\n3,4\n")
     items = read_series(path, labelled=False, known=["x", "y"])
     assert items.notes == [f"{path}: names no columns, so they are taken in the order of training: x, y"]

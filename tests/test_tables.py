@@ -71,6 +71,13 @@ def test_a_byte_that_does_not_fit_is_named_by_its_line(tmp_path):
     assert "line 3" in message(read_cells, write(tmp_path / "c.csv", wide), Settings(encoding="utf-16-le"))
 
 
+def test_utf_16_without_its_mark_is_recognised(tmp_path):
+    """Its ASCII characters are UTF-8 too, with zeros between."""
+    for encoding in ("utf-16-le", "utf-16-be"):
+        path = write(tmp_path / "a.csv", "text,label\nx,a\n".encode(encoding))
+        assert "it seems to be UTF-16; say --encoding utf-16-le (or -be)" in message(read_cells, path)
+
+
 @pytest.mark.parametrize("encoding", ["klingon", "rot13", "hex", "데이터"])
 def test_what_is_no_encoding_of_text(tmp_path, encoding):
     path = write(tmp_path / "a.csv", "text\nx\n")
