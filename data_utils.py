@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import shutil
+import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,7 +60,7 @@ from data_files import (
 )
 from labels import ClassNumbers, class_order, read_labels, slips
 from series_files import read_named_series, read_one_series
-from tables import FileFinder, listed, nfc
+from tables import FileFinder, listed
 
 Batch = dict[str, Any]
 Item = dict[str, Any]
@@ -808,18 +809,30 @@ def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
         raise UserError("\n".join(lines[:most] + more))
 
 
-def _fingerprints(items: dict[str, Items]) -> dict[str, str]:
-    """A checksum of the samples of each split in their order: names, labels, texts, series; of other files the name."""
+def _fingerprints(items: dict[str, Items], info: Info | None) -> dict[str, str]:
+    """A checksum of the samples of each split in their order: names, labels, texts, series; of other files the name.
 
-    def checksum(found: Items) -> str:
+    Names may be in another normal form of Unicode than those of the checkpoint: data may have moved between systems.
+    """
+    known = info["fingerprints"] if info else {}
+
+    def checksum(found: Items, in_form: Callable[[str], str]) -> str:
         result = 0
         for id, label, value in zip(found.ids, found.labels, found.values, strict=True):
-            for part in (nfc(id), label, *(value.values() if isinstance(value, dict) else [value])):
-                part = nfc(part.name) if isinstance(part, Path) else part
+            parts = value.values() if isinstance(value, dict) else [value]
+            parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
+            for part in (in_form(id), label, *parts):
                 result = zlib.crc32(part.encode() if isinstance(part, str) else part.tobytes(), result)
         return f"{result:08x}"
 
-    return {name: checksum(found) for name, found in items.items()}
+    def fingerprint(found: Items, before: str | None) -> str:
+        as_they_are = checksum(found, str)
+        if before in (None, as_they_are):
+            return as_they_are
+        others = (checksum(found, partial(unicodedata.normalize, form)) for form in ("NFC", "NFD"))
+        return before if before in others else as_they_are
+
+    return {name: fingerprint(found, known.get(name)) for name, found in items.items()}
 
 
 def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
@@ -857,7 +870,7 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     splits, description = _image_splits(
         images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes
     )
-    return splits, description | {"fingerprints": _fingerprints(items)}
+    return splits, description | {"fingerprints": _fingerprints(items, info)}
 
 
 def read_series_as(
@@ -893,7 +906,7 @@ def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple
     about, more = _about_series(train.values, adapter)
     notes += [*more, *_cut_note("series", [len(series) for series in train.values], adapter.max_seq_len)]
     description = _describe({"series": adapter}, class_names, notes) | {"about": about}
-    return splits, description | {"fingerprints": _fingerprints(items)}
+    return splits, description | {"fingerprints": _fingerprints(items, info)}
 
 
 def _about_series(series: Sequence[np.ndarray], adapter: SeriesAdapter) -> tuple[list[str], list[str]]:
@@ -922,7 +935,7 @@ def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Spli
         name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
     }
     notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
+    return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items, info)}
 
 
 def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -972,7 +985,8 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
             about, more = _about_series(raw["train"], adapter)
             notes += more
     splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, notes) | {"about": about, "fingerprints": _fingerprints(items)}
+    description = _describe(adapters, class_names, notes) | {"about": about}
+    return splits, description | {"fingerprints": _fingerprints(items, info)}
 
 
 def _series_names(info: Info | None, train: Items) -> list[str] | None:

@@ -963,6 +963,9 @@ def test_labels_of_test_data_are_found_by_what_they_mean(tmp_path):
     paths = {"data_path": str(tmp_path / "a.csv"), "test_path": str(tmp_path / "b.csv")}
     splits, info = load_splits(Settings(dataset_type="text", **paths))
     assert info["class_names"] == ["0", "1", "é"] and splits["test"].labels.tolist() == [1, 0, 2]
+    (tmp_path / "b.csv").write_text(f"text;label\nx;1.0\ny;0.0\nz;{apart}\n")
+    notes = load_splits(Settings(dataset_type="text", **paths))[1]["notes"]
+    assert any("b.csv: semicolons separate its cells" in note for note in notes)
     write_table(tmp_path / "b.csv", {"text": list("xyz"), "label": ["1", "É", "2"]})
     with pytest.raises(ValueError) as caught:
         load_splits(Settings(dataset_type="text", **paths))
@@ -979,6 +982,11 @@ def test_class_folders_are_the_same_in_either_form(tmp_path):
                 save_picture(tmp_path / folder / unicodedata.normalize(form, name) / f"{number}", level, number)
     done = trained(tmp_path, "--dataset=images", "--data_path=train", "--test_path=test", *SMALL_IMAGES)
     check_inference_repeats(tmp_path, done, ["개", "고양이"])
+    (tmp_path / "train").rename(tmp_path / "before")
+    for path in list((tmp_path / "before").iterdir()):  # the data move to another system
+        path.rename(tmp_path / "before" / unicodedata.normalize("NFD", path.name))
+    assert infer(tmp_path, "--data_path=before", "--split=train").status == 0
+    assert results_of(tmp_path)["samples_as_in_training"] is True
 
 
 def test_classes_of_an_older_checkpoint_are_found(tmp_path):
