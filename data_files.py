@@ -1,4 +1,4 @@
-"""Users' own files: series, texts, images and tables of them, read into raw items.
+"""Users' own files: series, texts and tables of them, read into raw items. Images: image_files.py.
 
     read_series     .ts (UEA / UCR archive), .npz, .npy, .csv, .tsv    float64 (L, C), NaN where a value is missing
     read_texts      .csv, .tsv, .jsonl, .txt                           str
@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from config import UserError
+from config import OUR_TABLES, UserError, from_spreadsheet_cell
 
 
 @dataclass
@@ -44,15 +42,18 @@ class Items:
     labels: list[str] | None  # one for each; None where they were not asked for
     features: list[str] | None = None  # names of the channels, where the file has them
     notes: list[str] = field(default_factory=list)  # what was left out and is no mistake, to be shown
+    groups: list[str] | None = None  # what each belongs to (a patient, a device), where the file says it
 
     def subset(self, numbers: Iterable[int]) -> "Items":
         """The items of these numbers, in their order."""
-        chosen = ([column[i] for i in numbers] for column in (self.ids, self.places, self.values, self.labels))
-        return Items(*chosen, self.features, self.notes)
+        columns = (self.ids, self.places, self.values, self.labels, self.groups)
+        *chosen, groups = ([column[i] for i in numbers] if column else column for column in columns)
+        return Items(*chosen, self.features, self.notes, groups)
 
 
 OnError = Callable[[UserError], None]
-Part = tuple[str, str, Callable[[], tuple[Any, str | None]]]  # id, place, what makes (value, label) or raises UserError
+Make = Callable[[], tuple[Any, str | None]]  # gives (value, label), or raises UserError
+Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, and, where the file has groups, the item's own
 
 
 def stop(error: UserError) -> None:
@@ -61,8 +62,8 @@ def stop(error: UserError) -> None:
 
 
 def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, features: list[str] | None = None) -> Items:
-    items = Items([], [], [], [] if labelled else None, features)
-    for id, place, make in parts:
+    items, groups = Items([], [], [], [] if labelled else None, features), []
+    for id, place, make, *group in parts:
         try:
             value, label = make()
         except UserError as error:
@@ -71,8 +72,10 @@ def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, features: 
         items.ids.append(id)
         items.places.append(place)
         items.values.append(value)
+        groups += group
         if labelled:
             items.labels.append(label)
+    items.groups = groups or None
     return items
 
 
@@ -208,6 +211,8 @@ def _csv_table(path: Path) -> Table:
     if not rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
     columns, faults = [name.strip() for name in rows.pop(0)], {}
+    if any(tuple(columns[: len(ours)]) == ours for ours in OUR_TABLES):
+        rows = [tuple(map(from_spreadsheet_cell, row)) for row in rows]
     where = f"{path}, line {lines.pop(0)}"
     if "" in columns:
         raise UserError(f"{where}: column {columns.index('') + 1} has no name; name it, or remove it")
@@ -249,11 +254,20 @@ def _jsonl_table(path: Path) -> Table:
     return Table(path, list(columns), [tuple(map(row.get, columns)) for row in objects], lines, faults)
 
 
+def _groups(table: Table, column: str | None) -> list[list[str]]:
+    """For each row [its group], or [] where the table has no such column; an empty cell is an empty group."""
+    if column not in table.columns:
+        return [[]] * len(table.rows)
+    return [["" if cell is None else str(cell).strip()] for cell in table.column(column)]
+
+
 def _rows_of(
-    table: Table, value_of: Callable[[int], Any], id_column: str, label_column: str, labelled: bool, on_error: OnError
-) -> Items:
+    table: Table, value_of: Callable[[int], Any], id_column: str, label_column: str, labelled: bool, on_error: OnError,
+    group_column: str | None = None,
+) -> Items:  # fmt: skip
     """The items of a table with one row each; `value_of` is given the row's index."""
     labels = table.column(label_column) if labelled else None
+    groups = _groups(table, group_column)
     ids = table.column(id_column) if id_column in table.columns else range(1, len(table.rows) + 1)
 
     def make(row: int) -> tuple[Any, str | None]:
@@ -261,7 +275,7 @@ def _rows_of(
             raise UserError(table.faults[row])
         return value_of(row), _label(labels[row], table.place(row)) if labelled else None
 
-    parts = ((str(ids[row]), table.place(row), partial(make, row)) for row in range(len(table.rows)))
+    parts = ((str(ids[row]), table.place(row), partial(make, row), *groups[row]) for row in range(len(table.rows)))
     return _gather(parts, labelled, on_error)
 
 
@@ -274,6 +288,7 @@ def read_series(
     label_column: str = "label",
     labelled: bool = True,
     on_error: OnError = stop,
+    group_column: str | None = None,
 ) -> Items:
     """Series, float64 (L, C), NaN where a value is missing.
 
@@ -282,12 +297,14 @@ def read_series(
 
     .ts         as in the UEA and UCR archives: a header of @tags, then a line per series, dimensions separated by ':',
                 values by ',', the label last; missing: ? or NaN. What the header says must be true (@missing apart).
-    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional.
+    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional; the groups
+                (N,), numbers or text, under the name `group_column`, optional.
                 lengths: (N,) optional: with x (N, L, C) the steps that count of each series; with x (T, C) the
                 series lie one after the other and their lengths sum to T.
     .npy        one series (L, C) or (L,), without label.
-    .csv, .tsv  a line per time step: columns of series id and label, all others are features. The steps of a series
-                are in file order and may lie between those of others; its label is the same in all its rows.
+    .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
+                series are in file order and may lie between those of others; its label and group are the same in all
+                its rows.
                 Missing: an empty cell, ?, nan or NA. Without labels, a file that has no column of series id is one
                 series, see `read_one_series`.
     """
@@ -296,8 +313,9 @@ def read_series(
     if extension == ".npy" or (extension in (".csv", ".tsv") and not labelled and not _has_column(path, id_column)):
         return Items([path.name], [str(path)], [read_one_series(path)], None)
     if extension in (".csv", ".tsv"):
-        return _read_long_table(path, id_column, label_column, labelled, on_error)
-    return _gather((_ts_parts if extension == ".ts" else _npz_parts)(path, labelled), labelled, on_error)
+        return _read_long_table(path, id_column, label_column, labelled, on_error, group_column)
+    parts = _ts_parts(path, labelled) if extension == ".ts" else _npz_parts(path, labelled, group_column)
+    return _gather(parts, labelled, on_error)
 
 
 def _has_column(path: Path, name: str) -> bool:
@@ -362,11 +380,14 @@ def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | N
     return values[: real[-1] + 1]
 
 
-def _read_long_table(path: Path, id_column: str, label_column: str, labelled: bool, on_error: OnError) -> Items:
+def _read_long_table(
+    path: Path, id_column: str, label_column: str, labelled: bool, on_error: OnError, group_column: str | None = None
+) -> Items:
     table = read_table(path)
     ids = table.column(id_column)
     labels = table.column(label_column) if labelled else None
-    features = [name for name in table.columns if name not in (id_column, label_column)]
+    groups = _groups(table, group_column)
+    features = [name for name in table.columns if name not in (id_column, label_column, group_column)]
     if not features:
         raise UserError(f"{path}: no column beside {id_column!r} and {label_column!r}; add the features")
     columns = {name: table.column(name) for name in features}
@@ -387,6 +408,10 @@ def _read_long_table(path: Path, id_column: str, label_column: str, labelled: bo
             if labels[row].strip() != label:
                 raise UserError(f"{table.place(row)}: label {_shown(labels[row])} of series {ids[row]!r}, but "
                                 f"{label!r} in line {table.lines[rows[0]]}; give all its rows the same")
+            if groups[row] != groups[rows[0]]:
+                raise UserError(f"{table.place(row)}: {group_column} {_shown(*groups[row])} of series {ids[row]!r}, "
+                                f"but {_shown(*groups[rows[0]])} in line {table.lines[rows[0]]}; give all its rows the "
+                                "same")
 
         def cell(t: int, c: int) -> str:
             name = features[c]
@@ -394,7 +419,7 @@ def _read_long_table(path: Path, id_column: str, label_column: str, labelled: bo
 
         return _checked(numbers[rows], first, cell), label
 
-    parts = ((id, table.place(rows[0]), partial(make, rows)) for id, rows in rows_of.items())
+    parts = ((id, table.place(rows[0]), partial(make, rows), *groups[rows[0]]) for id, rows in rows_of.items())
     return _gather(parts, labelled, on_error, features)
 
 
@@ -497,10 +522,10 @@ def _kind(array: Any) -> str:
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
 
 
-def _npz_parts(path: Path, labelled: bool) -> Iterator[Part]:
+def _npz_parts(path: Path, labelled: bool, group_column: str | None = None) -> Iterator[Part]:
     arrays = _load_numpy(path, unread="" if labelled else "y")
     needed = ("x", "y") if labelled else ("x",)
-    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= set(_NPZ_KEYS):
+    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*_NPZ_KEYS, group_column}:
         raise UserError(f"{path}: holds {_listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
                         f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])}")
     series = _npz_series(path, arrays["x"], arrays.get("lengths"))
@@ -509,6 +534,7 @@ def _npz_parts(path: Path, labelled: bool) -> Iterator[Part]:
         return _per_series(path, key, arrays[key], kinds, len(series))
 
     labels = column("y", "biufUS") if labelled else None
+    groups = column(group_column, "iuUS") if group_column in arrays else None
     ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
     twice = _repeated(ids)
     if twice is not None:
@@ -520,7 +546,7 @@ def _npz_parts(path: Path, labelled: bool) -> Iterator[Part]:
 
     for row, id in enumerate(ids):
         place = f"{path}, row {row + 1}"
-        yield id, place, partial(make, row, place)
+        yield id, place, partial(make, row, place), *([] if groups is None else [str(groups[row])])
 
 
 def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequence[np.ndarray]:
@@ -563,6 +589,7 @@ def read_texts(
     labelled: bool = True,
     on_error: OnError = stop,
     id_column: str = "id",
+    group_column: str | None = None,
 ) -> Items:
     """Texts, as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
 
@@ -578,7 +605,7 @@ def read_texts(
     def text_of(row: int) -> str:
         return _text(texts[row], f"{table.place(row)}, column {text_column!r}: it")
 
-    return _rows_of(table, text_of, id_column, label_column, labelled, on_error)
+    return _rows_of(table, text_of, id_column, label_column, labelled, on_error, group_column)
 
 
 # -- tables that name files -----------------------------------------------------------------------------------
@@ -591,6 +618,7 @@ def read_manifest(
     labelled: bool = True,
     on_error: OnError = stop,
     id_column: str = "id",
+    group_column: str | None = None,
 ) -> Items:
     """Items of several modalities, one per row of a .csv, .tsv or .jsonl: {'image': Path, 'text': str, 'series': Path}.
 
@@ -622,129 +650,4 @@ def read_manifest(
                             "give one of them, or remove the row")
         return found
 
-    return _rows_of(table, values, id_column, label_column, labelled, on_error)
-
-
-# -- images ---------------------------------------------------------------------------------------------------
-
-Image.init()
-# EPS runs another program, Ghostscript; the others are recognised by Pillow but not read without one more.
-_FORMATS = sorted(set(Image.OPEN) - {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
-_IMAGE_EXTENSIONS = {extension for extension, format in Image.registered_extensions().items() if format in _FORMATS}
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_EXTENSIONS
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, by name, without what is hidden."""
-    try:
-        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}; correct the path or its permissions") from error
-
-
-def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """The files of a folder at any depth. Links are followed, but each folder is read once, so a cycle ends."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    seen.add(real)
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _files(entry, seen)
-        else:
-            yield entry
-
-
-def read_images(path: str | Path, labelled: bool = True) -> Items:
-    """Paths of images, in the order of their names: of a folder with a sub-folder per class, which may have more.
-
-    Without labels, of any folder, or of one image file. Hidden files and folders are skipped; files that are not images
-    by their extension are counted in `notes`. The images are not opened here. Raises UserError.
-    """
-    path = Path(path)
-    if not labelled and path.is_file():
-        if not _is_image(path):
-            raise UserError(f"{path}: {path.suffix!r} is no image's extension; use .png, .jpg or another Pillow reads")
-        return Items([path.name], [str(path)], [path], None)
-    folders = [entry for entry in _entries(path) if entry.is_dir()] if labelled else [path]
-    if not folders:
-        raise UserError(f"{path}: no class folder in it; put the images of each class into a folder of its own")
-    found = {folder: list(_files(folder, set())) for folder in folders}
-    images = {folder: [file for file in files if _is_image(file)] for folder, files in found.items()}
-    empty = [folder for folder in folders if not images[folder]]
-    if empty:
-        raise UserError(f"{empty[0]}: there is no image in it; add some, or remove the folder")
-    beside = [entry for entry in _entries(path) if labelled and entry not in folders]
-    stray = [file for file in beside if _is_image(file)]
-    if stray:
-        raise UserError(f"{stray[0]}: the image is in no class folder; move it into that of its class")
-    others = beside + [file for files in found.values() for file in files if not _is_image(file)]
-    values = [file for files in images.values() for file in files]
-    notes = [f"{path}: {len(others)} files that are not images were left out, first {file}" for file in others[:1]]
-    labels = [folder.name for folder, files in images.items() for _ in files] if labelled else None
-    ids = [_text(file.relative_to(path).as_posix(), f"{path}: the file name") for file in values]
-    return Items(ids, [str(file) for file in values], values, labels, notes=notes)
-
-
-def split_folders(path: str | Path) -> dict[str, Path] | None:
-    """{'train': ..., 'val': ..., 'test': ...}, the last two if there, of a folder with train/ above the classes.
-
-    None where the folder holds the classes themselves: without train/, or with images and no folder in train/.
-    """
-    names = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-    folders = [entry for entry in _entries(Path(path)) if entry.is_dir()]
-    train = [folder for folder in folders if folder.name.lower() == "train"]
-    if not any(entry.is_dir() for folder in train for entry in _entries(folder)):
-        return None
-    splits: dict[str, Path] = {}
-    for folder in folders:
-        split = names.get(folder.name.lower())
-        if split is None or split in splits:
-            raise UserError(f"{folder}: beside {splits.get(split, train[0])}, it is not clear what it is; "
-                            "keep one each of train, val and test, or only class folders")
-        splits[split] = folder
-    return splits
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image (of several frames the first), decoded, turned as its EXIF orientation says. Raises UserError."""
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise UserError(f"{path}: there is no such file; correct the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
-    except Exception as error:  # damaged bytes come out as a dozen kinds
-        kind = type(error).__name__
-        raise UserError(f"{path}: not an image that can be read ({kind}); replace or remove it") from error
-
-
-def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """The image as 8-bit RGB, whatever its mode; what is transparent lies over white.
-
-    16-bit grey (0..65535) is divided by 257, floating-point grey (0..1) multiplied by 255; values outside raise
-    UserError with this name.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow itself would clip at 255
-        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not ((values >= 0) & (values <= top)).all():
-            raise UserError(f"{name}: mode {image.mode} with values {values.min()} to {values.max()}; "
-                            f"they must be in 0..{top}, scale them or save as 8 bit")
-        grey = np.round(values * (255 / top)).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
-        image = image.convert(image.mode.upper())
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    try:
-        return image.convert("RGB")
-    except ValueError as error:  # LAB in older Pillows
-        raise UserError(f"{name}: mode {image.mode} cannot be converted to RGB; save it as RGB") from error
+    return _rows_of(table, values, id_column, label_column, labelled, on_error, group_column)
