@@ -62,10 +62,14 @@ def _entries(folder: Path, folders_only: bool = False) -> list[Path]:
     """What a folder holds, by name, without what is hidden and the folder that macOS adds to archives."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if not folders_only or entry.is_dir()]
+            names = [entry.name for entry in entries if not folders_only or _is_folder(entry)]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}; correct the path or its permissions") from error
     return [folder / name for name in sorted(names) if not name.startswith(".") and name != "__MACOSX"]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
 
 
 def _folders(folder: Path) -> list[Path]:

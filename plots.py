@@ -268,9 +268,10 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
-    """Images of any scale from 0 (0..255, 0..16, 0..1) as floats in [0, 1]."""
+    """Images of a scale from 0 to 255, 16 or 1, the smallest that holds them, as floats in [0, 1]."""
     images = np.asarray(images, dtype=np.float64)
-    return np.clip(images / max(images.max(initial=0), 1e-12), 0, 1)
+    top = next(top for top in (1, 16, 255, np.inf) if images.max(initial=0) <= top)
+    return np.clip(images / top, 0, 1)
 
 
 def _show_image(axes: Axes, image: np.ndarray) -> None:
