@@ -527,7 +527,8 @@ def _npz_parts(path: Path, labelled: bool, group_column: str | None = None) -> I
     needed = ("x", "y") if labelled else ("x",)
     if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*_NPZ_KEYS, group_column}:
         raise UserError(f"{path}: holds {_listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
-                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])}")
+                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])} and the "
+                        "--group_column")
     series = _npz_series(path, arrays["x"], arrays.get("lengths"))
 
     def column(key: str, kinds: str) -> list[Any]:

@@ -386,18 +386,30 @@ def grouped_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `stratified_split`, but the samples of a group are all kept or all held out.
 
-    Groups are held out, the largest first, as long as that brings the shares of the classes nearer to the fraction, and
-    then for each class that has none yet its smallest group. At least one group of each class is kept.
+    Of some random choices of groups the one whose shares of the classes are nearest to the fraction. Of each class that
+    is in several groups, at least one is held out, and at least one is kept.
     """
     names, group = np.unique(groups, return_inverse=True)
     classes, label = np.unique(labels, return_inverse=True)
     counts = np.zeros((len(names), len(classes)))
     np.add.at(counts, (group, label), 1)
-    shares, there = counts / counts.sum(0), counts > 0  # (groups, classes)
-    order = rng.permutation(len(names))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
-    held, left = np.zeros(len(names), bool), there.sum(0)  # left: groups kept that have the class
-    missing = np.full(len(classes), fraction)  # of each class, still to be held out
+    shares = counts / counts.sum(0)  # (groups, classes): how much of a class is in a group
+
+    def distance(held: np.ndarray) -> float:
+        return np.square(shares[held].sum(0) - fraction).sum()
+
+    tries = max(1, min(100, 100_000 // len(names)))
+    held = min((_hold_out(shares, fraction, rng.permutation(len(names))) for _ in range(tries)), key=distance)
+    if not held.any():
+        raise UserError(f"{len(names)} groups cannot be split; of a class at least two must have samples")
+    return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+
+
+def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndarray:
+    """Which groups to hold out, bool (groups,): in this order, those that bring the classes nearer to the fraction."""
+    there = shares > 0
+    held, left = np.zeros(len(shares), bool), there.sum(0)  # left: of each class, the groups that are kept
+    missing = np.full(shares.shape[1], fraction)
 
     def hold_out(one: int) -> bool:
         if held[one] or (left[there[one]] == 1).any():
@@ -410,12 +422,11 @@ def grouped_split(
     for one in order:
         if np.square(missing - shares[one]).sum() < np.square(missing).sum():
             hold_out(one)
-    for number in range(len(classes)):
+    smallest = order[np.argsort(shares[order].sum(1), kind="stable")]
+    for number in range(len(missing)):  # a class that has none held out gives the smallest group that can go
         if not there[held, number].any():
-            any(hold_out(one) for one in order[::-1] if there[one, number])
-    if not held.any():
-        raise UserError(f"{len(names)} groups cannot be split; of a class at least two must have samples")
-    return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+            any(hold_out(one) for one in smallest if there[one, number])
+    return held
 
 
 def _known(info: Info | None, modality: str) -> Any:
