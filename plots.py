@@ -130,7 +130,8 @@ def _bars(axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width
     axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
     dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
     label = "accuracy with 95 % interval"
-    axes.errorbar(x if at is None else at, share, (share - low, high - share), label=label, **dots)
+    reach = [(share - low).tolist(), (high - share).tolist()]
+    axes.errorbar(x if at is None else at, share, reach, label=label, **dots)
     axes.set(ylabel="accuracy", ylim=(0, 1))
 
 

@@ -289,12 +289,15 @@ def test_garbage_is_a_users_mistake(tmp_path, garbage, start):
         assert depth(path) is None
 
 
-def png_of(width, height):
+def png_of(width, height, bits=8, colour=2, pixels=bytes(1000), more=()):
+    """A PNG file of the bytes that its rows hold; more: chunks before them."""
+
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    rest = b"".join(chunk(*each) for each in (*more, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + header + rest
 
 
 def bmp_of(width, height):
@@ -487,9 +490,12 @@ def test_to_rgb_of_a_palette():
 
 
 def test_transparent_colour(tmp_path):
-    for mode, colour in (("L", 3), ("I;16", 3000), ("RGB", (1, 2, 3))):
+    for mode, colour in (("L", 3), ("RGB", (1, 2, 3))):
         Image.new(mode, (1, 1), colour).save(tmp_path / "a.png", transparency=colour)
         assert pixels(to_rgb(open_image(tmp_path / "a.png"))) == [[255, 255, 255]], mode
+    deep = b"\0" + struct.pack(">HH", 3000, 257 * 7)
+    write(tmp_path / "a.png", png_of(2, 1, 16, 0, deep, [(b"tRNS", struct.pack(">H", 3000))]))
+    assert pixels(to_rgb(open_image(tmp_path / "a.png"))) == [[255] * 3, [7] * 3]
 
 
 def test_every_mode_of_pillow_can_be_used():
@@ -563,6 +569,8 @@ def test_pixels_without_a_meaning(mode, colour, expected):
        st.sampled_from(["png", "tif", "bmp", "gif", "webp"]))
 def test_random_images(tmp_path, mode, data, extension):
     image = Image.frombytes(mode, (4, 3), data[: len(Image.new(mode, (4, 3)).tobytes())])
+    if mode == "P":
+        image.putpalette(data * 16)
     try:
         image.save(tmp_path / f"a.{extension}", **({"lossless": True} if extension == "webp" else {}))
     except (OSError, ValueError):
