@@ -596,8 +596,10 @@ class ImageDataset(Dataset):
 
     @property
     def augmentation(self) -> str:
-        """What is done to the images, in words."""
-        moved = f"moved by up to {self.margin} pixels" if self.margin else "not moved"
+        """What is done to the images, in words, for the first lines of a run."""
+        if not (self.margin or self.flip):
+            return "neither moved nor mirrored"
+        moved = f"moved by up to {self.margin} pixel{'s' * (self.margin > 1)}" if self.margin else "not moved"
         return f"{moved}, {'half of them mirrored (--no_flip)' if self.flip else 'not mirrored (--flip)'}"
 
     def set_epoch(self, epoch: int) -> None:
@@ -939,8 +941,8 @@ def _fingerprints(items: dict[str, Items]) -> dict[str, str]:
         for id, label, parts, place in zip(found.ids, found.labels, values, found.places, strict=True):
             files += [(part, place) for part in parts if isinstance(part, Path)]
             for part in (id, label, *parts):
-                part = as_utf8(part.name) if isinstance(part, Path) else part
-                result = zlib.crc32(part.encode() if isinstance(part, str) else part.tobytes(), result)
+                part = part.name if isinstance(part, Path) else part
+                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else part.tobytes(), result)
         if not files:
             return f"{result:08x}"
         sums = _each(_file_checksum, *map(list, zip(*files, strict=True)))

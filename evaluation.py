@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import spreadsheet_cell
+from config import as_utf8, spreadsheet_cell
 
 PathLike = str | os.PathLike
 Device = str | torch.device
@@ -223,7 +223,7 @@ def item_rows(
     log_p = _log_probabilities(logits)
     p, predicted, every = np.exp(log_p), logits.argmax(1), np.arange(len(labels))
     columns = {
-        "id": [str(id) for id in ids],
+        "id": [as_utf8(str(id)) for id in ids],
         "split": [split] * len(labels),
         "true": [class_names[label] for label in labels],
         "predicted": [class_names[number] for number in predicted],
@@ -302,7 +302,7 @@ def write_rows(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerows([rows[0].keys(), *([spreadsheet_cell(str(cell)) for cell in row.values()] for row in rows)])
-    data = text.getvalue()
+    data = as_utf8(text.getvalue())
     write_file(path, data.encode("utf-8" if data.isascii() else "utf-8-sig"))
 
 

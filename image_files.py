@@ -101,8 +101,10 @@ class _Walk:
     def files(self, folder: Path) -> list[Path]:
         """The files of a class folder at any depth, in the order of their names. Raises UserError."""
         linked = folder.is_symlink()
-        if linked and folder != self.root and self._leads_back(folder):
-            raise UserError(f"{folder}: a link to {os.path.realpath(folder)}, which is read anyway; remove it")
+        if linked and folder != self.root:
+            if self._leads_back(folder):
+                raise UserError(f"{folder}: a link to {os.path.realpath(folder)}, which is read anyway; remove it")
+            self.followed.append(folder)
         files, entered = [], {os.path.realpath(folder)}
         pending = [(entry, linked) for entry in reversed(_entries(folder))]
         while pending:
@@ -137,9 +139,12 @@ class _Walk:
         return first == path
 
     def notes(self) -> list[str]:
-        parts = ((self.followed, "lead elsewhere and were followed"), (self.left_out, "lead to what is read anyway"))
+        parts = (
+            (self.followed, "lead to other places and were followed"),
+            (self.left_out, "lead to what is read anyway and were left out"),
+        )
         return [
-            f"{len(links)} links among the images {what}, first {links[0]} -> {os.path.realpath(links[0])}"
+            f"{self.root}: links that {what}: {len(links)}, first {links[0]} -> {os.path.realpath(links[0])}"
             for links, what in parts
             if links
         ]

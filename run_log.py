@@ -117,7 +117,7 @@ def print_run(
         f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
     )
     if "augmentation" in data:
-        print(f"images  those of training are {data['augmentation']}")
+        print(f"images  in training {data['augmentation']}")
     for note in data["notes"]:
         print_note(note)
 

@@ -45,6 +45,7 @@ from config import Settings, UserError, printable
 from data_files import read_table
 from data_utils import grouped_split, load_splits
 from inference import evaluate, load_model, predict
+from run_log import tensorboard_writer
 
 
 def rows_of(path):
@@ -103,20 +104,20 @@ def arrows(folder):
 def test_own_images_are_not_mirrored_unless_asked(tmp_path):
     arrows(tmp_path / "data")
     words = ["--dataset=images", "--data_path=data", *SMALL_IMAGES]
-    shown = "images  those of training are moved by up to 1 pixels, "
+    shown = "\nimages  in training moved by up to 1 pixel, "
     assert shown + "not mirrored (--flip)\n" in trained(tmp_path, *words).out
     assert not splits_of(tmp_path)[0]["train"].flip
     assert shown + "half of them mirrored (--no_flip)\n" in trained(tmp_path, *words, "--flip").out
     data = splits_of(tmp_path)[0]
     assert data["train"].flip and data["train"].flips.any() and not data["test"].flip
-    assert "images  those of training are not moved, not mirrored" in trained(tmp_path, *words, "--no_augment").out
+    assert "\nimages  in training neither moved nor mirrored\n" in trained(tmp_path, *words, "--no_augment").out
     assert Settings.from_dict({"dataset_type": "cifar10"}).flip
 
 
 def test_mirroring_of_a_manifest_is_said_too(tmp_path):
     make_manifest(tmp_path / "data")
     done = trained(tmp_path, "--dataset=multimodal", "--data_path=data/all.csv", *SMALL_IMAGES, "--flip", "--epochs=1")
-    assert "images  those of training are moved by up to 1 pixels, half of them mirrored (--no_flip)" in done.out
+    assert "images  in training moved by up to 1 pixel, half of them mirrored (--no_flip)" in done.out
 
 
 def deep_images(folder, most, count=20, kind="png"):
@@ -654,6 +655,24 @@ def test_text_from_files_is_shown_escaped(tmp_path):
     shown += run(train.main, tmp_path, f"--data_set={HOSTILE}").err
     assert shown.count("\\x1b]0;owned\\x07") > 6
     assert all(character.isprintable() or character == "\n" for character in shown), ascii(shown)
+
+
+def test_tensorboard_shows_text_escaped(tmp_path):
+    hostile = Settings(dataset_type="text", label_column="a|b\x1b[0m", data_path="x\ny")
+    tensorboard_writer(tmp_path, hostile, None).close()
+    (events,) = tmp_path.iterdir()
+    shown = events.read_bytes()
+    assert b"| label_column | a\\|b\\x1b[0m |" in shown and b"| data_path | x\\ny |" in shown
+    assert b"\x1b[0m" not in shown
+
+
+def test_ids_that_no_file_can_hold(tmp_path):
+    """Half a character, as JSON may have it, in an id: escaped wherever it is written."""
+    lines = [json.dumps({"id": f"\ud83d{n}", "text": "xy"[n % 2], "label": "ab"[n % 2]}) for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    trained(tmp_path, "--dataset=text", "--data_path=a.jsonl", "--epochs=1")
+    assert infer(tmp_path, "--analyze").status == 0 and infer(tmp_path, "--input=a.jsonl").status == 0
+    assert {row["id"] for row in predictions(tmp_path / "results")} == {f"\\ud83d{n}" for n in range(12)}
 
 
 def test_printable_text_is_left_as_it_is():
