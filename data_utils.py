@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -853,7 +854,7 @@ def _places(settings: Settings, info: Info | None, only: str | None) -> tuple[di
         splits, more = find_splits(path)
         places, notes = splits | places, notes + more
     else:
-        places["train"] = path
+        places = {"train": path} | places
     if info and only in places and only != "train":
         places = {only: places[only]}
     return places, notes
@@ -862,7 +863,7 @@ def _places(settings: Settings, info: Info | None, only: str | None) -> tuple[di
 def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Settings) -> list[str]:
     """Take the test and validation items that there are not yet out of those of training. Returns notes."""
     for found in items.values():
-        found.groups = _groups(found, settings)
+        found.groups = _group_names(found, settings)
     _refuse_shared_groups(items)
     streams = {  # the test set first: it is the same for every seed
         "test": (settings.test_fraction, random_stream("test set")),
@@ -885,8 +886,12 @@ def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Setti
     return [f"groups: {counts}, none of them in two" + "".join(f"; {share}" for share in shares)]
 
 
-def _groups(found: Items, settings: Settings) -> list[str] | None:
-    """The group of each item, by the settings; None where they name none. Raises UserError for items without."""
+def _group_names(found: Items, settings: Settings) -> list[str] | None:
+    """The group of each item, by the settings; None where they name none. Raises UserError for items without.
+
+    Names that look the same to a person are one group: 7 and 7.0, P7 and p7. To part what belongs together would be
+    worse than to join what does not.
+    """
     column, pattern = settings.group_column, settings.group_pattern
     if column and pattern:
         raise UserError("group_column, group_pattern: both say what the groups are; give one of them")
@@ -899,7 +904,7 @@ def _groups(found: Items, settings: Settings) -> list[str] | None:
             matches = [re.search(pattern, id) for id in found.ids]
         except re.error as error:
             raise UserError(f"group_pattern: {pattern!r} is no regular expression: {error}") from error
-        groups = [match and match[match.re.groups > 0] for match in matches]
+        groups = [match and match[1 if match.re.groups else 0] for match in matches]
         missing = f"group_pattern {pattern!r} finds no group in it; every item needs one"
     if groups:
         refuse_together(
@@ -907,6 +912,8 @@ def _groups(found: Items, settings: Settings) -> list[str] | None:
             for place, id, group in zip(found.places, found.ids, groups, strict=True)
             if not group
         )
+        groups = [unicodedata.normalize("NFKC", group).casefold() for group in groups]
+        groups = [re.sub(r"^(\d+)\.0*$", r"\1", "".join(c for c in group if c.isprintable())) for group in groups]
     return groups
 
 

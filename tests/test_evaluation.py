@@ -415,6 +415,16 @@ def drawn(monkeypatch):
     return figures
 
 
+@pytest.mark.parametrize("top, white", [(60, 255), (255, 255), (16, 16), (1, 1)])
+def test_mistakes_show_the_item_as_bright_as_it_is(drawn, top, white):
+    row = {"id": "cats/a\x1b.png", "true": "cat", "predicted": "dog", "confidence": 0.98765}
+    plots.plot_mistakes([row], np.full((1, 4, 4, 1), top), "unused")
+    axes = drawn[0].axes[0]
+    assert axes.get_title(loc="left") == "cats/a\\x1b.png\ntrue cat\npredicted dog\nconfidence 98.8%"
+    shown = axes.images[0]
+    assert shown.get_array().max() == pytest.approx(top / white) and shown.get_clim() == (0, 1)
+
+
 @pytest.mark.parametrize("classes", [2, 10, 20, 21, 100])
 def test_confusion_matrix_is_annotated_in_every_cell_or_not_at_all(classes):  # R45
     matrix = np.arange(classes**2).reshape(classes, classes)
