@@ -869,9 +869,13 @@ def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Setti
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
     }
-    shares = []
-    for name in (name for name in streams if name not in items):
-        train, (fraction, rng) = items["train"], streams[name]
+    notes, shares = [], []
+    for name, (fraction, rng) in streams.items():
+        if name in items:
+            if fraction != FIELDS[f"{name}_fraction"].default and not settings.test_path:
+                notes.append(f"{name}_fraction has no effect: there is a folder for {PURPOSES[name]}")
+            continue
+        train = items["train"]
         labels = np.array([numbers[label] for label in train.labels])
         with naming(f"{settings.data_path}, to set aside data for {PURPOSES[name]}"):
             if train.groups:
@@ -880,10 +884,10 @@ def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Setti
                 kept, held_out = stratified_split(labels, fraction, rng)
         items[name], items["train"] = train.subset(held_out), train.subset(kept)
         shares.append(f"{name}_fraction {fraction:g} became {len(held_out) / len(labels):.3f}")
-    if not items["train"].groups:
-        return []
-    counts = ", ".join(f"{len(set(items[name].groups))} for {purpose}" for name, purpose in PURPOSES.items())
-    return [f"groups: {counts}, none of them in two" + "".join(f"; {share}" for share in shares)]
+    if items["train"].groups:
+        counts = ", ".join(f"{len(set(items[name].groups))} for {purpose}" for name, purpose in PURPOSES.items())
+        notes.append("; ".join([f"groups: {counts}, none of them in two", *shares]))
+    return notes
 
 
 def _group_names(found: Items, settings: Settings) -> list[str] | None:
@@ -1016,13 +1020,15 @@ def load_images_splits(
 
 
 def _read_pixels(files: Sequence[Path], places: Sequence[str], size: int, bits: int | None) -> np.ndarray:
-    """uint8 (N, size, size, 3)."""
+    """uint8 (N, size, size, 3). Raises UserError for more than this machine's memory."""
+    needed = len(files) * size**2 * 3
     try:
+        if needed > _memory():
+            raise MemoryError
         pixels = np.empty((len(files), size, size, 3), np.uint8)
-    except (MemoryError, ValueError) as error:
-        gib = len(files) * size**2 * 3 / 2**30
+    except MemoryError as error:
         raise UserError(
-            f"{len(files)} images of image_size {size} need {gib:,.0f} GiB of memory; lower --image_size"
+            f"{len(files)} images of image_size {size} need {needed / 2**30:,.0f} GiB of memory; lower --image_size"
         ) from error
 
     def read(number: int) -> None:
@@ -1030,6 +1036,14 @@ def _read_pixels(files: Sequence[Path], places: Sequence[str], size: int, bits: 
 
     _each(read, range(len(files)), places)
     return pixels
+
+
+def _memory() -> float:
+    """Bytes of memory in this machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:

@@ -79,6 +79,16 @@ def test_training_on_the_usual_layouts(tmp_path, names, wrapper):
     assert {row["id"].split("/")[0] for row in rows_of(tmp_path / "results/items.csv")} == {"night & fog", "日中"}
 
 
+def test_fractions_without_effect_are_noted(tmp_path):
+    for seed, name in enumerate(("train", "val", "test")):
+        make_images(tmp_path / "data" / name, 4, seed)
+    words = ["--dataset=images", "--data_path=data", "--epochs=1", *SMALL_IMAGES]
+    done = trained(tmp_path, *words, "--val_fraction=0.9", "--test_fraction=0.9")
+    assert "note: val_fraction has no effect: there is a folder for validation" in done.out
+    assert "note: test_fraction has no effect: there is a folder for the test" in done.out
+    assert "no effect" not in trained(tmp_path, *words).out
+
+
 def test_a_test_path_of_splits_is_refused_with_their_names(tmp_path):
     make_images(tmp_path / "data", 6)
     for name in ("Training", "Testing"):
