@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import UserError
+from config import UserError, printable
 from data_files import read_one_series
 from image_files import open_image, to_bytes, to_rgb, upright
 
@@ -272,7 +272,7 @@ def _array_image(array: Any, bits: int | None) -> Image.Image:
 
 def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
     """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
-    name = str(image) if isinstance(image, Path) else "the image"
+    name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
     else:

@@ -872,7 +872,8 @@ def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Setti
     notes, shares = [], []
     for name, (fraction, rng) in streams.items():
         if name in items:
-            if fraction != FIELDS[f"{name}_fraction"].default and not settings.test_path:
+            given = name == "test" and settings.test_path  # of which unused_settings tells
+            if fraction != FIELDS[f"{name}_fraction"].default and not given:
                 notes.append(f"{name}_fraction has no effect: there is a folder for {PURPOSES[name]}")
             continue
         train = items["train"]

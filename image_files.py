@@ -54,6 +54,10 @@ PURPOSES = {"train": "training", "val": "validation", "test": "the test"}
 # -- folders --------------------------------------------------------------------------------------------------
 
 
+def _error(path: str | Path, what: str) -> UserError:
+    return UserError(f"{printable(str(path))}: {printable(what)}")
+
+
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
@@ -64,7 +68,7 @@ def _entries(folder: Path, folders_only: bool = False) -> list[Path]:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if not folders_only or _is_folder(entry)]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}; correct the path or its permissions") from error
+        raise _error(folder, f"cannot be read: {error.strerror}; correct the path or its permissions") from error
     return [folder / name for name in sorted(names) if not name.startswith(".") and name != "__MACOSX"]
 
 
@@ -103,7 +107,7 @@ class _Walk:
         linked = folder.is_symlink()
         if linked and folder != self.root:
             if self._leads_back(folder):
-                raise UserError(f"{folder}: a link to {os.path.realpath(folder)}, which is read anyway; remove it")
+                raise _error(folder, f"a link to {os.path.realpath(folder)}, which is read anyway; remove it")
             self.followed.append(folder)
         files, entered = [], {os.path.realpath(folder)}
         pending = [(entry, linked) for entry in reversed(_entries(folder))]
@@ -135,7 +139,7 @@ class _Walk:
             return new
         first_folder, first = self.reached.setdefault(real, (folder, path))
         if first_folder != folder:
-            raise UserError(f"{path}: the same file as {first}, of another class; remove one of them")
+            raise _error(path, f"the same file as {first}, of another class; remove one of them")
         return first == path
 
     def notes(self) -> list[str]:
@@ -162,11 +166,11 @@ def read_images(path: str | Path, labelled: bool = True) -> Items:
     path = Path(path)
     if not labelled and path.is_file():
         if not _is_image(path):
-            raise UserError(f"{path}: {path.suffix!r} is no image's extension; use .png, .jpg or another Pillow reads")
+            raise _error(path, f"{path.suffix!r} is no image's extension; use .png, .jpg or another Pillow reads")
         return Items([as_utf8(path.name)], [printable(str(path))], [path], None)
     folders = _folders(path) if labelled else [path]
     if not folders:
-        raise UserError(f"{path}: no class folder in it; put the images of each class into a folder of its own")
+        raise _error(path, "no class folder in it; put the images of each class into a folder of its own")
     if labelled:
         _refuse_splits(path, folders)
     walk = _Walk(path)
@@ -174,11 +178,11 @@ def read_images(path: str | Path, labelled: bool = True) -> Items:
     images = {folder: [file for file in files if _is_image(file)] for folder, files in found.items()}
     empty = [folder for folder in folders if not images[folder]]
     if empty:
-        raise UserError(f"{empty[0]}: there is no image in it; add some, or remove the folder")
+        raise _error(empty[0], "there is no image in it; add some, or remove the folder")
     beside = [entry for entry in _entries(path) if labelled and entry not in images]
     stray = [file for file in beside if _is_image(file)]
     if stray:
-        raise UserError(f"{stray[0]}: the image is in no class folder; move it into that of its class")
+        raise _error(stray[0], "the image is in no class folder; move it into that of its class")
     others = beside + [file for files in found.values() for file in files if not _is_image(file)]
     kinds = Counter(file.suffix.lower() or "without extension" for file in others)
     shown = _listed(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -209,8 +213,9 @@ def find_splits(path: str | Path) -> tuple[dict[str, Path], list[str]]:
     splits: dict[str, Path] = {}
     for folder, split in called.items():
         if split is None or split in splits:
-            raise UserError(f"{folder}: beside {splits.get(split, train[0])}, it is not clear what it is; "
-                            "keep one each of train, val and test, or only class folders")  # fmt: skip
+            known = splits.get(split, train[0])
+            raise _error(folder, f"beside {known}, it is not clear what it is; keep one each of train, val and test, "
+                                 "or only class folders")  # fmt: skip
         splits[split] = folder
     usual = top == path and all(folder.name in (split, "validation") for split, folder in splits.items())
     splits = {split: _without_wrappers(splits[split]) for split in PURPOSES if split in splits}
@@ -239,24 +244,24 @@ def _refuse_splits(path: Path, folders: list[Path]) -> None:
     called = {folder: _split_of(folder) for folder in folders}
     splits = set(called.values()) - {None}
     if "train" in splits and any(_folders(folder) for folder in folders if called[folder] == "train"):
-        raise UserError(f"{path}: holds the splits {_names(folders)}; name the one that is meant")
+        raise _error(path, f"holds the splits {_names(folders)}; name the one that is meant")
     if len(splits) > 1 and None not in called.values():
-        raise UserError(f"{path}: {_names(folders)} seem to be splits, but there is no train folder with a folder for "
-                        "each class in it; make one, or rename them if they are classes")  # fmt: skip
-    inner: list[set[str]] = []
+        raise _error(path, f"{_names(folders)} seem to be splits, but there is no train folder with a folder for each "
+                           "class in it; make one, or rename them if they are classes")  # fmt: skip
+    counts = Counter()  # of the names of the folders within, where nothing else lies beside them
     for folder in folders:
-        inner.append({each.name.lower() for each in _folders(folder)})
-        if not inner[-1] or _holds_images(folder):
+        inner = {each.name.lower() for each in _folders(folder)}
+        if not inner or _holds_images(folder):
             return
-    shared = set.intersection(*inner)
-    if len(folders) < 2 or not shared or len(set.union(*inner)) < 2:
-        return
-    remedy = "call them train, val and test if they are splits"
-    if not shared.isdisjoint(SPLITS):
-        remedy = "put the splits above the classes"
-    raise UserError(f"{path}: {_names(folders)} hold folders of the same names ({_listed(sorted(shared))}), so it is "
-                    f"not clear which are the classes; {remedy}, or list files and labels in a table, see --dataset "
-                    "multimodal")  # fmt: skip
+        counts.update(inner)
+    shared = sorted(name for name, count in counts.items() if count > len(folders) / 2)
+    if len(folders) > 1 and len(counts) > 1 and shared:
+        remedy = "call them train, val and test if they are splits"
+        if not SPLITS.keys().isdisjoint(shared):
+            remedy = "put the splits above the classes"
+        raise _error(path, f"{_names(folders)} hold folders of the same names ({_listed(shared)}), so it is not clear "
+                           f"which are the classes; {remedy}, or list files and labels in a table, see --dataset "
+                           "multimodal")  # fmt: skip
 
 
 # -- pixels ---------------------------------------------------------------------------------------------------
@@ -274,21 +279,20 @@ def open_image(path: str | Path) -> Image.Image:
 
     More pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million) are refused before they are decoded.
     """
-    shown = printable(str(path))
     if not os.path.isfile(path):  # a pipe would wait for ever
         what = "no regular file" if os.path.exists(path) else "there is no such file"
-        raise UserError(f"{shown}: {what}; correct the path, or remove it")
+        raise _error(path, f"{what}; correct the path, or remove it")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
                 raise Image.DecompressionBombError
             return upright(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{shown}: more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
+        raise _error(path, f"more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # damaged bytes come out as a dozen kinds
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        remedy = _remedy(path) or f"not an image that can be read ({what}); replace or remove it"
-        raise UserError(f"{shown}: {remedy}") from error
+        what = _remedy(path) or f"not an image that can be read ({what}); replace or remove it"
+        raise _error(path, what) from error
 
 
 def _remedy(path: str | Path) -> str | None:

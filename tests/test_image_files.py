@@ -92,6 +92,16 @@ def test_folder_mistakes(tmp_path):
     assert "Not a directory" in message(read_images, path)
 
 
+def test_names_of_several_lines_stay_in_one_line(tmp_path):
+    make(tmp_path, "cats/1.png", "new\nclass/readme.txt")
+    assert "new\\nclass: there is no image in it" in message(read_images, tmp_path)
+    link(tmp_path / "new\nclass/up", tmp_path)
+    make(tmp_path, "new\nclass/1.png")
+    assert read_images(tmp_path).places[1] == f"{tmp_path}/new\\nclass/1.png"
+    make(tmp_path / "more", "tra\nin/cat/1.png", "train/cat/1.png")
+    assert "tra\\nin: beside" in message(find_splits, tmp_path / "more")
+
+
 def test_folders_as_deep_as_the_system_allows(tmp_path):
     """Deeper than Python's own calls may be nested."""
     (tmp_path / "cats").mkdir()
@@ -242,6 +252,7 @@ def test_splits_are_found(tmp_path, files, expected):
     (classes("cat/train", "dog/train", "cat/test", "dog/test"), "put the splits above the classes"),
     (classes("fold1", "fold2", "fold3"), "call them train, val and test if they are splits"),
     (["part1/cat/1.png", "part1/dog/1.png", "part2/cat/1.png"], "hold folders of the same names"),
+    (["a/cat/1.png", "a/dog/1.png", "b/cat/1.png", "b/fox/1.png", "c/dog/1.png", "c/fox/1.png"], "the same names"),
     (["covid/images/1.png", "covid/masks/1.png", "normal/images/1.png", "normal/masks/1.png"], "the same names"),
 ])  # fmt: skip
 def test_splits_are_never_taken_for_classes(tmp_path, files, part):
