@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import UserError
-from data_files import open_image, to_rgb
+from config import UserError, printable
+from image_files import open_image, to_bytes, to_rgb, upright
 from series_files import not_as_trained, read_one_series
 from tables import FileFinder, nfc, repeated
 
@@ -211,6 +211,8 @@ class ImageAdapter:
         mean, std: per channel, in units of the stored pixels.
         any_size: images of any size and mode become RGB, upright (EXIF), scaled and cropped about the centre to
             (H, W); without it only arrays of image_shape are taken, as they were stored in training.
+        bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
+            numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
     """
 
     image_shape: list[int]
@@ -218,13 +220,16 @@ class ImageAdapter:
     mean: list[float]
     std: list[float]
     any_size: bool = False
+    bits: int | None = None
 
     @classmethod
-    def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
+    def fit(
+        cls, images: np.ndarray, patch_size: int, any_size: bool = False, bits: int | None = None
+    ) -> "ImageAdapter":
         """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
             images = np.stack([_stored_pixels(image) for image in images])
-        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size)
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits)
 
     @property
     def grid_shape(self) -> list[int]:
@@ -246,7 +251,7 @@ class ImageAdapter:
         """The image as it is kept: uint8 (H, W, channels)."""
         image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
-            return square_pixels(image, self.image_shape[0])
+            return square_pixels(image, self.image_shape[0], self.bits)
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
 
     def images(self, tokens: Tensor) -> np.ndarray:
@@ -265,6 +270,9 @@ def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarr
         raise UserError(f"an image of shape {values.shape}; the model takes {shape}")
     if values.ndim != 3 or not values.size or (shape is None and values.shape[2] > 4):
         raise UserError(f"an image of shape {values.shape}; it must be (H, W) or (H, W, 1 to 4 channels)")
+    if _number_kind(image) in "bf" and 0 < values.max() <= 1:  # among them black and white, which are whole numbers
+        raise UserError("pixels from 0 to 1; give whole numbers from 0 to 255 as they are stored, such as "
+                        "(image * 255).astype('uint8')")  # fmt: skip
     with np.errstate(invalid="ignore"):
         pixels = values.astype(np.uint8)
     if not np.array_equal(pixels, values):
@@ -272,15 +280,40 @@ def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarr
     return pixels
 
 
-def square_pixels(image: Any, size: int) -> np.ndarray:
+def _number_kind(array: Any) -> str:
+    """NumPy's letter for the kind of numbers: b (bool), i, u, f; for uint8, which is what pixels are stored as, 8."""
+    if isinstance(array, Tensor):
+        return "f" if array.is_floating_point() else {torch.bool: "b", torch.uint8: "8"}.get(array.dtype, "i")
+    try:
+        dtype = np.asarray(array).dtype
+    except ValueError:  # rows of different lengths; `_numbers` says so
+        return "O"
+    return "8" if dtype == np.uint8 else dtype.kind
+
+
+def _array_image(array: Any, bits: int | None) -> Image.Image:
+    """A PIL image of an array (H, W) or (H, W, 1 to 4 channels), whose type says what its numbers mean.
+
+    Of bool, True is white. Whole numbers wider than 8 bits reach 2**bits - 1 where the training images had `bits`. All
+    others are 0..255; from 0 to 1 is refused, whatever is between.
+    """
+    kind = _number_kind(array)
+    if kind == "b":
+        array = (_numbers(array, "image") * 255).astype(np.uint8)
+    elif bits and kind in "iu":
+        array = to_bytes(_numbers(array, "image"), 2**bits - 1, "the image")
+    pixels = _stored_pixels(array)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
     """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
-    name = str(image) if isinstance(image, Path) else "the image"
+    name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
-    elif not isinstance(image, Image.Image):
-        array = _stored_pixels(image)
-        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    image = to_rgb(ImageOps.exif_transpose(image), name)
+    else:
+        image = upright(image) if isinstance(image, Image.Image) else _array_image(image, bits)
+    image = to_rgb(image, name, bits or 16)
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 

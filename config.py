@@ -12,11 +12,16 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import os
+import re
+import shlex
+import subprocess
 import sys
 import typing
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +41,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
     },
-    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50, "flip": True},
+    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
         "model_size": "tiny",
         "num_epochs": 100,
@@ -60,8 +65,59 @@ _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
 
 
+# -- text from files and commands ------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
+    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
+
+
+def as_utf8(text: str) -> str:
+    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
+    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# The first columns of the tables that an evaluation and a prediction write
+OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
+_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
+    return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text of which `spreadsheet_cell` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
+
+
+def print_note(text: str) -> None:
+    """Show a line that the user should know of and that stops nothing."""
+    print(f"note: {printable(text)}", flush=True)
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """The path as a word of a command that is offered for copying."""
+    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
+
+
 class UserError(ValueError):
-    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy."""
+    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
+
+    What the message quotes of files and names is escaped, see `printable`.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
@@ -85,6 +141,7 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
 _IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_OWN_IMAGES = {"dataset_type": ("images", "multimodal")}
 _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
@@ -129,6 +186,10 @@ class Settings:
         "plain text where they make no sense as such", choices=("auto", "excel", "none"), applies=_TABLES)
     max_unpacking: int = _column(
         100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
+    group_column: str | None = _data(
+        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_OWN)
+    group_pattern: str | None = _data(
+        None, "the same, as a regular expression found in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -140,8 +201,11 @@ class Settings:
     max_seq_len: int | None = _data(
         None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SEQUENCES)
     image_size: int = _data(
-        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1,
-        applies={"dataset_type": ("images", "multimodal")})
+        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1, below=2**14,
+        applies=_OWN_IMAGES)
+    image_bits: int | None = _data(
+        None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
+        at_least=8, below=17, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
     augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
     flip: bool = _data(
@@ -468,7 +532,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         if _has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{shown:<28}  {sources[name]}")
+            rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
     return "\n".join(rows)
 
 
@@ -633,12 +697,20 @@ def make_parser(description: str) -> Parser:
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
+
+    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
+    """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                return main(*args, **kwargs)
         except UserError as error:
             for line in str(error).split("\n"):
                 print(f"error: {line}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""Users' own files: series, texts, images and tables of them, read into raw items.
+"""Users' own files: series, texts and tables of them, read into raw items. Images: image_files.py.
 
     read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .txt    float64 (L, C), NaN where a value is missing
     read_texts      .csv, .tsv, .jsonl, .txt                    str
-    read_images     a folder of class folders, or one image     Path; open_image and to_rgb make pixels of it
     read_manifest   .csv, .tsv, .jsonl that names files         {'image': Path, 'text': str, 'series': Path}
 
 L is the steps of a series, C its channels. Three arguments are the same everywhere:
@@ -18,21 +17,18 @@ A message names the file and line (or row) as the user gave it, the value and th
 """
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image, ImageOps
 
 from config import Settings, UserError
 from series_files import (
     Part,
     SeriesFile,
     arff_series,
+    groups_of,
     npz_series,
     read_named_series,
     table_series,
@@ -52,12 +48,14 @@ class Items:
     labels: list[Any] | None  # one for each, as it stands in the file; None where they were not asked for
     features: list[str] | None = None  # names of the columns of features, where the file has them
     notes: list[str] = field(default_factory=list)  # what was guessed or left out and is no mistake, to be shown
+    groups: list[str] | None = None  # what each belongs to (a patient, a device), where the file says it
     table_rows: str | None = None  # what a row of a table of series is: 'steps' or 'series'
 
     def subset(self, numbers: Iterable[int]) -> "Items":
         """The items of these numbers, in their order."""
-        chosen = ([column[i] for i in numbers] for column in (self.ids, self.places, self.values, self.labels))
-        return Items(*chosen, self.features, self.notes, self.table_rows)
+        columns = (self.ids, self.places, self.values, self.labels, self.groups)
+        *chosen, groups = ([column[i] for i in numbers] if column else column for column in columns)
+        return Items(*chosen, self.features, self.notes, groups, self.table_rows)
 
 
 OnError = Callable[[UserError], None]
@@ -69,8 +67,8 @@ def stop(error: UserError) -> None:
 
 
 def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, **about: Any) -> Items:
-    items = Items([], [], [], [] if labelled else None, **about)
-    for id, place, make in parts:
+    items, groups = Items([], [], [], [] if labelled else None, **about), []
+    for id, place, make, *group in parts:
         try:
             value, label = make()
         except UserError as error:
@@ -79,8 +77,10 @@ def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, **about: A
         items.ids.append(id)
         items.places.append(place)
         items.values.append(value)
+        groups += group
         if labelled:
             items.labels.append(label)
+    items.groups = groups or None
     return items
 
 
@@ -96,12 +96,12 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-_COLUMNS = {"id_column", "text_column", "image_column", "series_column", "label_column", "encoding"}
+_COLUMNS = {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")} | {"encoding"}
 _OF_FORMATS = {  # settings that say how a file of this kind is read
     ".ts": {"encoding"},
     ".txt": {"encoding"},
-    ".arff": {"encoding", "id_column", "label_column", "feature_columns", "ignore_columns"},
-    ".npz": {"max_unpacking"},
+    ".arff": {"encoding", "id_column", "label_column", "group_column", "feature_columns", "ignore_columns"},
+    ".npz": {"max_unpacking", "group_column"},
     ".npy": set(),
     ".jsonl": _COLUMNS,
     ".csv": _COLUMNS | {"feature_columns", "ignore_columns", "table_rows", "delimiter", "quoting"},
@@ -140,12 +140,14 @@ def read_series(
     .arff       as there: a row per series, of numeric attributes and a nominal label; or a relational attribute, of
                 which each line is a channel, and a label.
     .tsv, .txt  without a header, as in the UCR archive: a line per series, its label first.
-    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional.
+    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional; the groups
+                (N,), numbers or text, under the name settings.group_column, optional.
                 lengths: (N,) optional: with x (N, L, C) the steps that count of each series; with x (T, C) the
                 series lie one after the other and their lengths sum to T.
     .npy        one series (L, C) or (L,), without label.
-    .csv, .tsv  a line per time step: columns of series id and label, all others are features. The steps of a series
-                are in file order and may lie between those of others; its label is the same in all its rows.
+    .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
+                series are in file order and may lie between those of others; its label and group are the same in all
+                its rows.
                 Missing: an empty cell, ?, nan, NA, null and the like. Without labels, a file that has no column of
                 series id is one series.
                 Or a line per series, of one channel: columns of label and steps, and one of ids if there is one.
@@ -199,6 +201,7 @@ def _rows_of(
 ) -> Items:
     """The items of a table with one row each; `value_of` is given the row's index."""
     labels = table.column(settings.label_column) if labelled else None
+    groups = groups_of(table, settings)
     named = table.has(settings.id_column)
     ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)
 
@@ -207,7 +210,7 @@ def _rows_of(
             raise UserError(table.faults[row])
         return value_of(row), labels[row] if labelled else None
 
-    parts = ((str(ids[row]), table.place(row), partial(make, row)) for row in range(len(table.rows)))
+    parts = ((str(ids[row]), table.place(row), partial(make, row), *groups[row]) for row in range(len(table.rows)))
     return _gather(parts, labelled, on_error, notes=table.notes)
 
 
@@ -252,128 +255,3 @@ def read_manifest(
         return found
 
     return _rows_of(table, values, settings, labelled, on_error)
-
-
-# -- images ---------------------------------------------------------------------------------------------------
-
-Image.init()
-# EPS runs another program, Ghostscript; the others are recognised by Pillow but not read without one more.
-_FORMATS = sorted(set(Image.OPEN) - {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
-_IMAGE_EXTENSIONS = {extension for extension, format in Image.registered_extensions().items() if format in _FORMATS}
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_EXTENSIONS
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, by name, without what is hidden."""
-    try:
-        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}; correct the path or its permissions") from error
-
-
-def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """The files of a folder at any depth. Links are followed, but each folder is read once, so a cycle ends."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    seen.add(real)
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _files(entry, seen)
-        else:
-            yield entry
-
-
-def read_images(path: str | Path, labelled: bool = True) -> Items:
-    """Paths of images, in the order of their names: of a folder with a sub-folder per class, which may have more.
-
-    Without labels, of any folder, or of one image file. Hidden files and folders are skipped; files that are not images
-    by their extension are counted in `notes`. The images are not opened here. Raises UserError.
-    """
-    path = Path(path)
-    if not labelled and path.is_file():
-        if not _is_image(path):
-            raise UserError(f"{path}: {path.suffix!r} is no image's extension; use .png, .jpg or another Pillow reads")
-        return Items([path.name], [str(path)], [path], None)
-    folders = [entry for entry in _entries(path) if entry.is_dir()] if labelled else [path]
-    if not folders:
-        raise UserError(f"{path}: no class folder in it; put the images of each class into a folder of its own")
-    found = {folder: list(_files(folder, set())) for folder in folders}
-    images = {folder: [file for file in files if _is_image(file)] for folder, files in found.items()}
-    empty = [folder for folder in folders if not images[folder]]
-    if empty:
-        raise UserError(f"{empty[0]}: there is no image in it; add some, or remove the folder")
-    beside = [entry for entry in _entries(path) if labelled and entry not in folders]
-    stray = [file for file in beside if _is_image(file)]
-    if stray:
-        raise UserError(f"{stray[0]}: the image is in no class folder; move it into that of its class")
-    others = beside + [file for files in found.values() for file in files if not _is_image(file)]
-    values = [file for files in images.values() for file in files]
-    notes = [f"{path}: {len(others)} files that are not images were left out, first {file}" for file in others[:1]]
-    labels = [folder.name for folder, files in images.items() for _ in files] if labelled else None
-    ids = [_text(file.relative_to(path).as_posix(), f"{path}: the file name") for file in values]
-    return Items(ids, [str(file) for file in values], values, labels, notes=notes)
-
-
-def split_folders(path: str | Path) -> dict[str, Path] | None:
-    """{'train': ..., 'val': ..., 'test': ...}, the last two if there, of a folder with train/ above the classes.
-
-    None where the folder holds the classes themselves: without train/, or with images and no folder in train/.
-    """
-    names = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-    folders = [entry for entry in _entries(Path(path)) if entry.is_dir()]
-    train = [folder for folder in folders if folder.name.lower() == "train"]
-    if not any(entry.is_dir() for folder in train for entry in _entries(folder)):
-        return None
-    splits: dict[str, Path] = {}
-    for folder in folders:
-        split = names.get(folder.name.lower())
-        if split is None or split in splits:
-            raise UserError(f"{folder}: beside {splits.get(split, train[0])}, it is not clear what it is; "
-                            "keep one each of train, val and test, or only class folders")
-        splits[split] = folder
-    return splits
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image (of several frames the first), decoded, turned as its EXIF orientation says. Raises UserError."""
-    if not os.path.isfile(path):  # a pipe would wait for ever
-        raise UserError(f"{path}: there is no such file; correct the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
-    except Exception as error:  # damaged bytes come out as a dozen kinds
-        kind = type(error).__name__
-        raise UserError(f"{path}: not an image that can be read ({kind}); replace or remove it") from error
-
-
-def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """The image as 8-bit RGB, whatever its mode; what is transparent lies over white.
-
-    16-bit grey (0..65535) is divided by 257, floating-point grey (0..1) multiplied by 255; values outside raise
-    UserError with this name.
-    """
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow itself would clip at 255
-        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not ((values >= 0) & (values <= top)).all():
-            raise UserError(f"{name}: mode {image.mode} with values {values.min()} to {values.max()}; "
-                            f"they must be in 0..{top}, scale them or save as 8 bit")
-        grey = np.round(values * (255 / top)).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
-        image = image.convert(image.mode.upper())
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    try:
-        return image.convert("RGB")
-    except ValueError as error:  # LAB in older Pillows
-        raise UserError(f"{name}: mode {image.mode} cannot be converted to RGB; save it as RGB") from error

@@ -43,7 +43,8 @@ from tables import (
     shown,
 )
 
-Part = tuple[str, str, Callable[[], tuple[Any, Any]]]  # id, place, what makes (value, label cell) or raises UserError
+Make = Callable[[], tuple[Any, Any]]  # gives (value, label cell), or raises UserError
+Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, and, where the file has groups, the item's own
 
 
 @dataclass
@@ -114,7 +115,7 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
         return _series_of(named(cells), settings, labelled, known)
     archive = settings.table_rows == "auto" and labelled and path.suffix.lower() == ".tsv"
     if archive or settings.table_rows == "series":
-        return _label_first(cells)
+        return _label_first(cells, settings)
     if labelled:
         raise UserError(f"{path}, line {cells.lines[0]}: {shown(cells.rows[0][-1])} is a number, no name of a column; "
                         "write a line above that names the columns (id, label, ...); or, if each line is a whole "
@@ -150,7 +151,7 @@ def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence
         raise UserError(f"{path}: holds no row; write them below the header")
     rows = settings.table_rows
     if rows == "auto" and labelled and not table.has(id_column):
-        features = [name for name in table.columns if name != nfc(settings.label_column)]
+        features = [name for name in table.columns if name not in map(nfc, _others(settings))]
         if not _numbered(features) or not table.has(settings.label_column):
             try:
                 table.column(id_column)
@@ -163,7 +164,7 @@ def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence
     if rows == "series":
         return _series_per_row(table, settings, labelled, known)
     if not labelled and not table.has(id_column):
-        values, names = _one_by_name(table, settings, known, [settings.label_column])
+        values, names = _one_by_name(table, settings, known, _others(settings))
         return SeriesFile([(path.name, str(path), lambda: (values, None))], names, "steps", table.notes)
     return _step_per_row(table, settings, labelled, known)
 
@@ -180,6 +181,18 @@ def _numbered(names: list[str]) -> list[int] | None:
 def _names(text: str | None) -> list[str]:
     """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
     return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
+
+
+def groups_of(table: Table, settings: Settings) -> list[list[str]]:
+    """For each row [its group], or [] where the table has no such column; an empty cell is an empty group."""
+    if settings.group_column is None or not table.has(settings.group_column):
+        return [[]] * len(table.rows)
+    return [["" if cell is None else str(cell).strip()] for cell in table.column(settings.group_column)]
+
+
+def _others(settings: Settings) -> list[str]:
+    """The columns of a table of series that are no features."""
+    return [settings.id_column, settings.label_column, *([settings.group_column] if settings.group_column else [])]
 
 
 def _features(table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]) -> list[str]:
@@ -247,7 +260,8 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
     id_column, label_column = settings.id_column, settings.label_column
     ids = table.column(id_column)
     labels = table.column(label_column) if labelled else None
-    names = _features(table, settings, known, [id_column, label_column])
+    groups = groups_of(table, settings)
+    names = _features(table, settings, known, _others(settings))
     numbers = _matrix(table, names)
     if known is None:
         table.notes.extend(_counting(table, names, numbers, ids))
@@ -266,9 +280,14 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
             if labels[row] != label and not same_class(labels[row], label):
                 raise UserError(f"{table.place(row)}: label {shown(labels[row])} of series {shown(ids[row])}, but "
                                 f"{shown(label)} in line {table.lines[rows[0]]}; give all its rows the same")
+        for row in rows[1:]:
+            if groups[row] != groups[rows[0]]:
+                raise UserError(f"{table.place(row)}: {settings.group_column} {shown(*groups[row])} of series "
+                                f"{shown(ids[row])}, but {shown(*groups[rows[0]])} in line {table.lines[rows[0]]}; "
+                                "give all its rows the same")
         return _checked(numbers[rows], first, lambda t, c: _cell(table, rows[t], names[c])), label
 
-    parts = ((id, table.place(rows[0]), partial(make, rows)) for id, rows in rows_of.items())
+    parts = ((id, table.place(rows[0]), partial(make, rows), *groups[rows[0]]) for id, rows in rows_of.items())
     return SeriesFile(parts, names, "steps", table.notes)
 
 
@@ -289,7 +308,8 @@ def _series_per_row(table: Table, settings: Settings, labelled: bool, known: Seq
     if (twice := repeated(ids)) is not None:
         raise UserError(f"{table.path}: id {shown(twice)} is in several rows; if they are its steps, say --table_rows "
                         "steps")
-    names = _features(table, settings, known, [id_column, label_column])
+    groups = groups_of(table, settings)
+    names = _features(table, settings, known, _others(settings))
     numbers = _numbered(names)
     if known is None and not settings.feature_columns and numbers and numbers != sorted(numbers):
         names = [name for _, name in sorted(zip(numbers, names, strict=True))]
@@ -302,7 +322,7 @@ def _series_per_row(table: Table, settings: Settings, labelled: bool, known: Seq
         series = _checked(values[row][:, None], table.place(row), lambda t, _: _cell(table, row, names[t]))
         return series, labels[row] if labelled else None
 
-    parts = ((ids[row], table.place(row), partial(make, row)) for row in range(len(ids)))
+    parts = ((ids[row], table.place(row), partial(make, row), *groups[row]) for row in range(len(ids)))
     return SeriesFile(parts, names, "series", table.notes)
 
 
@@ -316,7 +336,7 @@ def _cell(table: Table, row: int, name: str) -> str:
     return f"{table.place(row)}, column {name!r}: {shown(table.rows[row][table.keys[name]])}"
 
 
-def _label_first(cells: Cells) -> SeriesFile:
+def _label_first(cells: Cells, settings: Settings) -> SeriesFile:
     """Lines without a header: label, then the values of one channel."""
     path = cells.path
     comma = _comma_is_point(cells.delimiter, (cell for row in cells.rows for cell in row[1:]))
@@ -325,7 +345,9 @@ def _label_first(cells: Cells) -> SeriesFile:
         values = _numbers(row[1:], comma)[:, None]
         return _checked(values, place, lambda t, _: f"{place}, field {t + 2}: {shown(row[t + 1])}"), row[0]
 
-    cells.notes.append(f"{path}: has no header; each line is read as a series, its label first (as in the UCR archive)")
+    if settings.table_rows == "auto":
+        cells.notes.append(f"{path}: has no header; each line is read as a series, its label first (as in the UCR "
+                           "archive)")
     places = [f"{path}, line {line}" for line in cells.lines]
     parts = ((str(number), place, partial(make, row, place))
              for number, (row, place) in enumerate(zip(cells.rows, places, strict=True), 1))
@@ -340,7 +362,7 @@ def ucr_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
         cells.lines.append(number)
     if not cells.rows:
         raise UserError(f"{path}: is empty; write a line per series, its label first")
-    return _label_first(cells)
+    return _label_first(cells, settings)
 
 
 # -- one series -----------------------------------------------------------------------------------------------
@@ -530,7 +552,7 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
         raise UserError(f"{path}: @attribute {label} {shown(declared)}: {error}") from error
 
     def checked(part: Part) -> Part:
-        id, place, make = part
+        id, place, make, *group = part
 
         def make_checked() -> tuple[Any, Any]:
             value, cell = make()
@@ -539,7 +561,7 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
                 _check_declared(cell, classes, place, f"@attribute {label}")
             return value, cell
 
-        return id, place, make_checked
+        return id, place, make_checked, *group
 
     if relational:
         parts = _relational_parts(table, relational[0], label if labelled else None)
@@ -655,17 +677,21 @@ def npz_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
 
 
 def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]:
-    arrays = load_numpy(path, [key for key in _NPZ_KEYS if labelled or key != "y"], settings.max_unpacking)
+    group_column = settings.group_column
+    wanted = [key for key in (*_NPZ_KEYS, group_column) if labelled or key != "y"]
+    arrays = load_numpy(path, wanted, settings.max_unpacking)
     needed = ("x", "y") if labelled else ("x",)
-    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= set(_NPZ_KEYS):
+    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*_NPZ_KEYS, settings.group_column}:
         raise UserError(f"{path}: holds {listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
-                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])}")
+                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])} and the "
+                        "--group_column")
     series = _npz_series(path, arrays["x"], arrays.get("lengths"))
 
     def column(key: str, kinds: str) -> list[Any]:
         return _per_series(path, key, arrays[key], kinds, len(series))
 
     labels = column("y", "biufUS") if labelled else None
+    groups = column(group_column, "iuUS") if group_column in arrays else None
     ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
     if (twice := repeated(ids)) is not None:
         raise UserError(f"{path}: id {shown(twice)} is there more than once; give each series its own")
@@ -677,7 +703,7 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
 
     for row, id in enumerate(ids):
         place = f"{path}, row {row + 1}"
-        yield id, place, partial(make, row, place)
+        yield id, place, partial(make, row, place), *([] if groups is None else [str(groups[row])])
 
 
 def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequence[np.ndarray]:

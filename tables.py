@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import Settings, UserError
+from config import OUR_TABLES, Settings, UserError, from_spreadsheet_cell
 
 DEFAULTS = Settings()
 DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "pipes", ",": "commas"}  # those that are looked for
@@ -364,6 +364,8 @@ def named(cells: Cells) -> Table:
     path, rows, lines, notes = cells.path, cells.rows[1:], cells.lines[1:], cells.notes
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
+    if any(cells.rows[0][: len(ours)] == ours for ours in OUR_TABLES):
+        rows = [tuple(map(from_spreadsheet_cell, row)) for row in rows]
     header = [nfc(name.strip()) for name in cells.rows[0]]
     where, faults = f"{path}, line {cells.lines[0]}", {}
     for index, row in enumerate(rows):

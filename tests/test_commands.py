@@ -350,8 +350,8 @@ def test_the_batch_size_changes_nothing(sequences, call, quick):
         for name, value in found[0].items():
             if isinstance(value, (int, float)):
                 assert results[name] == pytest.approx(value, abs=1e-5), name
-        mistakes = [row["index"] for row in results["analysis"]["most_confident_mistakes"]]
-        assert mistakes == [row["index"] for row in found[0]["analysis"]["most_confident_mistakes"]]
+        mistakes = [row["id"] for row in results["analysis"]["most_confident_mistakes"]]
+        assert mistakes == [row["id"] for row in found[0]["analysis"]["most_confident_mistakes"]]
 
 
 def foreign(path):

@@ -28,7 +28,7 @@ JSON_VALUES = st.recursive(
 def numbers(kind, rules):
     """Valid numbers, as JSON may hold them."""
     if kind is int:
-        return st.integers(rules.get("at_least", 0), 10**6)
+        return st.integers(rules.get("at_least", 0), rules.get("below", 10**6 + 1) - 1)
     low, high = rules.get("above", rules.get("at_least")), rules.get("below", 1e9)
     return st.floats(low, high, exclude_min="above" in rules, exclude_max=True)
 
@@ -480,8 +480,9 @@ def test_the_printed_settings_are_those_in_force():
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
-    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
     others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
+    others |= {"group_pattern", "image_bits"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import pickle
-import string
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -17,13 +15,9 @@ from PIL import Image
 
 from config import Settings, UserError
 from data_files import (
-    open_image,
-    read_images,
     read_manifest,
     read_series,
     read_texts,
-    split_folders,
-    to_rgb,
     without_effect,
 )
 from series_files import read_one_series
@@ -542,8 +536,6 @@ def test_prediction_reports_and_goes_on(tmp_path):
     (read_series, "a.npz", "cannot be read: No such file or directory"),
     (read_one_series, "a.csv", "cannot be read: No such file or directory"),
     (read_texts, "a.jsonl", "cannot be read: No such file or directory"),
-    (read_images, "a.png", "cannot be read: No such file or directory"),
-    (open_image, "a.png", "there is no such file"),
 ])
 def test_files_that_cannot_be_read(tmp_path, read, name, expected):
     assert expected in message(read, tmp_path / name)
@@ -559,7 +551,7 @@ def test_garbage_is_a_users_mistake(tmp_path, garbage, start):
     np.save(tmp_path / "good.npy", np.ones(3))
     starts = {"npz": (tmp_path / "good.npz").read_bytes(), "npy": (tmp_path / "good.npy").read_bytes()}
     reads = {read_series: "ts arff npz npy csv tsv txt", read_texts: "csv tsv jsonl txt", read_one_series: "npy csv",
-             open_image: "png jpg tif", read_table: "csv tsv jsonl", read_images: "png"}
+             read_table: "csv tsv jsonl"}
     for read, extensions in reads.items():
         for extension in extensions.split():
             content = start.encode() + garbage if start else garbage
@@ -668,7 +660,7 @@ def test_files_of_a_manifest_are_found_under_either_form(tmp_path, there, named)
     image = image_file(tmp_path / unicodedata.normalize(there, "개/é.png"))
     table = write(tmp_path / "m.csv", unicodedata.normalize(named, "photo,label\n개/é.png,a\n"))
     [value] = read_manifest(table, COLUMNS).values
-    assert value["image"].samefile(image) and open_image(value["image"]).size == (3, 2)
+    assert value["image"].samefile(image) and value["image"].read_bytes() == image.read_bytes()
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -680,185 +672,3 @@ def test_files_of_a_manifest_are_found_under_either_form(tmp_path, there, named)
 def test_manifest_mistakes(tmp_path, row, expected):
     path = write(tmp_path / "m.csv", f"photo,text,series,label\n{row}\n")
     assert expected in message(read_manifest, path, COLUMNS)
-
-
-# -- images: folders ------------------------------------------------------------------------------------------
-
-
-def test_class_folders(tmp_path):
-    for name in ("dogs/b.png", "dogs/a.JPG", "cats/deep/er/9.png", "cats/10.png", ".hidden/x.png", "dogs/.x.png"):
-        image_file(tmp_path / name)
-    write(tmp_path / "dogs/notes.txt", "")
-    write(tmp_path / "about.md", "")
-    items = read_images(tmp_path)
-    assert items.ids == ["cats/10.png", "cats/deep/er/9.png", "dogs/a.JPG", "dogs/b.png"]
-    assert items.labels == ["cats", "cats", "dogs", "dogs"]
-    assert items.values == [tmp_path / id for id in items.ids] and items.places[0] == str(tmp_path / "cats/10.png")
-    assert items.notes == [f"{tmp_path}: 2 files that are not images were left out, first {tmp_path}/about.md"]
-    flat = read_images(tmp_path, labelled=False)
-    assert flat.ids == items.ids and flat.labels is None and len(flat.notes) == 1
-    clean = read_images(tmp_path / "cats", labelled=False)
-    assert (clean.ids, clean.notes) == (["10.png", "deep/er/9.png"], [])
-    one = read_images(tmp_path / "dogs/b.png", labelled=False)
-    assert (one.ids, one.values, one.notes) == (["b.png"], [tmp_path / "dogs/b.png"], [])
-
-
-def test_links(tmp_path):
-    image_file(tmp_path / "elsewhere/1.png")
-    (tmp_path / "pets/cats").mkdir(parents=True)
-    (tmp_path / "pets/dogs").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "pets/cats/1.png").symlink_to(tmp_path / "elsewhere/1.png")
-    (tmp_path / "pets/cats/again").symlink_to(tmp_path / "pets/cats")
-    (tmp_path / "pets/cats/loop").symlink_to("loop")
-    assert read_images(tmp_path / "pets").ids == ["cats/1.png", "dogs/1.png"]
-
-
-def test_folder_mistakes(tmp_path):
-    assert "no class folder in it" in message(read_images, tmp_path)
-    assert "there is no image in it" in message(read_images, tmp_path, labelled=False)
-    image_file(tmp_path / "cats/1.png")
-    (tmp_path / "dogs").mkdir()
-    assert f"{tmp_path}/dogs: there is no image in it" in message(read_images, tmp_path)
-    image_file(tmp_path / "dogs/1.png")
-    image_file(tmp_path / "stray.png")
-    assert f"{tmp_path}/stray.png: the image is in no class folder" in message(read_images, tmp_path)
-    path = write(tmp_path / "a.txt", "")
-    assert "'.txt' is no image's extension" in message(read_images, path, labelled=False)
-    assert "Not a directory" in message(read_images, path)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
-def test_a_file_name_that_is_not_text(tmp_path):
-    image_file(tmp_path / "cats/1.png").rename(tmp_path / "cats/\udcff.png")
-    assert "the file name 'cats/\\udcff.png' holds half a surrogate pair" in message(read_images, tmp_path)
-
-
-def test_split_folders(tmp_path):
-    image_file(tmp_path / "train/1.png")
-    image_file(tmp_path / "test/1.png")
-    assert split_folders(tmp_path) is None  # two classes
-    image_file(tmp_path / "split/Train/a/1.png")
-    image_file(tmp_path / "split/validation/a/1.png")
-    found = split_folders(tmp_path / "split")
-    assert found == {"train": tmp_path / "split/Train", "val": tmp_path / "split/validation"}
-    image_file(tmp_path / "split/val/a/1.png")
-    assert "split/validation: beside" in message(split_folders, tmp_path / "split")
-    (tmp_path / "split/extra").mkdir()
-    assert "split/extra: beside" in message(split_folders, tmp_path / "split")
-
-
-# -- images: pixels -------------------------------------------------------------------------------------------
-
-
-def pixels(image):
-    assert image.mode == "RGB"
-    return np.asarray(image).reshape(-1, 3).tolist()
-
-
-def test_open_image_turns_as_exif_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    image = Image.new("RGB", (2, 1), "red")
-    image.putpixel((1, 0), (0, 0, 255))
-    image.save(tmp_path / "a.png", exif=exif)
-    opened = open_image(tmp_path / "a.png")
-    assert opened.size == (1, 2) and pixels(opened) == [[255, 0, 0], [0, 0, 255]]
-    assert open_image(image_file(tmp_path / "b.png")).size == (3, 2)
-
-
-def test_images_that_cannot_be_used(tmp_path, monkeypatch):
-    path = image_file(tmp_path / "a.png", size=(50, 50))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    assert "a.png: more than 2000 pixels; make the image smaller" in message(open_image, path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    assert "more than 20 pixels" in message(open_image, path)
-    monkeypatch.undo()
-    write(path, path.read_bytes()[:-30])
-    assert "a.png: not an image that can be read" in message(open_image, path)
-    assert "not an image that can be read" in message(open_image, write(path, "%!PS-Adobe-3.0 EPSF-3.0\n"))
-
-
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("RGB", (1, 2, 3), [1, 2, 3]),
-    ("L", 7, [7, 7, 7]),
-    ("1", 1, [255, 255, 255]),
-    ("LA", (100, 255), [100, 100, 100]),
-    ("LA", (100, 0), [255, 255, 255]),
-    ("RGBA", (255, 0, 0, 255), [255, 0, 0]),
-    ("RGBA", (0, 0, 0, 51), [204, 204, 204]),
-    ("RGBa", (0, 0, 0, 51), [204, 204, 204]),
-    ("La", (0, 51), [204, 204, 204]),
-    ("RGBX", (1, 2, 3, 0), [1, 2, 3]),
-    ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
-    ("CMYK", (0, 0, 0, 255), [0, 0, 0]),
-    ("YCbCr", (77, 128, 128), [77, 77, 77]),
-    ("HSV", (0, 0, 9), [9, 9, 9]),
-    ("I;16", 257 * 40, [40, 40, 40]),
-    ("I;16B", 257 * 40 + 129, [41, 41, 41]),
-    ("I;16", 65535, [255, 255, 255]),
-    ("I", 65535, [255, 255, 255]),
-    ("I", 257, [1, 1, 1]),
-    ("F", 1.0, [255, 255, 255]),
-    ("F", 0.5, [128, 128, 128]),
-])
-def test_to_rgb(mode, colour, expected):
-    assert pixels(to_rgb(Image.new(mode, (2, 1), colour))) == [expected, expected]
-
-
-def test_to_rgb_of_a_palette():
-    image = Image.new("P", (3, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    image.putdata([2, 0, 1])
-    assert pixels(to_rgb(image)) == [[70, 80, 90], [10, 20, 30], [40, 50, 60]]
-    image.info["transparency"] = 0
-    assert pixels(to_rgb(image)) == [[70, 80, 90], [255, 255, 255], [40, 50, 60]]
-    image.info["transparency"] = b"\xff\xff\x00"
-    assert pixels(to_rgb(image)) == [[255, 255, 255], [10, 20, 30], [40, 50, 60]]
-
-
-def test_transparent_colour(tmp_path):
-    for mode, colour in (("L", 3), ("I;16", 3000), ("RGB", (1, 2, 3))):
-        Image.new(mode, (1, 1), colour).save(tmp_path / "a.png", transparency=colour)
-        assert pixels(to_rgb(open_image(tmp_path / "a.png"))) == [[255, 255, 255]], mode
-
-
-def test_every_mode_of_pillow_can_be_used():
-    for mode in set(Image.MODES) - {"LAB"}:  # older Pillows cannot convert it
-        assert to_rgb(Image.new(mode, (2, 3))).mode == "RGB"
-    lab = Image.new("LAB", (2, 3))
-    try:
-        assert to_rgb(lab).mode == "RGB"
-    except UserError as error:
-        assert "mode LAB" in str(error)
-
-
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("I", 65536, "cats/1.png: mode I with values 65536 to 65536; they must be in 0..65535"),
-    ("I", -1, "mode I with values -1"),
-    ("F", 1.5, "mode F with values 1.5 to 1.5; they must be in 0..1"),
-    ("F", float("nan"), "mode F with values nan"),
-])
-def test_pixels_without_a_meaning(mode, colour, expected):
-    assert expected in message(to_rgb, Image.new(mode, (1, 1), colour), "cats/1.png")
-
-
-@quick
-@given(st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]), st.binary(min_size=48, max_size=48),
-       st.sampled_from(["png", "tif", "bmp", "gif", "webp"]))
-def test_random_images(tmp_path, mode, data, extension):
-    image = Image.frombytes(mode, (4, 3), data[: len(Image.new(mode, (4, 3)).tobytes())])
-    try:
-        image.save(tmp_path / f"a.{extension}", **({"lossless": True} if extension == "webp" else {}))
-    except (OSError, ValueError):
-        assume(False)  # a format that does not know the mode
-    opened = to_rgb(open_image(tmp_path / f"a.{extension}"))
-    assert opened.mode == "RGB" and opened.size == (4, 3)
-    if mode == "RGB" and extension != "gif":
-        assert opened.tobytes() == image.tobytes()
-    if extension in ("png", "tif") and mode != "P":
-        assert opened.tobytes() == to_rgb(image).tobytes()
-
-
-def test_every_extension_is_lower_case_text():
-    """A folder of images named in capitals is found as one in small letters is."""
-    assert all(set(e[1:]) <= set(string.ascii_lowercase + string.digits) for e in Image.registered_extensions())

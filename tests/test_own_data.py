@@ -329,7 +329,7 @@ def test_what_is_no_image_is_noted(tmp_path):
     make_images(tmp_path / "data", 8)
     (tmp_path / "data" / "日中" / "notes.md").write_text("sunny")
     done = trained(tmp_path, "--dataset=images", "--data_path=data", *SMALL_IMAGES)
-    assert "note: data: 1 files that are not images were left out, first data/日中/notes.md" in done.out
+    assert "note: data: left out as no images: 1 .md; the first is data/日中/notes.md" in done.out
 
 
 def same_data(one, other):
@@ -500,7 +500,7 @@ def test_languages_are_told_apart(tmp_path):
 
 
 def predictions(folder):
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+    with open(folder / "predictions.csv", encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
