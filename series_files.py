@@ -111,7 +111,7 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
     cells = read_cells(path, settings)
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
-    if _has_header(cells):
+    if _has_header(cells, _others(settings)):
         return _series_of(named(cells), settings, labelled, known)
     archive = settings.table_rows == "auto" and labelled and path.suffix.lower() == ".tsv"
     if archive or settings.table_rows == "series":
@@ -128,12 +128,14 @@ def _comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
     return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
 
 
-def _has_header(cells: Cells) -> bool:
+def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
     """Whether the first row names columns: it holds text, or counts the columns from 0 above numbers with a point.
 
-    A word and then numbers that do not rise are a label and a series.
+    A word and then numbers that do not rise are a label and a series, unless the word is one of the expected names.
     """
     first = [cell.strip() for cell in cells.rows[0]]
+    if not {nfc(name) for name in expected}.isdisjoint(map(nfc, first)):
+        return True
     is_text = partial(_is_text, comma=_comma_is_point(cells.delimiter, first))
     if not any(map(is_text, first)):
         counting = first[1:] if first[0] == "" else first
@@ -384,7 +386,7 @@ def read_named_series(
             raise UserError(f"{path}: holds {_kind(array)}; it must be numbers (steps, channels) or (steps,)")
         return _checked(array if array.ndim == 2 else array[:, None], str(path)), None
     cells = read_cells(path, settings)
-    if cells.rows and _has_header(cells):
+    if cells.rows and _has_header(cells, []):
         return _one_by_name(named(cells), settings, known, [])
     return _one_by_place(cells), None
 

@@ -185,6 +185,8 @@ def test_labels_that_are_words_without_a_header(tmp_path):
     assert read_series(path).labels == ["walk", "run"]
     wide = write(tmp_path / "b.tsv", "label\t0\t0.5\t1\nwalk\t0.5\t0.1\t3\n")  # times are names: they rise
     same(read_series(wide, Settings(table_rows="series")).values, [np.array([[0.5], [0.1], [3.0]])])
+    wide = write(tmp_path / "b.tsv", "label\t2\t1\t0\nwalk\t0.5\t0.1\t3\n")  # the name of the column of labels
+    same(read_series(wide, Settings(table_rows="series")).values, [np.array([[3.0], [0.1], [0.5]])])
 
 
 def test_a_series_per_row_below_a_header(tmp_path):
