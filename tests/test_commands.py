@@ -256,6 +256,7 @@ def test_the_printed_settings_are_those_stored(digits_run):
     only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
     own_data = {"data_path", "test_path", "test_fraction", "image_size", "image_bits", "group_pattern"}
     own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
+    own_data |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
     assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
