@@ -12,11 +12,16 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import os
+import re
+import shlex
+import subprocess
 import sys
 import typing
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +41,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
     },
-    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50, "flip": True},
+    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
         "model_size": "tiny",
         "num_epochs": 100,
@@ -60,8 +65,59 @@ _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
 
 
+# -- text from files and commands ------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
+    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
+
+
+def as_utf8(text: str) -> str:
+    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
+    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# The first columns of the tables that an evaluation and a prediction write
+OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
+_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
+    return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text of which `spreadsheet_cell` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
+
+
+def print_note(text: str) -> None:
+    """Show a line that the user should know of and that stops nothing."""
+    print(f"note: {printable(text)}", flush=True)
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """The path as a word of a command that is offered for copying."""
+    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
+
+
 class UserError(ValueError):
-    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy."""
+    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
+
+    What the message quotes of files and names is escaped, see `printable`.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
@@ -69,8 +125,8 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 
     on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
     'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
-    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`, and
-    `applies`: {other setting: its values with which this one has an effect}.
+    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`,
+    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -85,9 +141,11 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
 _IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_OWN_IMAGES = {"dataset_type": ("images", "multimodal")}
 _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
+_SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 
 
@@ -111,6 +169,27 @@ class Settings:
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column("label", "column of the label", applies=_TABLES)
+    feature_columns: str | None = _column(
+        None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
+    ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
+    table_rows: str = _column(
+        "auto", "what a row of a table of series is: one of its steps, or a whole series; auto = by its looks",
+        choices=("auto", "steps", "series"), applies=_SERIES)
+    delimiter: str | None = _column(
+        None, "what separates the cells of a table, for example ';' or tab; none = by its looks", metavar="CHARACTER",
+        applies=_TABLES)
+    encoding: str | None = _column(
+        None, "of text files, for example cp949; none = UTF-8, or as their first bytes say", metavar="NAME",
+        applies=_TABLES)
+    quoting: str = _column(
+        "auto", "quotes in a table: as Excel writes them, or none = plain text; auto = Excel's, in a file with tabs "
+        "plain text where they make no sense as such", choices=("auto", "excel", "none"), applies=_TABLES)
+    max_unpacking: int = _column(
+        100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
+    group_column: str | None = _data(
+        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_OWN)
+    group_pattern: str | None = _data(
+        None, "the same, as a regular expression found in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -122,8 +201,11 @@ class Settings:
     max_seq_len: int | None = _data(
         None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SEQUENCES)
     image_size: int = _data(
-        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1,
-        applies={"dataset_type": ("images", "multimodal")})
+        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1, below=2**14,
+        applies=_OWN_IMAGES)
+    image_bits: int | None = _data(
+        None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
+        at_least=8, below=17, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
     augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
     flip: bool = _data(
@@ -243,10 +325,12 @@ def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
 
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the declared type; ValueError or OverflowError where it has another or is out of range."""
+    """`value` in the declared type; ValueError, TypeError or OverflowError where it is another or out of range."""
     kind, rules = _kind(field), field.metadata
     if value is None and _is_optional(field):
         return None
+    if field.name.endswith("_columns") and isinstance(value, (list, tuple)):  # names, as a JSON file may list them
+        value = ",".join(f'"{name}"' if "," in name else name for name in value)
     if kind in (int, float):
         return _number(kind, rules, value)
     if kind is tuple:
@@ -334,7 +418,7 @@ def _check(
         field = FIELDS[name]
         try:
             checked[name] = _convert(field, value)
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError, OverflowError):
             remark = ""
             if isinstance(value, str) and _from_text(field, value) != value:
                 remark = " (text: write it without the quotes)"
@@ -448,7 +532,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         if _has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{shown:<28}  {sources[name]}")
+            rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
     return "\n".join(rows)
 
 
@@ -513,8 +597,11 @@ class Parser(argparse.ArgumentParser):
                 groups[title].add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), **options)
             else:
                 choices = ",".join(field.metadata.get("choices", ()))
-                text = "NAME" if name.endswith("_column") else "PATH"
+                text = "NAME" if name.endswith("_column") else field.metadata.get("metavar", "PATH")
                 metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: text}[kind]
+                if name.endswith("_columns"):  # several words are taken as well as one of several names
+                    options |= {"nargs": "+", "action": _Names}
+                    metavar = "NAME"
                 groups[title].add_argument(flag, metavar=metavar, **options)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -571,6 +658,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Names(argparse.Action):
+    """--name a b and --name a,b set 'a,b'."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+
+
 class _Switch(argparse.Action):
     """--name sets True, --no_name sets False."""
 
@@ -603,12 +697,20 @@ def make_parser(description: str) -> Parser:
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
+
+    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
+    """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                return main(*args, **kwargs)
         except UserError as error:
             for line in str(error).split("\n"):
                 print(f"error: {line}", file=sys.stderr)

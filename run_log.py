@@ -20,7 +20,7 @@ import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST
-from config import Settings, UserError
+from config import Settings, UserError, print_note, printable
 from progress import STOP_SIGNALS, Progress, StopRequest
 
 CURVES = "training_curves.png"
@@ -111,13 +111,16 @@ def print_run(
     print(
         f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
         f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
+        + "".join(f"{line}\n" for line in data.get("about", [])) +
         "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
         "{num_self_attention_layers} self-attention layers; ".format(**model_args)
         + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
         f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
     )
+    if "augmentation" in data:
+        print(f"images  in training {data['augmentation']}")
     for note in data["notes"]:
-        print(f"note: {note}")
+        print_note(note)
 
 
 def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
@@ -196,11 +199,12 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> An
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("note: tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
+        print_note("tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
         return None
     writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)  # what is later comes again
     if step is None:
-        rows = [f"| {name} | {value} |" for name, value in settings.to_dict().items()]
+        cells = {name: printable(str(value)).replace("|", "\\|") for name, value in settings.to_dict().items()}
+        rows = [f"| {name} | {value} |" for name, value in cells.items()]
         writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
     return writer
 
@@ -251,4 +255,4 @@ def set_aside(folder: Path) -> None:
         kept.mkdir(exist_ok=True)
         for file in earlier:
             file.rename(kept / file.name)
-        print(f"note: the earlier run in {folder} was moved to {kept}")
+        print_note(f"the earlier run in {folder} was moved to {kept}")

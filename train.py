@@ -43,6 +43,9 @@ from config import (
     exit_on_user_error,
     format_settings,
     make_parser,
+    print_note,
+    printable,
+    quoted,
     resolve,
     unused_settings,
 )
@@ -309,8 +312,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         if stop.agreed:
             save(LAST)
             print(
-                f"{signal.Signals(stop.agreed).name}: saved {folder / LAST} at step {progress.step}. "
-                f"Go on with: {distributed.launcher()} train.py --resume {folder / LAST}",
+                f"{signal.Signals(stop.agreed).name}: saved {printable(str(folder / LAST))} at step {progress.step}. "
+                f"Go on with: {distributed.launcher()} train.py --resume {quoted(folder / LAST)}",
                 flush=True,
             )
             distributed.wait_for_all()
@@ -396,8 +399,8 @@ def finish(
     print(
         f"best epoch {progress.best['epoch']}: validation accuracy {progress.best['val_accuracy']:.4f}, "
         f"test accuracy {metrics['accuracy']:.4f} ({metrics['num_samples']} samples, touched only now)\n"
-        f"curves: {folder / CURVES}\n"
-        f"next:   python inference.py --model_path {folder / BEST} --analyze --output_dir results/"
+        f"curves: {printable(str(folder / CURVES))}\n"
+        f"next:   python inference.py --model_path {quoted(folder / BEST)} --analyze --output_dir results/"
     )
 
 
@@ -437,15 +440,15 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)
     for name, (old, new) in inexact.items():
-        print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
+        print_note(f"{name} changed from {old} to {new}: the run is no longer the one that began")
     old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
     if old != new:
-        print(f"note: processes changed from {old} to {new}: the same batches, other draws of dropout")
+        print_note(f"processes changed from {old} to {new}: the same batches, other draws of dropout")
     if "num_epochs" in changes["free"]:
         old, new = changes["free"]["num_epochs"]
-        print(
-            f"note: num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but "
-            "does not rise"
+        print_note(
+            f"num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but does "
+            "not rise"
         )
     return settings, sources, checkpoint
 
@@ -453,7 +456,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
 def command(argv: list[str] | None) -> int:
     args = make_parser(__doc__).parse_args(argv)
     if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
-        print("note: torchrun started the processes anew")
+        print_note("torchrun started the processes anew")
         args.resume = earlier
     checkpoint = None
     if args.resume:
@@ -464,20 +467,20 @@ def command(argv: list[str] | None) -> int:
         if is_finished(settings, progress) and distributed.from_first(curves.exists):
             more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
             print(
-                f"nothing is left to do: {args.resume} has done {progress.epoch} of {settings.num_epochs} epochs; "
-                f"to go on, raise {more}"
+                f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
+                f"epochs; to go on, raise {more}"
             )
             return 0
         print(
-            f"resuming {args.resume}: {progress.epoch} of {settings.num_epochs} epochs done, batch {progress.batch} of "
-            f"the next, step {progress.step}, best validation accuracy "
+            f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
+            f"{progress.batch} of the next, step {progress.step}, best validation accuracy "
             + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
         )
     else:
         settings, sources = resolve(args.flags, args.file)
     print(format_settings(settings, sources))
     for note in unused_settings(settings, sources):
-        print(f"note: {note}")
+        print_note(note)
     try:
         return train(settings, checkpoint)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one

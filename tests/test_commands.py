@@ -254,8 +254,9 @@ def test_the_printed_settings_are_those_stored(digits_run):
             for name, value in stored.items()}  # fmt: skip
     assert printed == {name: text[name] for name in printed}
     only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
-    own_data = {"data_path", "test_path", "test_fraction", "image_size"}
-    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    own_data = {"data_path", "test_path", "test_fraction", "image_size", "image_bits", "group_pattern"}
+    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
+    own_data |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
     assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
@@ -312,7 +313,7 @@ def test_a_split_is_one_of_three(sequences, call, quick):
 
 
 def check_pictures(folder, expected):
-    assert files_below(folder) == {"results.json", *expected}
+    assert files_below(folder) == {"results.json", "items.csv", *expected}
     for name in expected:
         with Image.open(folder / name) as picture:
             picture.load()
@@ -350,8 +351,8 @@ def test_the_batch_size_changes_nothing(sequences, call, quick):
         for name, value in found[0].items():
             if isinstance(value, (int, float)):
                 assert results[name] == pytest.approx(value, abs=1e-5), name
-        mistakes = [row["index"] for row in results["analysis"]["most_confident_mistakes"]]
-        assert mistakes == [row["index"] for row in found[0]["analysis"]["most_confident_mistakes"]]
+        mistakes = [row["id"] for row in results["analysis"]["most_confident_mistakes"]]
+        assert mistakes == [row["id"] for row in found[0]["analysis"]["most_confident_mistakes"]]
 
 
 def foreign(path):
@@ -404,7 +405,7 @@ def test_pictures_that_cannot_be_written(sequences, call, monkeypatch, error):
     else:
         with pytest.raises(ExceptionGroup, match="confusion_matrix.png"):
             call(inference.main, ["--model_path", sequences])
-    assert files_below(Path()) == {"results/results.json"}
+    assert files_below(Path()) == {"results/results.json", "results/items.csv"}
     strict_json(Path("results/results.json").read_text())
 
 
@@ -541,7 +542,7 @@ def test_a_subset_without_some_classes(kind, request, tmp_path):
     assert [row["support"] for row in results["per_class"]] == support
     assert np.shape(results["confusion_matrix"]) == (len(names), len(names))
     assert strict_json((tmp_path / "results.json").read_text()) == results
-    assert files_below(tmp_path) == {"results.json", *results["figures"]}
+    assert files_below(tmp_path) == {"results.json", "items.csv", *results["figures"]}
     one = evaluate(model, Subset(test, np.flatnonzero(labels == 1).tolist()))
     assert one["majority_baseline"] == 1 and one["per_class"][0]["recall"] is None
     inference.print_results(one)

@@ -28,7 +28,7 @@ JSON_VALUES = st.recursive(
 def numbers(kind, rules):
     """Valid numbers, as JSON may hold them."""
     if kind is int:
-        return st.integers(rules.get("at_least", 0), 10**6)
+        return st.integers(rules.get("at_least", 0), rules.get("below", 10**6 + 1) - 1)
     low, high = rules.get("above", rules.get("at_least")), rules.get("below", 1e9)
     return st.floats(low, high, exclude_min="above" in rules, exclude_max=True)
 
@@ -427,6 +427,15 @@ def test_spellings_of_flags():
     assert settings_of("--no_augment", "--augment").augment is True
 
 
+def test_names_of_columns_are_words_or_a_list(tmp_path):
+    for words in (["a,b c"], ["a", "b c"]):
+        assert settings_of("--feature_columns", *words, "--seed", "1").feature_columns == "a,b c"
+    path = write(tmp_path / "c.json", {"ignore_columns": ["when", "a,b"], "feature_columns": "x"})
+    chosen = settings_of("--config", path)
+    assert (chosen.ignore_columns, chosen.feature_columns) == ('when,"a,b"', "x")
+    assert "ignore_columns: expected text" in problems(resolve, file={"ignore_columns": [1]})[0]
+
+
 def test_resume_names_a_checkpoint(tmp_path):
     path = write(tmp_path / "c.json", {"checkpoint_dir": "in_file"})
     assert parse().resume is None
@@ -471,7 +480,9 @@ def test_the_printed_settings_are_those_in_force():
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
-    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
+    others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
+    others |= {"group_pattern", "image_bits"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 

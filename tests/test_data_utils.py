@@ -434,7 +434,7 @@ def test_the_description_is_complete_and_plain(name):
     assert json.loads(json.dumps(info)) == info
     assert info.keys() == {
         "dataset_type", "class_names", "num_classes", "features", "adapters", "notes", "split_sizes",
-        "split_seed", "fingerprints",
+        "split_seed", "fingerprints", *(["augmentation"] if name == "digits" else []),
     }  # fmt: skip
     assert info["num_classes"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
 
