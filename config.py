@@ -11,14 +11,17 @@ the checkpoint's settings take the place of both defaults. A new setting is one 
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import math
 import os
+import re
 import sys
 import typing
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -409,7 +412,8 @@ def resolve(
     return settings, sources
 
 
-def _has_effect(settings: Settings, name: str) -> bool:
+def has_effect(settings: Settings, name: str) -> bool:
+    """Whether a setting has an effect in this run: one of synthetic data has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
     return all(getattr(settings, other) in values for other, values in conditions.items())
 
@@ -418,7 +422,7 @@ def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]
     """A line for each setting that the file or a flag gives and that has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
-        if sources[name] in ("file", "flag") and not _has_effect(settings, name):
+        if sources[name] in ("file", "flag") and not has_effect(settings, name):
             for other, values in field.metadata["applies"].items():
                 notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} "
                              f"{' or '.join(map(_text, values))}, not {_text(getattr(settings, other))}")
@@ -433,7 +437,7 @@ def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, d
     old, changes = Settings.from_dict(base), {"free": {}, "inexact": {}, "fixed": {}}
     for name, field in FIELDS.items():
         pair = getattr(old, name), getattr(settings, name)
-        if pair[0] != pair[1] and _has_effect(settings, name):
+        if pair[0] != pair[1] and has_effect(settings, name):
             changes[field.metadata["on_resume"]][name] = pair
     return changes
 
@@ -445,7 +449,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         group, unit = field.metadata["group"], field.metadata["unit"]
         if group not in rows:
             rows.append(group)
-        if _has_effect(settings, name):
+        if has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
             rows.append(f"  {name:<28}{shown:<28}  {sources[name]}")
@@ -602,13 +606,44 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
+# How torch (on a CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
+_NO_MEMORY = (
+    "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "shared memory", "</torch_",
+    "Storage size calculation overflowed",
+)  # fmt: skip
+
+
+@contextmanager
+def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
+    """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            ran_out = error.errno == errno.ENOMEM
+        else:
+            ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            ran_out = ran_out or any(words in str(error) for words in _NO_MEMORY)
+        if not ran_out:
+            raise
+        wanted = re.search(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
+        if wanted:
+            number, unit = float(wanted[1]), wanted[2]
+            wanted = f"{number / 2**30:,.1f} GiB" if unit == "bytes" else f"{number:g} {unit}"
+        raise UserError(
+            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; in the order that helps: "
+            f"{', '.join(remedies)}{afterwards}"
+        ) from error
+
+
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
+            with memory_advice("on this machine", ("a smaller --batch_size", "fewer processes", "no other programs")):
+                return main(*args, **kwargs)
         except UserError as error:
             for line in str(error).split("\n"):
                 print(f"error: {line}", file=sys.stderr)

@@ -4,7 +4,6 @@ Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-PathLike = str | os.PathLike
+from files import PathLike, written_whole
+
 Device = str | torch.device
 Batch = Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def collect_predictions(
     with evaluating(model, device, amp_dtype):
         for batch in loader:
             logits.append(model(*model_inputs(batch, device)).float())
-            labels.append(batch["label"])
+            labels.append(batch["label"].clone())  # what a worker sent holds a file descriptor as long as it is kept
             lengths.append(token_counts(batch))
     if not logits:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
@@ -245,12 +245,8 @@ def write_results(path: PathLike, results: Mapping[str, Any]) -> None:
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\n *", " ", row[0]), text)  # matrix rows
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def save_evaluation(

@@ -44,6 +44,8 @@ from config import (
 )
 from data_files import Items, read_images, read_manifest, read_series, read_texts
 from data_utils import Item, collate, create_dataloader, load_splits
+from distributed import refuse_processes
+from files import written_whole
 from perceiver_model import PerceiverModel
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
@@ -279,7 +281,7 @@ def write_predictions(
         rows.append([done[len(rows)], *(cell for name, share in best for cell in (name, f"{share:.6f}"))])
     if rows:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with written_whole(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows])
     return len(rows)
 
@@ -344,8 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.input is not None and args.analyze:
         raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("inference.py runs in one process; start it with python, not with torchrun")
+    refuse_processes("inference.py runs in one, start it with python")
 
     checkpoint = load_checkpoint(args.model_path)
     here = {"device": "auto", "augment": False}  # the device of training may not exist here

@@ -227,8 +227,10 @@ def test_training_says_what_it_wrote(digits_run):
     result, folder = digits_run
     assert result.stderr == "" and "\r" not in result.stdout
     checkpoints = {f"checkpoints/{name}" for name in (BEST, LAST, "settings.json", "log.jsonl", "training_curves.png")}
-    (events,) = [name for name in files_below(folder) - checkpoints if name.startswith("runs/")]
-    assert checkpoints <= files_below(folder) and "events.out.tfevents" in events
+    events = [name for name in files_below(folder) - checkpoints if name.startswith("runs/")]
+    assert checkpoints <= files_below(folder) and all("events.out.tfevents" in name for name in events)
+    assert sorted(name.split("/")[2] for name in events if name.count("/") == 3) == ["train", "val"]
+    assert len(events) == 3
     lines = log_of(folder)
     assert [line["epoch"] for line in lines] == [1, 2]
     epoch, val, _, number = best_line(result.stdout)
@@ -268,19 +270,26 @@ def test_tensorboard_holds_the_run(digits_run):
 
     folder, lines = digits_run[1], log_of(digits_run[1])
     (place,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(place), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "val/balanced_accuracy",
-                 "train/samples_per_second"):  # fmt: skip
-        points = events.Scalars(name)
-        assert [point.step for point in points] == [line["step"] for line in lines] == [41, 82]
-        key = name.replace("/", "_") if name != "train/samples_per_second" else "samples_per_second"
-        assert [point.value for point in points] == pytest.approx([line[key] for line in lines], rel=1e-6)
+    events, *parts = (
+        EventAccumulator(str(place / part), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+        for part in ("", "train", "val")
+    )
+    figures = [
+        {"loss": "train_loss", "accuracy": "train_accuracy", "samples_per_second": "samples_per_second"},
+        {"loss": "val_loss", "accuracy": "val_accuracy", "balanced_accuracy": "val_balanced_accuracy"},
+    ]  # those of one name are drawn in one chart
+    for part, names in zip(parts, figures, strict=True):
+        assert set(part.Tags()["scalars"]) == {f"epoch/{name}" for name in names}
+        for name, key in names.items():
+            points = part.Scalars(f"epoch/{name}")
+            assert [point.step for point in points] == [line["step"] for line in lines] == [41, 82]
+            assert [point.value for point in points] == pytest.approx([line[key] for line in lines], rel=1e-6)
     for name in ("step/loss", "step/gradient_norm", "step/learning_rate"):
         assert [point.step for point in events.Scalars(name)] == list(range(1, 83))
     assert events.Scalars("step/learning_rate")[-1].value == pytest.approx(lines[-1]["learning_rate"])
     norms = [point.value for point in events.Scalars("step/gradient_norm")]
     assert np.mean(norms[41:]) == pytest.approx(lines[1]["gradient_norm"], rel=1e-5)
-    (picture,) = events.Images("val/confusion_matrix")[-1:]
+    (picture,) = events.Images("confusion_matrix")[-1:]
     assert picture.width > 300 and picture.height > 300
     (text,) = events.Tensors("settings/text_summary")[0].tensor_proto.string_val
     assert "| learning_rate | 0.005 |" in text.decode() and "| dataset_type | digits |" in text.decode()

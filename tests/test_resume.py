@@ -34,7 +34,7 @@ from checkpoint import BEST, LAST, load_checkpoint
 from config import DATASET_DEFAULTS
 from data_utils import EpochBatchSampler
 from perceiver_model import PerceiverModel
-from progress import FINAL_RATE, Schedule
+from progress import FINAL_RATE, Schedule, average_decay, moving_average
 from train import parameter_groups
 
 ROOT = Path(train.__file__).parent
@@ -190,7 +190,7 @@ def run_killed(start, folder, flags, moments):
             conditions = {
                 "start": lambda: True,
                 "step": lambda before=before: (stamp(last), stamp(log)) != before,
-                "save": lambda left=left: set(checkpoints.glob("*.pth.tmp")) - left,
+                "save": lambda left=left: set(checkpoints.glob("*.pth.*.tmp")) - left,
             }
             wait_until(conditions[kind], process)
             process.join(delay)
@@ -282,8 +282,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def before_step(monkeypatch, number, act):
-    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's runs."""
-    forward, count = PerceiverModel.forward, 0
+    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's next run."""
+    forward, count = PerceiverModel.forward, -1  # the rehearsal is none
 
     def counting(self, *args, **kwargs):
         nonlocal count
@@ -449,21 +449,26 @@ def test_an_earlier_run_is_kept(copy, run):
 
 
 def curves(folder):
-    """Scalars of the only run below a folder: name -> (steps, values)."""
+    """Scalars of the only run below a folder, and of its parts: name -> (steps, values)."""
     (place,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
-    assert len(events.Tensors("settings/text_summary")) == 1
-    images = [event.step for event in events.Images("val/confusion_matrix")]
-    assert images == sorted(set(images))
-    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    return {name: ([e.step for e in points], [e.value for e in points]) for name, points in scalars.items()}
+    curves = {}
+    for part in run_log.PARTS:
+        events = EventAccumulator(str(place / part), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+        for name in events.Tags()["scalars"]:
+            points = events.Scalars(name)
+            curves[f"{part}/{name}".lstrip("/")] = [e.step for e in points], [e.value for e in points]
+        if part == "":
+            assert len(events.Tensors("settings/text_summary")) == 1
+            images = [event.step for event in events.Images("confusion_matrix")]
+            assert images == sorted(set(images))
+    return curves
 
 
 def assert_same_curves(folder, other):
     ours, theirs = curves(folder), curves(other)
     assert list(ours["step/loss"][0]) == list(range(1, len(theirs["step/loss"][0]) + 1))
     for ones in (ours, theirs):
-        ones.pop("train/samples_per_second")
+        ones.pop("train/epoch/samples_per_second")
     assert ours == theirs
 
 
@@ -512,7 +517,6 @@ def test_curves_go_on_without_doubles(monkeypatch, tmp_path, drawn, save_every, 
         with pytest.raises(Killed):
             train.main(f"{SMALL_BATCHES} --epochs=3 --save_every={save_every}".split())
         writers[0].close()
-    time.sleep(1)  # TensorBoard orders files of the same process and second by a number as text: 10 before 9
     assert train.main(["--resume"]) == 0
     assert_same_curves(tmp_path, drawn)
 
@@ -528,7 +532,6 @@ def test_curves_have_no_gaps_after_a_kill(start, tmp_path, drawn):
         process.join(0.1)
         process.kill()
         assert end(process) == -signal.SIGKILL
-        time.sleep(1.1)  # TensorBoard orders the files of a run by the second of their beginning
     succeed(start, folder, "--resume")
     assert_same_curves(folder, drawn)
 
@@ -634,7 +637,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path, rate):
 def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
     step = 12  # the third of the second epoch
     if part == "loss":
-        function, count = train.F.cross_entropy, 0
+        function, count = train.F.cross_entropy, -1  # the rehearsal is none
 
         def broken(*args, **kwargs):
             nonlocal count
@@ -732,22 +735,21 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
     """The old checkpoint stays good, nothing half-written stays, and the run can go on."""
     checkpoints = tmp_path / "checkpoints"
     aside = tmp_path / "aside"
+
+    def half(contents, file):
+        file.write(b"PK")
+        full()
+
     with monkeypatch.context() as patch:
         if what == "checkpoint":
-            before_step(patch, 12, lambda: patch.setattr(os, "fsync", full))
+            before_step(patch, 12, lambda: patch.setattr(torch, "save", half))
         elif what == "log":
-            write = Path.write_text
-
-            def half(path, text, *args, **kwargs):
-                write(path, text[: len(text) // 2], *args, **kwargs)
-                full()
-
-            before_step(patch, 12, lambda: patch.setattr(Path, "write_text", half))
+            before_step(patch, 12, lambda: patch.setattr(os, "fsync", full))  # the first file to be written is the log
         elif what == "curves":
             patch.setattr(plots, "plot_training_curves", full)
         elif what == "tensorboard":
             writer = SimpleNamespace(
-                add_scalar=lambda *_: None, add_figure=lambda *_: None, flush=lambda: None, close=lambda: None
+                add_scalar=lambda *_: None, add=lambda *_: None, flush=lambda: None, close=lambda: None
             )
             patch.setattr(run_log, "tensorboard_writer", lambda *_: writer)
             before_step(patch, 12, lambda: setattr(writer, "flush", full))
@@ -804,6 +806,7 @@ def test_fewer_samples_than_a_batch(run, saved):
 
 
 TEN = f"{SEQUENCES} --num_samples=12 --num_classes=2 --epochs=1 --weight_decay=0 --dropout=0 --warmup_fraction=0"
+TEN += " --amp=off"  # some CPUs take bf16
 
 
 def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
@@ -821,14 +824,55 @@ def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
 
 
 def test_the_kept_weights_are_the_moving_average(run, saved):
-    assert run(f"{TEN} --batch_size=4 --save_every=1 --ema_decay=0.75").status == 0
+    """Of the weights after each step; the first ones, untrained, have no part in it."""
+    assert run(f"{TEN} --batch_size=4 --save_every=1 --ema_decay=0.24").status == 0
     steps = {state["step"]: state for state in saved}
     assert sorted(steps) == [0, 1, 2, 3]
     average = flat(steps[1]["trained_model"])
-    for step in (2, 3):
-        average = 0.75 * average + 0.25 * flat(steps[step]["trained_model"])
+    torch.testing.assert_close(flat(steps[1]["model"]), average, rtol=0, atol=0)
+    for step, decay in ((2, 2 / 11), (3, 0.24)):  # (1 + t) / (10 + t) after t = 1 and 2 updates: 0.18 and 0.25
+        average = decay * average + (1 - decay) * flat(steps[step]["trained_model"])
         torch.testing.assert_close(flat(steps[step]["model"]), average)
     assert not torch.equal(flat(steps[3]["model"]), flat(steps[3]["trained_model"]))
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.9999), st.integers(1, 60), st.integers(0, 2**32))
+def test_the_average_of_constant_weights_is_these_weights(decay, steps, seed):
+    """At every step, whatever the model held at the start."""
+    model = nn.Linear(3, 2)
+    average = moving_average(model, decay)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for _ in range(steps):
+        average.update_parameters(model)
+        for kept, parameter in zip(average.module.parameters(), model.parameters(), strict=True):
+            assert torch.equal(kept, parameter)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.9999), st.lists(st.floats(-5, 5), min_size=1, max_size=60))
+def test_the_average_is_the_weighted_mean_of_the_weights(decay, values):
+    """Against float64: the part of each step is (1 - its decay) times the decays of all later steps."""
+    model = nn.Linear(1, 1, bias=False)
+    average = moving_average(model, decay)
+    for value in values:
+        nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    decays = [0.0] + [min(decay, (1 + t) / (10 + t)) for t in range(1, len(values))]
+    parts = [(1 - kept) * math.prod(decays[i + 1 :]) for i, kept in enumerate(decays)]
+    assert math.isclose(sum(parts), 1)
+    expected = sum(part * value for part, value in zip(parts, values, strict=True))
+    assert average.module.weight.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_short_runs_forget_the_untrained_weights():
+    """With decay 0.995 throughout, 37 % of an average is where it began, 200 steps before."""
+    part = math.prod(average_decay(0.995, t) for t in range(1, 200))
+    assert part < 1e-14 and math.isclose(0.995**200, 0.367, abs_tol=1e-3)
+    assert average_decay(0.995, 1789) < 0.995 == average_decay(0.995, 1790)
 
 
 def test_the_gradient_is_clipped_at_its_true_norm(run, monkeypatch, saved):
