@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from config import memory_advice
 from files import PathLike, written_whole
 
 Device = str | torch.device
@@ -262,7 +263,8 @@ def save_evaluation(
     errors = {}
     for name, draw in figures.items():
         try:
-            draw(output_dir / name)
+            with memory_advice("while drawing it", ("a smaller --batch_size", "closing other programs")):
+                draw(output_dir / name)
         except Exception as error:
             (output_dir / name).unlink(missing_ok=True)
             error.add_note(f"while drawing {name}")

@@ -88,12 +88,13 @@ def remedy(error: OSError) -> str:
 
 
 @contextmanager
-def disk_advice() -> Iterator[None]:
-    """Turn a file that cannot be written into a UserError with the remedy; checkpoint.py does so for its own."""
+def disk_advice(path: PathLike = "a log") -> Iterator[None]:
+    """Turn a file that cannot be written (`path`, where the error names none) into a UserError with the remedy;
+    checkpoint.py does so for its own."""
     try:
         yield
     except OSError as error:
-        name = os.fsdecode(error.filename) if error.filename else "a log"
+        name = os.fsdecode(error.filename or path)
         raise UserError(
             f"cannot write {name}: {error.strerror or error}; {remedy(error)}, then go on with --resume; "
             "the last checkpoint is whole"

@@ -39,6 +39,7 @@ from config import (
     choose_device,
     choose_precision,
     exit_on_user_error,
+    memory_advice,
     resolve,
     unused_settings,
 )
@@ -54,6 +55,7 @@ OVERRIDES = ("data_path", "test_path", *COLUMNS, "data_dir", "num_workers", "bat
 EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
+MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
 MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
@@ -334,6 +336,7 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
 
 
 @exit_on_user_error
+@memory_advice("in evaluation", MEMORY_REMEDIES)
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
@@ -382,17 +385,20 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
     try:
-        results = evaluate(
-            model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
-            args.output_dir, about,
-        )  # fmt: skip
+        with memory_advice("in evaluation", MEMORY_REMEDIES):
+            results = evaluate(
+                model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
+                args.output_dir, about,
+            )  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write into {args.output_dir}: {error.strerror}; take another --output_dir") from error
     except ExceptionGroup as error:  # of figures
-        unwritten, faults = error.split(OSError)
+        known, faults = error.split((OSError, UserError))
         if faults:
             raise
-        raise UserError(f"{error.message}: {unwritten.exceptions[0].strerror}; take another --output_dir") from error
+        first = known.exceptions[0]
+        reason = f"{first.strerror}; take another --output_dir" if isinstance(first, OSError) else first
+        raise UserError(f"{error.message}: {reason}") from error
     print_results(results)
     print(f"\nwrote {', '.join(['results.json', *results['figures']])} into {args.output_dir}")
     return 0

@@ -211,7 +211,7 @@ class EventWriter:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._folder = event_pb2.Event, summary_pb2.Summary, folder
         self._files = {part: _event_file(folder / part) for part in PARTS}
         self._records = {part: RecordWriter(file) for part, file in self._files.items()}
         for part in PARTS:
@@ -220,7 +220,8 @@ class EventWriter:
 
     def _write(self, part: str, step: int, **contents: Any) -> None:
         event = self._event(wall_time=time.time(), step=step, **contents)
-        self._records[part].write(event.SerializeToString())
+        with disk_advice(self._folder):
+            self._records[part].write(event.SerializeToString())
 
     def add(self, summary: Any, step: int, part: str = "") -> None:
         """Add what torch.utils.tensorboard.summary makes: a text, an image, hyperparameters."""
@@ -230,12 +231,14 @@ class EventWriter:
         self.add(self._summary(value=[self._summary.Value(tag=name, simple_value=value)]), step, part)
 
     def flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
+        with disk_advice(self._folder):
+            for file in self._files.values():
+                file.flush()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        with disk_advice(self._folder):
+            for file in self._files.values():
+                file.close()
 
 
 def _event_file(folder: Path) -> IO:
@@ -269,7 +272,6 @@ def _hyperparameters(settings: Settings) -> dict[str, float | str]:
     return {name: value if name in numbers else str(value).lower() for name, value in settings.to_dict().items()}
 
 
-@disk_advice()
 def log_end(writer: EventWriter | None, settings: Settings, progress: Progress) -> None:
     """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
     if writer:

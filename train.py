@@ -37,6 +37,7 @@ import evaluation
 import plots
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
 from config import (
+    OWN_DATA,
     Settings,
     UserError,
     changed_settings,
@@ -99,13 +100,22 @@ def step_remedies(settings: Settings) -> list[str]:
 
 def data_remedies(settings: Settings) -> list[str]:
     """The settings of this data set that make it smaller."""
-    sizes = ("num_samples", "seq_len_range", "feature_dim", "image_size")
-    smaller = [f"a smaller {flag_of(name)}" for name in sizes if has_effect(settings, name)]
-    return [*smaller, "fewer items", "fewer processes (each holds the data)", "closing other programs"]
+    names = ("num_samples", "seq_len_range", "feature_dim", "image_size")
+    sizes = [flag_of(name) for name in names if has_effect(settings, name)]
+    return [
+        *([f"a smaller {' or '.join(sizes)}"] if sizes else []),
+        *(["fewer items"] if settings.dataset_type in OWN_DATA else []),
+        *(["fewer processes (each holds the data)"] if distributed.size() > 1 else []),
+        "closing other programs",
+    ]
 
 
-MODEL_REMEDIES = ("a smaller --model_size", "--d_model", "--num_latents", "--mlp_ratio", "--num_self_attention_layers",
-                  "another --device")  # fmt: skip
+MODEL_REMEDIES = (
+    "a smaller --model_size",
+    "a smaller --d_model, --num_latents, --mlp_ratio or --cross_attention_dim",
+    "fewer --num_self_attention_layers",
+    "another --device",
+)
 
 
 @contextmanager
@@ -216,8 +226,10 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
 
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
     with compiler_advice() if settings.compile else nullcontext():
-        rehearse(run_model, loaders["train"], progress.epoch, settings, device, amp_dtype)
+        if settings.compile:
+            print("compiling the model, which may take minutes", flush=True)
         validate(evaluated, loaders["val"], settings, data, device, amp_dtype, 2)
+        rehearse(run_model, loaders["train"], progress.epoch, settings, device, amp_dtype)
     with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
         replica = distributed.replicate(run_model)
     folder = Path(settings.checkpoint_dir)
@@ -399,8 +411,6 @@ def rehearse(
 ) -> None:
     """The passes of a training step over the first batch of an epoch, which leave no trace: neither in the gradients
     nor in the random numbers."""
-    if settings.compile:
-        print("compiling the model, which may take minutes", flush=True)
     numbers = loaded_of(loader.batch_sampler.batches(epoch)[0], distributed.rank(), distributed.size())
     cards = [torch.cuda.current_device()] if device.type == "cuda" else []
     what = f"with batch_size {settings.batch_size}"
