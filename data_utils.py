@@ -297,7 +297,7 @@ class EpochDataLoader(DataLoader):
         batches = super().__iter__()
         sampler.set_epoch(sampler.epoch + 1)
         if self.num_workers:
-            return _plain_mistakes(batches)
+            return _with_plain_errors(batches)
         by_thread = self.pin_memory and torch.cuda.is_available()
         return _one_ahead(batches) if by_thread else batches
 
@@ -312,13 +312,18 @@ def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _plain_mistakes(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, but a UserError of a worker has its own message again: torch wraps it in the worker's traceback."""
+def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, of workers. A UserError has its own message again, which torch hides in the traceback of the
+    worker; and a worker that died while it handed over a batch is said to have died, as at any other moment."""
     try:
         yield from batches
     except UserError as error:
         name = f"{UserError.__module__}.{UserError.__qualname__}: "
         raise UserError(str(error).rpartition(name)[2].strip()) from None
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught "):  # by torch, in the data set
+            raise
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
 
 
 def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:

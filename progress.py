@@ -147,9 +147,9 @@ class StopRequest:
             self._handle(number, signal.SIG_IGN if self.agreed and distributed.size() > 1 else self._before[number])
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal = number
+        self.signal = self.signal or number
         if distributed.size() == 1:
-            self.agreed = self.agreed or number
+            self.agreed = self.signal
             self._handle(number, signal.SIG_IGN if number == HANG_UP else self._before[number])
 
     @staticmethod

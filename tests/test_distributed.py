@@ -22,6 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the processes of torchrun have no conftest.py
 
+from running import children  # noqa: E402
+
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
 import run_log  # noqa: E402
@@ -29,6 +31,7 @@ import train  # noqa: E402
 from checkpoint import BEST, LAST, load_checkpoint  # noqa: E402
 from config import UserError  # noqa: E402
 from data_utils import EpochBatchSampler, loaded_of, share_of, unshared  # noqa: E402
+from files import owned  # noqa: E402
 from perceiver_model import PerceiverModel  # noqa: E402
 from progress import STOP_SIGNALS  # noqa: E402
 
@@ -146,11 +149,6 @@ if __name__ == "__main__":
 # --- Groups of processes ---------------------------------------------------------------------------------------------
 
 
-def children(process):
-    """The processes that torchrun started; they have process groups of their own."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 class Group:
     """A torchrun with `size` processes in a folder, its output so far in `text()`."""
 
@@ -176,14 +174,15 @@ class Group:
             time.sleep(0.01)
 
     def workers(self):
-        return [pid for pid in children(self.process) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """The processes that torchrun started; they have process groups of their own."""
+        return [pid for pid in children(self.process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def end(self):
         """The exit status; a group that does not end by itself is killed."""
         try:
             return self.process.wait(max(0.1, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            for pid in [*children(self.process), self.process.pid]:
+            for pid in [*children(self.process.pid), self.process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.wait()
@@ -405,6 +404,23 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     assert before in (done, done + 1) and epochs == [*range(1, before + 1), *range(done + 1, epochs[-1] + 1)]
 
 
+def test_a_killed_loader_worker_starts_the_processes_again(tmp_path):
+    """As where memory runs out: its trainer ends, so that torchrun sees it."""
+    flags = f"{SEQUENCES} --num_samples=600 --epochs=500 --batch_size=20 --num_workers=1"
+    group = Group(tmp_path, 2, ROOT / "train.py", *flags.split(), options=["--max-restarts=1"])
+    group.wait_for("epoch   2/500")
+    trainer = group.workers()[1]
+    while not (loaders := children(trainer)):  # there is none between two epochs
+        assert time.monotonic() < group.until
+    os.kill(loaders[0], signal.SIGKILL)
+    group.wait_for("resuming")
+    done = int(re.search(r"resuming checkpoints/last_model.pth: (\d+) of 500 epochs done", group.text())[1])
+    group.wait_for(f"epoch {done + 1:>3}/500")
+    assert "error: DataLoader worker (pid" in group.text()
+    group.process.send_signal(signal.SIGTERM)
+    assert group.end() != 0 and "SIGTERM: saved" in group.text()
+
+
 # --- Ends promptly, with one message ---------------------------------------------------------------------------------
 
 
@@ -424,16 +440,19 @@ def test_control_c_of_torchrun_saves_and_ends(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "of_ranks", "says", "traceback"),
     [
+        (f"{SEQUENCES} --checkpoint_dir=taken", {}, "error: taken belongs to a run that is still going (", False),
         (f"{SEQUENCES} --batch_size=7", {"1": ["mistake@3"]}, "error: no such thing", False),
         (f"{SEQUENCES} --batch_size=7", {"1": ["fault@3"]}, "RuntimeError: a fault of ours", True),
         (f"{SEQUENCES} --batch_size=7", {"0": ["no data"]}, "error: no such thing", False),
         ("--lr=x", {}, 'error: --lr: expected a number (per step) above 0, got "x"', False),
     ],
-    ids=["a mistake that one meets", "a fault that one meets", "no data, others wait", "a mistake that all make"],
+    ids=["another run's folder", "a mistake that one meets", "a fault that one meets", "no data, others wait",
+         "a mistake that all make"],
 )
 def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, traceback):
     started = time.monotonic()
-    group, status = make_runs(tmp_path, 3 if "0" in of_ranks else 2, [("run", flags, set(), of_ranks)])
+    with owned(tmp_path / "run" / "taken"):
+        group, status = make_runs(tmp_path, 3 if "0" in of_ranks else 2, [("run", flags, set(), of_ranks)])
     assert status != 0 and time.monotonic() - started < 60
     text = group.text()
     ours = text[: text.index("torch/distributed/run.py")]  # what follows is torchrun's own report

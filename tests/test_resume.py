@@ -4,11 +4,8 @@ import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,13 +13,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from running import ROOT, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -37,7 +35,6 @@ from perceiver_model import PerceiverModel
 from progress import FINAL_RATE, Schedule, average_decay, moving_average
 from train import parameter_groups
 
-ROOT = Path(train.__file__).parent
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
     "--num_self_attention_layers=1"
@@ -45,83 +42,6 @@ MODEL = (
 SEQUENCES = f"--dataset=synthetic --num_samples=60 --seq_len_range 5 12 --feature_dim=4 --num_classes=3 {MODEL}"
 DIGITS = f"--dataset=digits --patch_size=4 {MODEL}"
 NOT_COMPARED = {"run_name", "seconds", "samples_per_second"}  # what the clock decides
-PATIENCE = 120  # seconds, after which a process counts as hung
-
-
-# --- Real processes --------------------------------------------------------------------------------------------------
-# Each is a process of its own that runs train.py as __main__. Most are forked from a server that has the libraries
-# loaded, which saves seconds apiece.
-
-
-def run_train(folder, flags, file_limit=None):
-    """In the new process: train.py with these flags (a text) in `folder`, with its output in output.txt."""
-    os.setsid()
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if file_limit:  # bytes that any file may have: a full disk for whatever is larger
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default one
-    sys.argv = ["train.py", *flags.split()]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
-@pytest.fixture(scope="session")
-def start():
-    """start(folder, flags) starts a process of train.py."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([
-        "train", "torch._dynamo", "torch.utils.tensorboard", "seaborn", "matplotlib.pyplot", "sklearn.metrics",
-        "sklearn.datasets", "hypothesis", "pytest",
-    ])  # fmt: skip
-
-    def start_process(folder, flags, **options):
-        process = context.Process(target=run_train, args=(folder, flags), kwargs=options)
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        first = context.Process(target=int)  # the server inherits the environment of this moment
-        first.start()
-        first.join()
-    return start_process
-
-
-def end(process):
-    """The exit status of a process that ends by itself."""
-    process.join(PATIENCE)
-    if process.is_alive():
-        process.kill()
-        pytest.fail("the process hangs")
-    return process.exitcode
-
-
-def output(folder):
-    return (folder / "output.txt").read_text()
-
-
-def succeed(start, folder, flags):
-    assert end(start(folder, flags)) == 0, output(folder)
-
-
-def wait_until(condition, process):
-    """Whether the condition came true before the process ended."""
-    until = time.monotonic() + PATIENCE
-    while process.is_alive():
-        if condition():
-            return True
-        assert time.monotonic() < until
-        time.sleep(0.0005)
-    return False
-
-
-def stamp(file):
-    return file.stat().st_mtime_ns if file.exists() else None
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------
@@ -155,7 +75,11 @@ def files_of(folder):
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    return log_of_file(folder / "checkpoints" / "log.jsonl")
+
+
+def log_of_file(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_same_run(folder, other):
@@ -396,6 +320,72 @@ def test_a_run_killed_before_its_curves_draws_them(copy, run, tmp_path):
     assert len(log_of(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("moment", ["before the curves", "in the curves", "in the test", "before it says so"])
+def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, made, moment):
+    """That a run has ended is said by its checkpoint, not by the files that it leaves."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "in the curves":
+            patch.setattr(plots, "plot_training_curves", lambda history, path, best: (path.write_text("half"), kill()))
+        elif moment == "in the test":
+            patch.setattr(train, "build_model", kill)
+        elif moment == "before it says so":
+            patch.setattr(train, "log_end", kill)
+        else:
+            patch.setattr(train, "finish", kill)
+        assert run(f"{SMALL_BATCHES} --epochs=2").status == 130
+    ended = load_checkpoint(tmp_path / "checkpoints" / LAST)["progress"]["test"]
+    assert bool(ended) == (moment == "before it says so")
+    result = run("--resume")
+    assert result.status == 0
+    assert "nothing is left to do" in result.out if ended else "test accuracy" in result.out
+    assert_same_run(tmp_path, made["finished"])
+    progress = load_checkpoint(tmp_path / "checkpoints" / LAST)["progress"]
+    assert progress["test"]["epoch"] == progress["best"]["epoch"] and progress["test"]["num_samples"] == 12
+    assert "nothing is left to do" in run("--resume").out
+
+
+def test_a_run_that_goes_on_has_not_ended(copy, run, monkeypatch, tmp_path):
+    """Killed before its new end, it is ended by the next resume; the curves of fewer epochs are gone meanwhile."""
+    with monkeypatch.context() as patch:
+        before_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run("--resume --epochs=3").status == 143
+    assert not (copy / "training_curves.png").exists()
+    assert load_checkpoint(copy / LAST)["progress"]["test"] == {}
+    drawn = []
+    plot = lambda history, path, best: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
+    monkeypatch.setattr(plots, "plot_training_curves", plot)
+    result = run("--resume")
+    assert result.status == 0 and "test accuracy" in result.out and drawn == [3]
+
+
+def test_a_picture_that_a_kill_or_a_full_disk_cut_off_is_drawn_again(start, tmp_path):
+    """The real picture, in a process that is killed while it is written."""
+    folder = tmp_path / "run"
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=1", change=die_in_savefig)) == -signal.SIGKILL
+    assert not (folder / "checkpoints" / "training_curves.png").exists()
+    assert list((folder / "checkpoints").glob("training_curves.png.*.tmp"))
+    succeed(start, folder, "--resume")
+    assert "test accuracy" in output(folder) and "nothing is left" not in output(folder)
+    with Image.open(folder / "checkpoints" / "training_curves.png") as picture:
+        picture.load()
+    assert sorted(os.listdir(folder / "checkpoints")) == sorted(run_log.RUN_FILES)
+
+
+def die_in_savefig():
+    from matplotlib.figure import Figure
+
+    def savefig(self, file, **kwargs):
+        file.write(b"\x89PNG\r\n\x1a\n")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Figure.savefig = savefig
+
+
 def test_more_epochs_never_raise_the_rate(copy, run, tmp_path):
     """R28: the rate stays where the first schedule ended, until the longer one falls below it."""
     result = run("--resume --epochs=6")
@@ -443,6 +433,164 @@ def test_an_earlier_run_is_kept(copy, run):
     assert result.status == 0 and "was moved to" in result.out
     (kept,) = copy.glob("run_until_*")
     assert {hashed for hashed, _ in files_of(kept).values()} == before
+
+
+def test_runs_set_aside_are_numbered_whatever_the_clock_says(copy, run, monkeypatch):
+    before = {hashed for hashed, _ in files_of(copy).values()}
+    strftime = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda form, *when: "now" if when else strftime(form))
+    for seed in (1, 2):
+        assert run(f"{SMALL_BATCHES} --epochs=1 --seed={seed}").status == 0
+    assert [folder.name for folder in sorted(copy.glob("run_until_*"))] == ["run_until_now", "run_until_now_2"]
+    assert {hashed for hashed, _ in files_of(copy / "run_until_now").values()} == before
+    assert load_checkpoint(copy / "run_until_now_2" / LAST)["settings"]["seed"] == 1
+
+
+# --- What lies in the folder beside the checkpoint -------------------------------------------------------------------
+
+
+def hashes(folder):
+    return {name: hashed for name, (hashed, _) in files_of(folder).items()}
+
+
+def test_what_came_after_the_checkpoint_is_set_aside(copy, run, tmp_path):
+    """--resume best_model.pth of an earlier epoch: the later ones are announced and kept."""
+    assert load_checkpoint(copy / BEST)["epoch"] == 1 and load_checkpoint(copy / LAST)["epoch"] == 2
+    before = hashes(copy)
+    result = run(f"--resume checkpoints/{BEST} --epochs=3")
+    assert result.status == 0, result.err
+    (kept,) = copy.glob("run_until_*")
+    assert re.search(
+        rf"note: the run goes on from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
+        result.out,
+    )
+    moved = hashes(kept)
+    assert moved == {name: before[name] for name in before.keys() - {BEST}}
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2, 3]
+    assert not list(copy.glob("run_until_*/run_until_*"))
+
+
+def test_an_older_copy_of_the_checkpoint_is_an_older_run(run, made, monkeypatch, tmp_path):
+    """Under a name of its own, or put back as last_model.pth: what is beyond it is set aside."""
+    assert run(f"{SMALL_BATCHES} --epochs=4").status == 0
+    checkpoints = tmp_path / "checkpoints"
+    older = made["finished"] / "checkpoints" / LAST  # the same run after 2 epochs, but for its schedule and name
+    contents = torch.load(older, weights_only=True)
+    contents["progress"]["run_name"] = load_checkpoint(checkpoints / LAST)["progress"]["run_name"]
+    before = hashes(checkpoints)
+    for name in ("copy.pth", LAST):
+        folder = tmp_path / name
+        shutil.copytree(checkpoints, folder)
+        torch.save(contents, folder / name)
+        result = run(f"--resume {name}/{name} --epochs=3")
+        assert result.status == 0, result.err
+        (kept,) = folder.glob("run_until_*")
+        expected = {"log.jsonl", "settings.json", "training_curves.png"} | ({LAST} if name != LAST else set())
+        if load_checkpoint(checkpoints / BEST)["epoch"] not in (1, 3 if name == LAST else 1):
+            expected |= {BEST}
+        assert hashes(kept) == {file: before[file] for file in expected}
+        assert "held beyond that" in result.out
+        assert load_checkpoint(folder / LAST)["epoch"] == 3
+
+
+def test_files_of_another_run_are_set_aside(copy, run, tmp_path, made):
+    """A checkpoint that was copied into the folder of another run."""
+    assert run(f"{SMALL_BATCHES} --epochs=1 --seed=3 --checkpoint_dir=other").status == 0
+    other = tmp_path / "other"
+    before = hashes(other)
+    shutil.copy(copy / LAST, other / "mine.pth")
+    result = run("--resume other/mine.pth --epochs=3")
+    assert result.status == 0, result.err
+    (kept,) = other.glob("run_until_*")
+    assert hashes(kept) == before
+
+
+def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
+    """Only last_model.pth was moved: the run ends with curves and test figures of what there is, and says so."""
+    assert load_checkpoint(copy / LAST)["best"]["epoch"] == 1
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(copy / LAST, moved)
+    contents = torch.load(moved / LAST, weights_only=True)
+    contents["progress"]["best"] |= {"val_accuracy": 2.0}  # no later epoch is better
+    contents["progress"]["test"] = {}
+    torch.save(contents, moved / LAST)
+    result = run(f"--resume moved/{LAST} --epochs=3")
+    assert result.status == 0, result.err
+    assert f"note: moved/{BEST}, with this run's best model (epoch 1), is not there any more" in result.out
+    last = log_of_file(moved / "log.jsonl")[-1]
+    assert f"last epoch 3: validation accuracy {last['val_accuracy']:.4f}, test accuracy " in result.out
+    assert f"python inference.py --model_path moved/{LAST}" in result.out
+    assert (moved / "training_curves.png").exists() and not (moved / BEST).exists()
+    assert load_checkpoint(moved / LAST)["progress"]["test"]["epoch"] == 3
+    assert "nothing is left to do" in run(f"--resume moved/{LAST}").out
+
+
+def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch):
+    """Not about one that was put in its place."""
+    foreign = torch.load(copy / BEST, weights_only=True)
+    foreign["progress"]["run_name"] = "another"
+
+    def replace():
+        torch.save(foreign, copy / BEST)
+
+    contents = torch.load(copy / LAST, weights_only=True)
+    contents["progress"]["best"] |= {"val_accuracy": 2.0}
+    torch.save(contents, copy / LAST)
+    before_step(monkeypatch, 2, replace)
+    result = run("--resume --epochs=3")
+    assert result.status == 0 and "is not there any more" in result.out and "last epoch 3" in result.out
+
+
+# --- Two runs in one folder ------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused(start, run, tmp_path):
+    """Nothing of the first one is touched, and nothing of the second is left."""
+    process = start(tmp_path, f"{SMALL_BATCHES} --epochs=2000")
+    log = tmp_path / "checkpoints" / "log.jsonl"
+    assert wait_until(log.exists, process)
+    before = set(os.listdir(tmp_path / "runs"))
+    for second in (f"{SMALL_BATCHES} --epochs=1 --seed=7", "--resume", f"--resume checkpoints/{LAST} --epochs=70"):
+        result = run(second)
+        assert result.status == 2
+        assert result.err.count("\n") == 1 and f"process {process.pid} on " in result.err
+        assert "error: checkpoints belongs to a run that is still going" in result.err
+        assert "--checkpoint_dir" in result.err
+    assert process.is_alive() and set(os.listdir(tmp_path / "runs")) == before
+    assert not list((tmp_path / "checkpoints").glob("run_until_*"))
+    other = run(f"{SMALL_BATCHES} --epochs=1 --checkpoint_dir=other")
+    assert other.status == 0
+    process.terminate()
+    assert end(process) == 143
+    assert run("--resume --epochs=1").status == 0
+    assert [line["epoch"] for line in log_of(tmp_path)] == list(range(1, len(log_of(tmp_path)) + 1))
+
+
+# --- Other threads, another clock ------------------------------------------------------------------------------------
+
+
+def test_another_number_of_threads_is_noted(copy, run):
+    assert load_checkpoint(copy / LAST)["threads"] == torch.get_num_threads()
+    result = run("--resume --epochs=3")
+    assert "threads" not in result.out
+    contents = torch.load(copy / LAST, weights_only=True)
+    contents["threads"] += 1
+    torch.save(contents, copy / LAST)
+    result = run("--resume --epochs=4 --device=cpu")
+    now = torch.get_num_threads()
+    assert result.status == 0 and f"note: threads changed from {now + 1} to {now} (OMP_NUM_THREADS)" in result.out
+
+
+def test_an_older_checkpoint_goes_on(copy, run, tmp_path):
+    """Of a version that did not store how a run ended, nor its threads."""
+    contents = torch.load(copy / LAST, weights_only=True)
+    del contents["threads"], contents["progress"]["test"]
+    torch.save(contents, copy / LAST)
+    result = run("--resume")
+    assert result.status == 0 and "test accuracy" in result.out and "threads" not in result.out
+    assert run("--resume --epochs=3").status == 0
+    assert len(log_of(tmp_path)) == 3
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -534,6 +682,21 @@ def test_curves_have_no_gaps_after_a_kill(start, tmp_path, drawn):
         assert end(process) == -signal.SIGKILL
     succeed(start, folder, "--resume")
     assert_same_curves(folder, drawn)
+
+
+def test_a_clock_that_was_set_back_leaves_the_curves_in_order(monkeypatch, tmp_path, drawn):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 12, lambda: raise_killed())
+        train.main(f"{SMALL_BATCHES} --epochs=3".split())
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 25 * 3600)
+    assert train.main(["--resume"]) == 0
+    assert_same_curves(tmp_path, drawn)
+
+
+def raise_killed():
+    raise Killed
 
 
 def test_runs_begun_in_the_same_second_have_curves_of_their_own(monkeypatch, tmp_path):
