@@ -175,7 +175,7 @@ class Settings:
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
     ema_decay: float = _training(
         0.0, "evaluate and keep a moving average of the weights; 0 = the weights themselves",
-        "share kept in a step", at_least=0, below=1)
+        "share kept in a step, at most (1 + steps) / (10 + steps)", at_least=0, below=1)
     accumulation_steps: int = _training(1, "batches in an optimizer step", "batches", at_least=1)
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",
@@ -613,6 +613,9 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+
+
 @contextmanager
 def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
     """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
@@ -624,7 +627,7 @@ def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> I
         else:
             ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             ran_out = ran_out or any(words in str(error) for words in _NO_MEMORY)
-        if not ran_out:
+        if not ran_out or _LOST_WORKER.match(str(error)):
             raise
         wanted = re.search(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
         if wanted:
@@ -636,13 +639,28 @@ def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> I
         ) from error
 
 
+@contextmanager
+def worker_advice() -> Iterator[None]:
+    """Turn the death of a process that loads data, which torch notices at any moment, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (lost := _LOST_WORKER.match(str(error))):
+            raise
+        raise UserError(
+            f"{lost[0]}; the system kills processes when memory runs out, or shared memory: fewer --num_workers, a "
+            "smaller --batch_size, more shared memory (docker run --shm-size=8g); a training run goes on with --resume"
+        ) from error
+
+
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with memory_advice("on this machine", ("a smaller --batch_size", "fewer processes", "no other programs")):
+            remedies = ("a smaller --batch_size", "fewer processes", "no other programs")
+            with memory_advice("on this machine", remedies), worker_advice():
                 return main(*args, **kwargs)
         except UserError as error:
             for line in str(error).split("\n"):

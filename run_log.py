@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,7 +168,7 @@ def log_epoch(
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_balanced_accuracy"):
             part, _, figure = name.partition("_")
             writer.add_scalar(f"epoch/{figure}", record[name], record["step"], part)
-        writer.add_scalar("epoch/samples_per_second", record["samples_per_second"], record["step"], "train")
+        writer.add_scalar("step/samples_per_second", record["samples_per_second"], record["step"])
         if matrix:
             from torch.utils.tensorboard import summary
 
@@ -175,7 +176,7 @@ def log_epoch(
             with plots.missing_glyphs_noted():
                 figure.canvas.draw()
             picture = np.asarray(figure.canvas.buffer_rgba())  # (H, W, 4)
-            writer.add(summary.image("confusion_matrix", picture, dataformats="HWC"), record["step"])
+            writer.add(summary.image("val/confusion_matrix", picture, dataformats="HWC"), record["step"])
         writer.flush()
 
 
@@ -195,7 +196,7 @@ def write_log(folder: Path, progress: Progress) -> None:
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 PARTS = ("", "train", "val")  # folders of a run: TensorBoard draws what has one name in several of them as one chart
-FINAL = ("final/val_accuracy", "final/val_loss", "final/test_accuracy")  # by which HPARAMS compares runs
+FINAL = ("best/val_accuracy", "best/val_loss", "best/test_accuracy")  # of the best epoch; the first ones in HPARAMS
 
 
 class EventWriter:
@@ -260,8 +261,8 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Ev
     if step is None:
         rows = [f"| {name} | {value} |" for name, value in settings.to_dict().items()]
         writer.add(summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows])), 0)
-        experiment, start, _ = summary.hparams(_hyperparameters(settings), dict.fromkeys(FINAL))
-        writer.add(experiment, 0)
+        # Without a list of all settings, HPARAMS makes one in which those that differ between runs come first
+        _, start, _ = summary.hparams(_hyperparameters(settings), {})
         writer.add(start, 0)
     return writer
 
@@ -280,7 +281,7 @@ def log_end(writer: EventWriter | None, settings: Settings, progress: Progress) 
         figures = (progress.best["val_accuracy"], progress.best["val_loss"], progress.test["accuracy"])
         for name, value in zip(FINAL, figures, strict=True):
             writer.add_scalar(name, value, progress.step + 1)
-        writer.add(summary.hparams(_hyperparameters(settings), dict.fromkeys(FINAL))[2], progress.step + 1)
+        writer.add(summary.hparams({}, {})[2], progress.step + 1)
         writer.close()
 
 
@@ -295,6 +296,10 @@ def open_run(settings: Settings, folder: Path, progress: Progress, resumed: Path
     """
     make_folder(folder)
     log_dir = make_folder(settings.log_dir)
+    import seaborn  # noqa: F401 (what an epoch's figures need breaks now, before anything is moved)
+
+    with suppress(ImportError):  # see tensorboard_writer
+        import torch.utils.tensorboard  # noqa: F401
     for name in RUN_FILES:
         for left in folder.glob(f"{name}*.tmp"):  # by a killed process
             left.unlink(missing_ok=True)

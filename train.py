@@ -14,7 +14,6 @@ settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorB
 import dataclasses
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -128,20 +127,6 @@ def compiler_advice() -> Iterator[None]:
     except TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"--compile: {reason}; install what is missing, or train with --no_compile") from error
-
-
-@contextmanager
-def worker_advice(settings: Settings) -> Iterator[None]:
-    """Turn the death of a process that loads data into a UserError; torch notices it at any moment."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error)):
-            raise
-        raise UserError(
-            f"{str(error).partition('. ')[0]}. The system kills processes when memory runs out: fewer --num_workers "
-            f"than {settings.num_workers} or a smaller --batch_size, then go on with --resume"
-        ) from error
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -504,8 +489,8 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
         checkpoint = load_checkpoint(folder / BEST)
     except UserError:
         return None
-    same = checkpoint["epoch"] == progress.best["epoch"]
-    return checkpoint if same and checkpoint["progress"]["run_name"] == progress.run_name else None
+    run_name = checkpoint.get("progress", {}).get("run_name")
+    return checkpoint if (run_name, checkpoint["epoch"]) == (progress.run_name, progress.best["epoch"]) else None
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -611,8 +596,7 @@ def run(
     for note in unused_settings(settings, sources):
         print(f"note: {note}")
     try:
-        with worker_advice(settings):
-            return train(settings, checkpoint, resumed)
+        return train(settings, checkpoint, resumed)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
         print("interrupted; --resume goes on from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from running import children  # noqa: E402
 
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
+import inference  # noqa: E402
 import run_log  # noqa: E402
 import train  # noqa: E402
 from checkpoint import BEST, LAST, load_checkpoint  # noqa: E402
@@ -459,6 +461,63 @@ def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, tra
     ours = ours[: ours.rindex("Traceback")]
     assert ours.count(says) == 1, text
     assert ours.count("error: ") == (not traceback) and ours.count("Traceback") == traceback, text
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"one of several processes \(RANK=0, WORLD_SIZE=2\).*unset both"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, r"RANK=1, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, r"RANK=None, WORLD_SIZE=2"),
+        ({"RANK": "3"}, r"RANK=3, WORLD_SIZE=None"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, r"RANK=1, WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number"),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": " ", "RANK": ""}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}, None),
+    ],
+)
+def test_processes_without_torchrun_are_refused(monkeypatch, tmp_path, capsys, script, environment, says):
+    """A cluster that sets the variables and starts the plain script: none trains the whole run by itself."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main = train.main if script == "train.py" else inference.main
+    flags = "--resume none.pth" if script == "train.py" else "--model_path none.pth"  # goes no further than this
+    with pytest.raises(SystemExit) as ended:
+        main(flags.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert re.search(says or "cannot read the checkpoint none.pth", error)
+    if says and script == "train.py" and "two" not in says:
+        assert "torchrun --nnodes=$WORLD_SIZE --node_rank=$RANK --nproc_per_node=1 " in error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_for_a_cluster_makes_one_group_of_its_processes(tmp_path):
+    """Two 'machines' with the variables that it sets, each with the command that the refusal names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"exec {sys.executable} -m torch.distributed.run {distributed.AS_TORCHRUN.partition(' ')[2]} "
+    command += f"{ROOT / 'train.py'} {EXACT}"
+    machines = []
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {name: str(value) for name, value in variables.items()}
+        with open(tmp_path / f"{rank}.txt", "w") as output:
+            machines.append(subprocess.Popen(
+                ["bash", "-c", command], cwd=tmp_path, env=environment, stdout=output, stderr=output
+            ))  # fmt: skip
+    assert [machine.wait(PATIENCE) for machine in machines] == [0, 0]
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert "2 processes, 16 of the 32 samples of a batch each" in texts[0] and "best epoch" in texts[0]
+    assert "epoch" not in texts[1]
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_many_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert max(most) == 1 and got and not (tmp_path / "folder").exists()
+    assert max(most) == 1 and got and not (tmp_path / "folder" / LOCK).exists()
 
 
 def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):

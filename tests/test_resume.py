@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import evaluation
+import files
 import plots
 import run_log
 import train
@@ -607,7 +609,7 @@ def curves(folder):
             curves[f"{part}/{name}".lstrip("/")] = [e.step for e in points], [e.value for e in points]
         if part == "":
             assert len(events.Tensors("settings/text_summary")) == 1
-            images = [event.step for event in events.Images("confusion_matrix")]
+            images = [event.step for event in events.Images("val/confusion_matrix")]
             assert images == sorted(set(images))
     return curves
 
@@ -616,7 +618,7 @@ def assert_same_curves(folder, other):
     ours, theirs = curves(folder), curves(other)
     assert list(ours["step/loss"][0]) == list(range(1, len(theirs["step/loss"][0]) + 1))
     for ones in (ours, theirs):
-        ones.pop("train/epoch/samples_per_second")
+        ones.pop("step/samples_per_second")
     assert ours == theirs
 
 
@@ -880,6 +882,119 @@ def test_out_of_memory(run, monkeypatch, tmp_path, made, error, place):
     )
 
 
+def no_memory(*_, **__):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16000000000000 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("model", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--model_size"),
+        ("device", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--num_latents"),
+        ("average", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--model_size"),
+        ("data", "out of memory while reading the data (5 GiB more were asked for); .*a smaller --num_samples or "),
+        ("rehearsal", "out of memory with batch_size 6 .*--batch_size 3 --accumulation_steps 2 (the same training)"),
+        ("validation", "out of memory in validation with batch_size 6 .*--batch_size 3"),
+        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("elsewhere", "out of memory on this machine .*--batch_size"),
+    ],
+)
+def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, says):
+    """And what happens before the first step writes nothing."""
+
+    def no_array(*_):
+        raise MemoryError("Unable to allocate 5. GiB for an array with shape (9, 2000000000) and data type float64")
+
+    with monkeypatch.context() as patch:
+        owner, name, act = {
+            "model": (nn.Linear, "reset_parameters", no_memory),
+            "device": (PerceiverModel, "to", no_memory),
+            "average": (train, "moving_average", no_memory),
+            "data": (train, "load_splits", no_array),
+            "rehearsal": (torch.Tensor, "backward", no_memory),
+            "validation": (evaluation, "collect_predictions", no_memory),
+            "curves": (plots, "plot_training_curves", no_memory),
+            "test": (train, "build_model", no_memory),
+            "elsewhere": (train, "print_run", no_memory),
+        }[place]
+        patch.setattr(owner, name, act)
+        result = run(f"{SMALL_BATCHES} --epochs=1 --ema_decay=0.5")
+    assert result.status == 2 and result.err.count("\n") == 1
+    parts = says.split(".*")
+    places = [result.err.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places), result.err
+    if place in ("curves", "test"):
+        assert run("--resume").status == 0
+    else:
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_lack_of_memory_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(train, "print_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(SMALL_BATCHES)
+
+
+def test_no_compiler(start, tmp_path, made):
+    """Said in a line, before anything of an earlier run is touched."""
+    folder = tmp_path / "run"
+    shutil.copytree(made["finished"], folder)
+    before = files_of(folder)
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=1 --compile", change=without_compiler)) == 2
+    after = files_of(folder)
+    after.pop("output.txt")
+    assert after == before
+    (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
+    assert "--compile: InvalidCxxCompiler: No working C++ compiler found" in line and "--no_compile" in line
+    assert output(folder).endswith(f"{line}\n") and "Traceback" not in output(folder)
+
+
+def without_compiler():
+    os.environ |= {"CXX": "/nonexistent/g++", "PATH": "/nonexistent"}
+
+
+def test_a_step_is_rehearsed_without_a_trace(run, monkeypatch, tmp_path, saved):
+    """What fails in the first step fails before an earlier run is moved; and no random number is used up."""
+    flags = f"{SMALL_BATCHES} --epochs=1 --dropout=0.5 --seed=3"
+    assert run(flags).status == 0
+    assert run(f"{flags} --checkpoint_dir=other").status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rehearse", lambda *_: None)
+        assert run(f"{flags} --checkpoint_dir=plain").status == 0
+    a, b = (load_checkpoint(tmp_path / folder / LAST) for folder in ("other", "plain"))
+    for part in ("model", "optimizer", "random_state", "progress"):
+        assert_same(a[part], b[part], part)
+    before = files_of(tmp_path)
+
+    def fail(*_, **__):
+        raise RuntimeError("a fault in the first step")
+
+    monkeypatch.setattr(train.F, "cross_entropy", fail)
+    with pytest.raises(RuntimeError, match="a fault in the first step"):
+        run(SMALL_BATCHES)
+    assert files_of(tmp_path) == before
+
+
+def test_a_log_that_another_program_holds_ends_no_run(run, monkeypatch, tmp_path):
+    """As on Windows; it is written when it is free again."""
+    replace = os.replace
+    refused = []
+
+    def held(source, target):
+        if Path(target).name == "log.jsonl" and len(refused) < 1:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    result = run(f"{SMALL_BATCHES} --epochs=2")
+    assert result.status == 0 and len(refused) == 1
+    assert "note: cannot write checkpoints/log.jsonl (Permission denied)" in result.out
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2]
+
+
 def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
     def fail():
         raise RuntimeError("a fault of ours")
@@ -929,6 +1044,28 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
     assert load_checkpoint(checkpoints / LAST)["epoch"] == (2 if what == "curves" else 1)
     assert run("--resume").status == 0
     assert_same_run(tmp_path, made["finished"])
+
+
+def test_a_disk_that_is_full_for_tensorboard(start, tmp_path):
+    """A line, without a traceback, in which the place is text; the run goes on when there is space."""
+    folder = tmp_path / "run"
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=3", change=fill_the_disk_in_step_12)) == 2
+    (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
+    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then go on with --resume", line)
+    assert "Traceback" not in output(folder) and "Exception" not in output(folder)
+    assert load_checkpoint(folder / "checkpoints" / LAST)["epoch"] == 1
+    succeed(start, folder, "--resume")
+    assert len(log_of(folder)) == 3
+
+
+def fill_the_disk_in_step_12():
+    import resource
+
+    def fill():
+        size = max(file.stat().st_size for file in Path("runs").rglob("events*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    before_step(pytest.MonkeyPatch(), 12, fill)
 
 
 def test_a_disk_too_small_for_a_checkpoint(start, tmp_path):

@@ -150,7 +150,8 @@ def test_a_killed_worker_ends_the_run(start, tmp_path):
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         assert end_promptly(process, folder, "error: DataLoader worker (pid") == 2
         (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
-        assert "--num_workers" in line and "--resume" in line and "Traceback" not in output(folder)
+        assert "--num_workers" in line and "--shm-size" in line and "--resume" in line
+        assert "Traceback" not in output(folder)
 
 
 def test_a_killed_run_leaves_neither_workers_nor_a_lock(start, tmp_path):
