@@ -313,7 +313,7 @@ def open_run(settings: Settings, folder: Path, progress: Progress, resumed: Path
                 f"note: the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
                 f"held beyond that, or of another run, was moved to {kept}"
             )
-        with disk_advice():
+        with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end
             (folder / CURVES).unlink(missing_ok=True)  # it shows fewer epochs than there will be
         write_log(folder, progress)
     with disk_advice():
