@@ -251,8 +251,9 @@ stopped = pytest.mark.parametrize("copy", ["stopped"], indirect=True)
 
 @pytest.mark.parametrize(
     ("number", "send", "workers"),
-    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0)],
-    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM"],
+    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0),
+     (signal.SIGHUP, os.killpg, 2)],
+    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM", "SIGHUP to the group"],
 )
 def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, workers):
     """A terminal sends Ctrl-C to the whole group, the workers included."""
