@@ -124,7 +124,9 @@ def compiler_advice() -> Iterator[None]:
 
     try:
         yield
-    except TorchDynamoException as error:
+    except RuntimeError as error:
+        if not isinstance(error, TorchDynamoException) and "torch.compile is not supported" not in str(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"--compile: {reason}; install what is missing, or train with --no_compile") from error
 
@@ -148,10 +150,13 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
-    # Data, model, optimizer
+    batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
+
     # A model that cannot be is refused before any data is read or downloaded
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
         new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+
+    # Data, model, optimizer
     with distributed.in_turn(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint and checkpoint["data"])
     if checkpoint:
@@ -180,7 +185,10 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         model = new_model(settings, data).to(device)
         # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
         average = moving_average(model, settings.ema_decay) if settings.ema_decay else None
-    run_model = compiled(model, device, settings.accumulation_steps) if settings.compile else model
+    run_model = model
+    if settings.compile:
+        with compiler_advice():
+            run_model = compiled(model, device, settings.accumulation_steps)
     evaluated = average.module if average else run_model
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
@@ -290,9 +298,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
                     batch = next(batches)
                     own = len(share_of(numbers, rank, size))  # 0: the batch is a stand-in, of which nothing counts
                     exchange = nullcontext() if numbers is group[-1] else distributed.gradients_stay(replica)
-                    what = f"with batch_size {settings.batch_size} and samples of up to "
-                    what += f"{evaluation.token_counts(batch).max()} tokens"
-                    with memory_advice(what, step_remedies(settings), GO_ON), exchange:
+                    tokens = f"{batch_size} and samples of up to {evaluation.token_counts(batch).max()} tokens"
+                    with memory_advice(tokens, remedies, GO_ON), exchange:
                         x, mask = evaluation.model_inputs(batch, device)
                         label = batch["label"][:own].to(device, non_blocking=True)
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -307,9 +314,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
                 distributed.add_up(figures)
                 scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
                 norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-                with memory_advice(
-                    f"with batch_size {settings.batch_size} and the optimizer's state", step_remedies(settings), GO_ON
-                ):
+                with memory_advice(f"{batch_size} and the optimizer's state", remedies, GO_ON):
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -398,8 +403,8 @@ def rehearse(
     nor in the random numbers."""
     numbers = loaded_of(loader.batch_sampler.batches(epoch)[0], distributed.rank(), distributed.size())
     cards = [torch.cuda.current_device()] if device.type == "cuda" else []
-    what = f"with batch_size {settings.batch_size}"
-    with torch.random.fork_rng(cards), memory_advice(what, step_remedies(settings)):
+    advice = memory_advice(f"with batch_size {settings.batch_size}", step_remedies(settings))
+    with torch.random.fork_rng(cards), advice:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
         model.train()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -427,8 +432,8 @@ def validate(
     batches: int | None = None,
 ) -> tuple[dict[str, float], list[list[int]]]:  # fmt: skip
     """Loss, accuracy and balanced accuracy over a loader, named val_..., and the confusion matrix."""
-    what = f"in validation with batch_size {settings.batch_size}"
-    with memory_advice(what, step_remedies(settings), "" if batches else GO_ON):
+    when = f"in validation with batch_size {settings.batch_size}"
+    with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         found = collect(model, loader, device, amp_dtype, batches)
     try:
         metrics = metrics_of(found, data)
@@ -465,8 +470,8 @@ def finish(
         else:
             tested, name = progress.history[-1], LAST
             print(
-                f"note: {folder / BEST}, with this run's best model (epoch {best['epoch']}), is not there any more; "
-                f"what follows is about {folder / LAST}"
+                f"note: {folder / BEST} does not hold this run's best model (epoch {best['epoch']}) any more; what "
+                f"follows is about the last one, {folder / LAST}"
             )
         share = distributed.rank(), distributed.size()
         loader = create_dataloader(test_set, settings.batch_size, share=share)
@@ -475,9 +480,9 @@ def finish(
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
     print(
-        f"{'best' if checkpoint else 'last'} epoch {tested['epoch']}: validation accuracy "
-        f"{tested['val_accuracy']:.4f}, "
-        f"test accuracy {metrics['accuracy']:.4f} ({metrics['num_samples']} samples, touched only now)\n"
+        f"{'best' if checkpoint else 'last'} epoch {tested['epoch']}: "
+        f"validation accuracy {tested['val_accuracy']:.4f}, test accuracy {metrics['accuracy']:.4f} "
+        f"({metrics['num_samples']} samples, touched only now)\n"
         f"curves: {folder / CURVES}\n"
         f"next:   python inference.py --model_path {folder / name} --analyze --output_dir results/"
     )

@@ -520,7 +520,7 @@ def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
     torch.save(contents, moved / LAST)
     result = run(f"--resume moved/{LAST} --epochs=3")
     assert result.status == 0, result.err
-    assert f"note: moved/{BEST}, with this run's best model (epoch 1), is not there any more" in result.out
+    assert f"note: moved/{BEST} does not hold this run's best model (epoch 1) any more" in result.out
     last = log_of_file(moved / "log.jsonl")[-1]
     assert f"last epoch 3: validation accuracy {last['val_accuracy']:.4f}, test accuracy " in result.out
     assert f"python inference.py --model_path moved/{LAST}" in result.out
@@ -542,7 +542,7 @@ def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made,
     torch.save(contents, copy / LAST)
     before_step(monkeypatch, 2, replace)
     result = run("--resume --epochs=3")
-    assert result.status == 0 and "is not there any more" in result.out and "last epoch 3" in result.out
+    assert result.status == 0 and "does not hold this run's best model" in result.out and "last epoch 3" in result.out
 
 
 # --- Two runs in one folder ------------------------------------------------------------------------------------------
@@ -949,6 +949,17 @@ def test_no_compiler(start, tmp_path, made):
     (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
     assert "--compile: InvalidCxxCompiler: No working C++ compiler found" in line and "--no_compile" in line
     assert output(folder).endswith(f"{line}\n") and "Traceback" not in output(folder)
+
+
+def test_a_python_that_torch_compile_does_not_support(run, monkeypatch, tmp_path):
+    def unsupported(*_, **__):
+        raise RuntimeError("torch.compile is not supported on Python 3.15+")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    result = run(f"{SMALL_BATCHES} --compile")
+    assert result.status == 2 and not list(tmp_path.iterdir())
+    assert "error: --compile: torch.compile is not supported on Python 3.15+; " in result.err
+    assert "--no_compile" in result.err
 
 
 def without_compiler():
