@@ -12,7 +12,6 @@ A checkpoint is a torch file that holds tensors and plain Python values only, so
     versions                  of Python and the libraries
 """
 
-import contextlib
 import os
 import platform
 import zipfile
@@ -24,6 +23,7 @@ import numpy
 import torch
 
 from config import LAST_CHECKPOINT, Settings, UserError
+from files import remedy, written_whole
 from perceiver_model import MODEL_SIZES, PerceiverModel
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
@@ -59,32 +59,25 @@ def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
 def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
     """Write a checkpoint so that at every moment the old file or the new one is whole.
 
-    The new one is written beside the old one under another name, forced to the disk, and swapped in. Nothing is left
-    behind by a write that fails.
+    Nothing is left behind by a write that fails.
 
     Raises:
         UserError: the file cannot be written; the old one is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
     contents = {"format": FORMAT, "format_version": FORMAT_VERSION, "versions": versions, **contents}
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(path) as file:
             torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except Exception as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps it in a RuntimeError
         if not isinstance(cause, OSError):
             raise
         kept = f"; {path} still holds the one before" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {cause.strerror or cause}{kept}; "
-            "free space or choose another --checkpoint_dir, then go on with --resume"
+            f"{remedy(cause)} or choose another --checkpoint_dir, then go on with --resume"
         ) from error
 
 

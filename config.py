@@ -11,6 +11,7 @@ the checkpoint's settings take the place of both defaults. A new setting is one 
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
@@ -23,7 +24,8 @@ import sys
 import typing
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,7 +256,7 @@ class Settings:
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
     ema_decay: float = _training(
         0.0, "evaluate and keep a moving average of the weights; 0 = the weights themselves",
-        "share kept in a step", at_least=0, below=1)
+        "share kept in a step, at most (1 + steps) / (10 + steps)", at_least=0, below=1)
     accumulation_steps: int = _training(1, "batches in an optimizer step", "batches", at_least=1)
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",
@@ -493,7 +495,8 @@ def resolve(
     return settings, sources
 
 
-def _has_effect(settings: Settings, name: str) -> bool:
+def has_effect(settings: Settings, name: str) -> bool:
+    """Whether a setting has an effect in this run: one of synthetic data has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
     return all(getattr(settings, other) in values for other, values in conditions.items())
 
@@ -502,7 +505,7 @@ def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]
     """A line for each setting that the file or a flag gives and that has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
-        if sources[name] in ("file", "flag") and not _has_effect(settings, name):
+        if sources[name] in ("file", "flag") and not has_effect(settings, name):
             for other, values in field.metadata["applies"].items():
                 notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} "
                              f"{' or '.join(map(_text, values))}, not {_text(getattr(settings, other))}")
@@ -517,7 +520,7 @@ def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, d
     old, changes = Settings.from_dict(base), {"free": {}, "inexact": {}, "fixed": {}}
     for name, field in FIELDS.items():
         pair = getattr(old, name), getattr(settings, name)
-        if pair[0] != pair[1] and _has_effect(settings, name):
+        if pair[0] != pair[1] and has_effect(settings, name):
             changes[field.metadata["on_resume"]][name] = pair
     return changes
 
@@ -529,7 +532,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         group, unit = field.metadata["group"], field.metadata["unit"]
         if group not in rows:
             rows.append(group)
-        if _has_effect(settings, name):
+        if has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
             rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
@@ -696,6 +699,53 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
+# How torch (on a CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
+_NO_MEMORY = (
+    "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "shared memory", "</torch_",
+    "Storage size calculation overflowed",
+)  # fmt: skip
+
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+
+
+@contextmanager
+def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
+    """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            ran_out = error.errno == errno.ENOMEM
+        else:
+            ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            ran_out = ran_out or any(words in str(error) for words in _NO_MEMORY)
+        if not ran_out or _LOST_WORKER.match(str(error)):
+            raise
+        wanted = re.search(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
+        if wanted:
+            number, unit = float(wanted[1]), wanted[2]
+            wanted = f"{number / 2**30:,.1f} GiB" if unit == "bytes" else f"{number:g} {unit}"
+        raise UserError(
+            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; in the order that helps: "
+            f"{', '.join(remedies)}{afterwards}"
+        ) from error
+
+
+@contextmanager
+def worker_advice() -> Iterator[None]:
+    """Turn the death of a process that loads data, which torch notices at any moment, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (lost := _LOST_WORKER.match(str(error))):
+            raise
+        raise UserError(
+            f"{lost[0]}; the system kills processes when memory runs out, or shared memory: fewer --num_workers, a "
+            "smaller --batch_size, more shared memory (docker run --shm-size=8g); a training run goes on with --resume"
+        ) from error
+
+
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
 
@@ -708,7 +758,8 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with warnings.catch_warnings():
+            remedies = ("a smaller --batch_size", "fewer processes", "no other programs")
+            with warnings.catch_warnings(), memory_advice("on this machine", remedies), worker_advice():
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 return main(*args, **kwargs)
         except UserError as error:

@@ -293,10 +293,12 @@ class EpochDataLoader(DataLoader):
         self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(sampler.epoch)
-        iterator = super().__iter__()
+        batches = super().__iter__()
         sampler.set_epoch(sampler.epoch + 1)
-        by_thread = self.pin_memory and not self.num_workers and torch.cuda.is_available()
-        return _one_ahead(iterator) if by_thread else iterator
+        if self.num_workers:
+            return _with_plain_errors(batches)
+        by_thread = self.pin_memory and torch.cuda.is_available()
+        return _one_ahead(batches) if by_thread else batches
 
 
 def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
@@ -307,6 +309,20 @@ def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := coming.result()) is not None:
             coming = thread.submit(next, iterator, None)
             yield batch
+
+
+def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, of workers. A UserError has its own message again, which torch hides in the traceback of the
+    worker; and a worker that died while it handed over a batch is said to have died, as at any other moment."""
+    try:
+        yield from batches
+    except UserError as error:
+        name = f"{UserError.__module__}.{UserError.__qualname__}: "
+        raise UserError(str(error).rpartition(name)[2].strip()) from None
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught "):  # by torch, in the data set
+            raise
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
 
 
 def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:

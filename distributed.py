@@ -21,6 +21,11 @@ from config import UserError
 
 LONGEST_WAIT = timedelta(minutes=30)  # for another process: longer than any step, validation or save takes
 LONGEST_DOWNLOAD = timedelta(days=1)
+# What makes one group of the processes that a cluster starts, one on each machine, with these variables set
+AS_TORCHRUN = (
+    "torchrun --nnodes=$WORLD_SIZE --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_ADDR "
+    "--master_port=$MASTER_PORT"
+)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, nccl
 
 _store: dist.Store | None = None  # torchrun's own: what is written there outlives the processes that it starts anew
@@ -50,6 +55,8 @@ def processes() -> Iterator[None]:
     """
     global _store
     if not (dist.is_available() and dist.is_torchelastic_launched()):
+        if size() == 1:
+            refuse_processes(f"start each as {AS_TORCHRUN} train.py ...")
         yield
         return
     ours = not dist.is_initialized()
@@ -70,6 +77,27 @@ def processes() -> Iterator[None]:
         raise
     if ours:  # not after an exception: this may wait for the others
         dist.destroy_process_group()
+
+
+def refuse_processes(remedy: str) -> None:
+    """Raise UserError where the environment says that this is one of several processes.
+
+    Clusters set RANK and WORLD_SIZE and start a plain `python train.py` on each machine: without torchrun each of them
+    would do the whole work by itself.
+    """
+    count, number = _from_environment("WORLD_SIZE"), _from_environment("RANK")
+    if (count or 1) > 1 or (number or 0) >= (count or 1):
+        raise UserError(
+            f"the environment says that this is one of several processes (RANK={number}, WORLD_SIZE={count}), and each "
+            f"would do the whole work by itself: {remedy}, or unset both for a single process"
+        )
+
+
+def _from_environment(name: str) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a whole number; correct or unset it")
+    return int(text) if text else None
 
 
 def _join() -> dist.Store:

@@ -6,7 +6,6 @@ Letters: N samples, C classes, B batch, L tokens, D latent width.
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import as_utf8, spreadsheet_cell
+from config import as_utf8, memory_advice, spreadsheet_cell
+from files import PathLike, written_whole
 
-PathLike = str | os.PathLike
 Device = str | torch.device
 Batch = Mapping[str, Any]
 
@@ -69,7 +68,7 @@ def collect_predictions(
     with evaluating(model, device, amp_dtype):
         for batch in loader:
             logits.append(model(*model_inputs(batch, device)).float())
-            labels.append(batch["label"])
+            labels.append(batch["label"].clone())  # what a worker sent holds a file descriptor as long as it is kept
             lengths.append(token_counts(batch))
     if not logits:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
@@ -285,12 +284,8 @@ def write_file(path: PathLike, data: bytes) -> None:
     """Write a file, with its folders, so that the old one or the whole new one is there at every moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, "wb") as file:
+        file.write(data)
 
 
 def write_rows(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -323,7 +318,8 @@ def save_evaluation(
     errors = {}
     for name, draw in figures.items():
         try:
-            draw(output_dir / name)
+            with memory_advice("while drawing it", ("a smaller --batch_size", "closing other programs")):
+                draw(output_dir / name)
         except Exception as error:
             (output_dir / name).unlink(missing_ok=True)
             error.add_note(f"while drawing {name}")

@@ -42,6 +42,7 @@ from config import (
     choose_device,
     choose_precision,
     exit_on_user_error,
+    memory_advice,
     print_note,
     printable,
     resolve,
@@ -49,6 +50,7 @@ from config import (
 )
 from data_files import Items, read_manifest, read_texts, without_effect
 from data_utils import Item, collate, create_dataloader, load_splits, read_series_as, reading_advice
+from distributed import refuse_processes
 from image_files import read_images
 from perceiver_model import PerceiverModel
 from tables import FileFinder
@@ -64,6 +66,7 @@ OVERRIDES = (
 EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
+MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
 MANIFESTS = (".csv", ".tsv", ".jsonl")
 
 
@@ -358,6 +361,7 @@ def predict_files(
 
 
 @exit_on_user_error
+@memory_advice("in evaluation", MEMORY_REMEDIES)
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
@@ -370,8 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.input is not None and args.analyze:
         raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("inference.py runs in one process; start it with python, not with torchrun")
+    refuse_processes("inference.py runs in one, start it with python")
 
     checkpoint = load_checkpoint(args.model_path)
     # A test file of the user's own needs nothing of the data of training
@@ -418,17 +421,20 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{printable(args.model_path)}: {settings.dataset_type}, {args.split} split, on {device}")
     try:
-        results = evaluate(
-            model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
-            args.output_dir, about,
-        )  # fmt: skip
+        with memory_advice("in evaluation", MEMORY_REMEDIES):
+            results = evaluate(
+                model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
+                args.output_dir, about,
+            )  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write into {args.output_dir}: {error.strerror}; take another --output_dir") from error
     except ExceptionGroup as error:  # of figures
-        unwritten, faults = error.split(OSError)
+        known, faults = error.split((OSError, UserError))
         if faults:
             raise
-        raise UserError(f"{error.message}: {unwritten.exceptions[0].strerror}; take another --output_dir") from error
+        first = known.exceptions[0]
+        reason = f"{first.strerror}; take another --output_dir" if isinstance(first, OSError) else first
+        raise UserError(f"{error.message}: {reason}") from error
     print_results(results)
     print(f"\nwrote {', '.join(['results.json', 'items.csv', *results['figures']])} into {printable(args.output_dir)}")
     return 0

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import print_note, printable
-from evaluation import PathLike, calibration_error, confidences, reliability_table
+from evaluation import calibration_error, confidences, reliability_table
+from files import PathLike, written_whole
 
 if TYPE_CHECKING:  # plotting libraries are imported where they are used: importing this module is quick
     from matplotlib.axes import Axes
@@ -84,9 +85,10 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: PathLike) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with missing_glyphs_noted():
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with missing_glyphs_noted(), written_whole(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or None, dpi=150, bbox_inches="tight")
 
 
 @contextmanager

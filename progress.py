@@ -3,12 +3,18 @@
 Together with weights, optimizer and scaler this is all that a run is made of, and what a checkpoint holds of it.
 """
 
+import ctypes
 import math
+import multiprocessing
+import os
 import signal
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import distributed
 
@@ -44,6 +50,27 @@ class Schedule:
         return Schedule(peak, self.warmup_steps, total_steps, cap)
 
 
+def average_decay(decay: float, updates: int) -> float:
+    """How much of the moving average of the weights a step keeps, after so many updates: min(d, (1 + t) / (10 + t)).
+
+    With the full decay from the start, 0.995 ** 200 = 37 % of the average after 200 steps would be the untrained
+    weights. So the average begins with the weights after the first step and spans about the last tenth of the run,
+    until that is as long as 1 / (1 - decay) steps (the rule of TensorFlow's ExponentialMovingAverage).
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model for the moving average of its weights; its first update is the weights themselves."""
+
+    def update(averages: Any, weights: Any, _: Any) -> None:
+        kept = average_decay(decay, int(average.n_averaged))  # counted on the CPU: the device is not waited for
+        get_ema_multi_avg_fn(kept)(averages, weights, None)
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average
+
+
 NOTHING_YET = {"loss": 0.0, "correct": 0, "samples": 0, "norm": 0.0, "steps": 0}
 
 
@@ -59,6 +86,7 @@ class Progress:
     totals: dict[str, float] = field(default_factory=lambda: dict(NOTHING_YET))  # sums over the current epoch
     best: dict[str, Any] = field(default_factory=dict)  # the log's line of the best epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # the log: a line per epoch
+    test: dict[str, Any] = field(default_factory=dict)  # the test figures: the run has ended, its figures are drawn
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
@@ -86,37 +114,60 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that the loop looks at between two steps; a second one ends at once.
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag that the loop looks at between two steps.
 
-    Of several processes any may get one, at any moment. What each was sent goes into the figures of its step; what is
-    found in the sum is agreed by all after the same step. Then they end together, whatever else they are sent: torchrun
+    The same signal a second time ends the run at once, but for SIGHUP: a terminal that closes may send several. Where
+    SIGHUP is ignored (nohup), it stays so. Outside the main thread Python allows no handlers, and there are none.
+
+    With several processes any of them may get a signal, at any moment. Each adds what it was sent to the figures of
+    its step, so that all see the same sum after the same step and end together, whatever else they are sent: torchrun
     signals the others as soon as one has ended, and kills what does not end within 30 seconds.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None  # what this process was sent
         self.agreed: int | None = None  # what the run ends for
+        self.over = multiprocessing.RawValue(ctypes.c_bool, False)  # for begin_worker
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            ignored = {HANG_UP} if HANG_UP and signal.getsignal(HANG_UP) == signal.SIG_IGN else set()
+            self._before = {number: signal.signal(number, self._note) for number in {*STOP_SIGNALS} - ignored}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self.agreed and distributed.size() > 1 else handler)
+        self.over.value = True
+        for number in self._before:
+            self._handle(number, signal.SIG_IGN if self.agreed and distributed.size() > 1 else self._before[number])
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal = number
+        self.signal = self.signal or number
         if distributed.size() == 1:
-            self.agreed = number
-            self.__exit__()
+            self.agreed = self.signal
+            self._handle(number, signal.SIG_IGN if number == HANG_UP else self._before[number])
+
+    @staticmethod
+    def _handle(number: int, handler: Any) -> None:
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """In a worker of a loader: Ctrl-C reaches it too, and the trainer still needs the batches of its step."""
+def begin_worker(over: Any, worker: int) -> None:
+    """In a loader's worker: leave the signals to the trainer, which still needs the batches of its step.
+
+    They reach workers too: Ctrl-C those of a terminal, SLURM's SIGTERM all processes of a job. But SIGTERM is also what
+    Python ends workers with when the trainer exits on an error, and then waits for them: it is obeyed once the
+    StopRequest, of which `over` is shared memory, is over.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        if over.value:
+            os._exit(0)
+
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)

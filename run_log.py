@@ -3,15 +3,15 @@
 import json
 import math
 import os
+import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import count
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,8 +19,9 @@ from tqdm import tqdm
 import distributed
 import evaluation
 import plots
-from checkpoint import BEST, LAST
-from config import Settings, UserError, print_note, printable
+from checkpoint import BEST, LAST, load_checkpoint
+from config import FIELDS, Settings, UserError, print_note, printable
+from files import disk_advice, make_folder, new_folder, replace, written_whole
 from progress import STOP_SIGNALS, Progress, StopRequest
 
 CURVES = "training_curves.png"
@@ -28,18 +29,6 @@ RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
 
 
 # --- Steps ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk_advice() -> Iterator[None]:
-    """Turn a file that cannot be written into a UserError with the remedy; checkpoint.py does so for its own."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or 'a log'}: {error.strerror or error}; free space, "
-            "then go on with --resume; the last checkpoint is whole"
-        ) from error
 
 
 class StepLog:
@@ -123,6 +112,14 @@ def print_run(
         print_note(note)
 
 
+def say(text: str) -> None:
+    """Print a line of a run that is under way: it does not end because its terminal was closed or its reader left."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
     """'image 8 x 8 tokens of 48 features, text tokens of 256 kinds'."""
     parts = []
@@ -162,97 +159,212 @@ def log_epoch(
 ) -> None:
     """The epoch on the screen, in log.jsonl and in TensorBoard (with the confusion matrix where it is given)."""
     record = progress.history[-1]
-    print(
+    say(
         f"epoch {record['epoch']:>{len(str(settings.num_epochs))}}/{settings.num_epochs}  "
         f"train loss {record['train_loss']:.4f} accuracy {record['train_accuracy']:.4f}  "
         f"val loss {record['val_loss']:.4f} accuracy {record['val_accuracy']:.4f}  "
         f"lr {record['learning_rate']:.2e}  {record['samples_per_second']:,.0f} samples/s  {record['seconds']:.1f} s"
-        + ("  best" if progress.best["epoch"] == record["epoch"] else ""),
-        flush=True,
+        + ("  best" if progress.best["epoch"] == record["epoch"] else "")
     )
     write_log(folder, progress)
     if writer:
         for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_balanced_accuracy"):
-            writer.add_scalar(name.replace("_", "/", 1), record[name], record["step"])
-        writer.add_scalar("train/samples_per_second", record["samples_per_second"], record["step"])
+            part, _, figure = name.partition("_")
+            writer.add_scalar(f"epoch/{figure}", record[name], record["step"], part)
+        writer.add_scalar("step/samples_per_second", record["samples_per_second"], record["step"])
         if matrix:
+            from torch.utils.tensorboard import summary
+
             figure = plots.confusion_matrix_figure(matrix, class_names)
             with plots.missing_glyphs_noted():
-                writer.add_figure("val/confusion_matrix", figure, record["step"])
+                figure.canvas.draw()
+            picture = np.asarray(figure.canvas.buffer_rgba())  # (H, W, 4)
+            writer.add(summary.image("val/confusion_matrix", picture, dataformats="HWC"), record["step"])
         writer.flush()
 
 
 @disk_advice()
 def write_log(folder: Path, progress: Progress) -> None:
-    """log.jsonl is written anew from the history, so that a resumed run leaves neither gaps nor doubles."""
-    temporary = folder / "log.jsonl.tmp"
+    """Write log.jsonl from the whole history, so that a resumed run leaves neither gaps nor doubles.
+
+    One that another program holds is written at the next epoch: the run does not end for it.
+    """
     try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in progress.history))
-        os.replace(temporary, folder / "log.jsonl")
-    finally:
-        temporary.unlink(missing_ok=True)
+        with written_whole(folder / "log.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in progress.history)
+    except PermissionError as error:
+        log = printable(str(folder / "log.jsonl"))
+        say(f"note: cannot write {log} ({error.strerror}); it is written again after the next epoch")
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+PARTS = ("", "train", "val")  # folders of a run: TensorBoard draws what has one name in several of them as one chart
+FINAL = ("best/val_accuracy", "best/val_loss", "best/test_accuracy")  # of the best epoch; the first ones in HPARAMS
+
+
+class EventWriter:
+    """The event files of a run: its own for steps, settings and final figures, one in train/ and one in val/.
+
+    torch's SummaryWriter writes from a thread, whose errors (a full disk) appear as tracebacks, and names its files by
+    the clock. TensorBoard reads them in the order of their names, so here each new one comes behind those there are,
+    whatever the clock says.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        """Points of earlier files from `first_step` on are void."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._folder = event_pb2.Event, summary_pb2.Summary, folder
+        self._files = {part: _event_file(folder / part) for part in PARTS}
+        self._records = {part: RecordWriter(file) for part, file in self._files.items()}
+        for part in PARTS:
+            self._write(part, first_step, file_version="brain.Event:2")
+            self._write(part, first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def _write(self, part: str, step: int, **contents: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **contents)
+        with disk_advice(self._folder):
+            self._records[part].write(event.SerializeToString())
+
+    def add(self, summary: Any, step: int, part: str = "") -> None:
+        """Add what torch.utils.tensorboard.summary makes: a text, an image, hyperparameters."""
+        self._write(part, step, summary=summary)
+
+    def add_scalar(self, name: str, value: float, step: int, part: str = "") -> None:
+        self.add(self._summary(value=[self._summary.Value(tag=name, simple_value=value)]), step, part)
+
+    def flush(self) -> None:
+        with disk_advice(self._folder):
+            for file in self._files.values():
+                file.flush()
+
+    def close(self) -> None:
+        with disk_advice(self._folder):
+            for file in self._files.values():
+                file.close()
+
+
+def _event_file(folder: Path) -> IO:
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [name.split(".")[3] for name in os.listdir(folder) if name.startswith("events.out.tfevents.")]
+    number = max([int(time.time()), *(int(number) + 1 for number in numbers if number.isdecimal())])
+    return open(folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}", "xb")
 
 
 @disk_advice()
-def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Any:
-    """A SummaryWriter that goes on after `step` (None: of a new run), or None where TensorBoard is not installed."""
+def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> EventWriter | None:
+    """The writer of a run that goes on after `step` (None: a new run), or None where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import summary
     except ImportError:
         print_note("tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
         return None
-    writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)  # what is later comes again
+    writer = EventWriter(folder, 0 if step is None else step + 1)  # what is later comes again
     if step is None:
         cells = {name: printable(str(value)).replace("|", "\\|") for name, value in settings.to_dict().items()}
         rows = [f"| {name} | {value} |" for name, value in cells.items()]
-        writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
+        writer.add(summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows])), 0)
+        # Without a list of all settings, HPARAMS makes one in which those that differ between runs come first
+        _, start, _ = summary.hparams(_hyperparameters(settings), {})
+        writer.add(start, 0)
     return writer
+
+
+def _hyperparameters(settings: Settings) -> dict[str, float | str]:
+    """Numbers as numbers, so that HPARAMS can sort and plot them; what may be none as text, one type in all runs."""
+    numbers = {name for name, field in FIELDS.items() if field.type in (int, float)}
+    return {name: value if name in numbers else str(value).lower() for name, value in settings.to_dict().items()}
+
+
+def log_end(writer: EventWriter | None, settings: Settings, progress: Progress) -> None:
+    """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
+    if writer:
+        from torch.utils.tensorboard import summary
+
+        figures = (progress.best["val_accuracy"], progress.best["val_loss"], progress.test["accuracy"])
+        for name, value in zip(FINAL, figures, strict=True):
+            writer.add_scalar(name, value, progress.step + 1)
+        writer.add(summary.hparams({}, {})[2], progress.step + 1)
+        writer.close()
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def open_run(settings: Settings, folder: Path, progress: Progress, is_new: bool) -> Any:
-    """Make the folders and first files of a run, or bring them to where it goes on; TensorBoard's writer or None."""
-    make_folder(settings.checkpoint_dir)
+def open_run(settings: Settings, folder: Path, progress: Progress, resumed: Path | None) -> Any:
+    """Make the folders and first files of a run, or bring them to where it goes on; TensorBoard's writer or None.
+
+    Args:
+        resumed: the checkpoint, in `folder`, from which the run goes on; None for a new run.
+    """
+    make_folder(folder)
     log_dir = make_folder(settings.log_dir)
-    if is_new:
-        set_aside(folder)
+    import seaborn  # noqa: F401 (what an epoch's figures need breaks now, before anything is moved)
+
+    with suppress(ImportError):  # see tensorboard_writer
+        import torch.utils.tensorboard  # noqa: F401
+    for name in RUN_FILES:
+        for left in folder.glob(f"{name}*.tmp"):  # by a killed process
+            left.unlink(missing_ok=True)
+    if resumed is None:
+        if kept := set_aside(folder, RUN_FILES):
+            print_note(f"the earlier run in {folder} was moved to {kept}")
+        progress.run_name = new_folder(log_dir, progress.run_name).name
     else:
+        if kept := set_aside(folder, files_beyond(folder, resumed, progress)):
+            print_note(
+                f"the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
+                f"held beyond that, or of another run, was moved to {kept}"
+            )
+        with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end
+            (folder / CURVES).unlink(missing_ok=True)  # it shows fewer epochs than there will be
         write_log(folder, progress)
     with disk_advice():
         evaluation.write_results(folder / "settings.json", settings.to_dict())
-    if is_new:
-        progress.run_name = new_folder(log_dir, progress.run_name).name
-    return tensorboard_writer(log_dir / progress.run_name, settings, None if is_new else progress.step)
+    return tensorboard_writer(log_dir / progress.run_name, settings, None if resumed is None else progress.step)
 
 
-def make_folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return Path(path)
-    except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder") from error
+def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
+    """The files in `folder` that a run going on from the checkpoint `resumed` would overwrite and does not repeat."""
+
+    def place(name: str) -> tuple[str, int, int] | None:
+        """(run, epoch, step) of a checkpoint; one that cannot be read belongs to no run."""
+        if resumed.name == name or not (folder / name).exists():
+            return None
+        try:
+            found = load_checkpoint(folder / name)
+            return found["progress"]["run_name"], found["epoch"], found["step"]
+        except (UserError, KeyError, TypeError):
+            return "", 0, 0
+
+    beyond = []
+    if last := place(LAST):
+        run, _, step = last
+        if run != progress.run_name or step > progress.step:
+            beyond = [LAST, "log.jsonl", "settings.json", CURVES]
+    elif (folder / "log.jsonl").exists():
+        # A line more than the checkpoint has epochs: killed between the two, the same epoch comes again
+        with open(folder / "log.jsonl", "rb") as log:
+            if sum(1 for _ in log) > progress.epoch + 1:
+                beyond = ["log.jsonl", "settings.json", CURVES]
+    if best := place(BEST):
+        run, epoch, _ = best
+        repeated = progress.epoch + 1 if resumed.name == LAST else None
+        if run != progress.run_name or epoch not in (progress.best.get("epoch"), repeated):
+            beyond.append(BEST)
+    return beyond
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """A new folder of this name, with a number after it where other runs began in the same second."""
-    for number in count(1):
-        folder = parent / (name if number == 1 else f"{name}_{number}")
-        with disk_advice(), suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-
-
-@disk_advice()
-def set_aside(folder: Path) -> None:
-    """Move the files of an earlier run in `folder` into a folder of their own below it."""
-    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if earlier:
-        newest = time.localtime(max(file.stat().st_mtime for file in earlier))
-        kept = folder / f"run_until_{time.strftime('%Y-%m-%d_%H-%M-%S', newest)}"
-        kept.mkdir(exist_ok=True)
-        for file in earlier:
-            file.rename(kept / file.name)
-        print_note(f"the earlier run in {folder} was moved to {kept}")
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move those of the files that exist into a new folder below `folder`, which is returned."""
+    files = [folder / name for name in names if (folder / name).exists()]
+    if not files:
+        return None
+    with disk_advice():
+        newest = time.localtime(max(file.stat().st_mtime for file in files))
+        kept = new_folder(folder, f"run_until_{time.strftime('%Y-%m-%d_%H-%M-%S', newest)}")
+        for file in files:
+            replace(file, kept / file.name)
+    return kept

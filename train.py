@@ -18,8 +18,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,39 +29,45 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
 from config import (
+    OWN_DATA,
     Settings,
     UserError,
     changed_settings,
     choose_device,
     choose_precision,
     exit_on_user_error,
+    flag_of,
     format_settings,
+    has_effect,
     make_parser,
+    memory_advice,
     print_note,
     printable,
     quoted,
     resolve,
     unused_settings,
 )
-from data_utils import create_dataloader, load_splits, random_stream, set_epoch, share_of, unshared
+from data_utils import create_dataloader, load_splits, loaded_of, random_stream, set_epoch, share_of, unshared
+from files import disk_advice, owned
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
     Progress,
     Schedule,
     StopRequest,
-    leave_signals_to_the_trainer,
+    begin_worker,
+    moving_average,
     random_state,
     set_random_state,
 )
-from run_log import CURVES, StepLog, disk_advice, log_epoch, open_run, print_run, progress_bar
+from run_log import CURVES, StepLog, log_end, log_epoch, open_run, print_run, progress_bar, say
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
@@ -79,28 +86,62 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+GO_ON = "; the last checkpoint is whole, go on from it with --resume"
+
+
+def step_remedies(settings: Settings) -> list[str]:
+    half = max(1, settings.batch_size // 2)
+    return [
+        f"--batch_size {half} --accumulation_steps {2 * settings.accumulation_steps} (the same training)",
+        "--amp bf16",
+        "--gradient_checkpointing",
+        "--max_seq_len (sequences) or a larger --patch_size (images)",
+        "a smaller --model_size",
+    ]
+
+
+def data_remedies(settings: Settings) -> list[str]:
+    """The settings of this data set that make it smaller."""
+    names = ("num_samples", "seq_len_range", "feature_dim", "image_size")
+    sizes = [flag_of(name) for name in names if has_effect(settings, name)]
+    return [
+        *([f"a smaller {' or '.join(sizes)}"] if sizes else []),
+        *(["fewer items"] if settings.dataset_type in OWN_DATA else []),
+        *(["fewer processes (each holds the data)"] if distributed.size() > 1 else []),
+        "closing other programs",
+    ]
+
+
+MODEL_REMEDIES = (
+    "a smaller --model_size",
+    "a smaller --d_model, --num_latents, --mlp_ratio or --cross_attention_dim",
+    "fewer --num_self_attention_layers",
+    "another --device",
+)
+
+
 @contextmanager
-def memory_advice(settings: Settings, longest: str) -> Iterator[None]:
-    """Turn running out of memory into a UserError with the remedies, the most helpful first."""
+def compiler_advice() -> Iterator[None]:
+    """Turn what torch.compile cannot do on this machine, mostly for lack of a compiler, into a UserError."""
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not isinstance(error, TorchDynamoException) and "torch.compile is not supported" not in str(error):
             raise
-        half = max(1, settings.batch_size // 2)
-        raise UserError(
-            f"out of memory with batch_size {settings.batch_size} and {longest}; in the order that helps: --batch_size "
-            f"{half} --accumulation_steps {2 * settings.accumulation_steps} (the same training), --amp bf16, "
-            "--gradient_checkpointing, --max_seq_len (sequences) or a larger --patch_size (images), "
-            "a smaller --model_size; the last checkpoint is whole, go on from it with --resume"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--compile: {reason}; install what is missing, or train with --no_compile") from error
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
+def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> int:
     """Run, or go on with, a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
+
+    Args:
+        checkpoint: what to go on from, and `resumed` its file; neither for a new run.
 
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
@@ -112,10 +153,14 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
-    # Data, model, optimizer
-    with torch.device("meta"):  # a model that cannot be is refused before any data is read or downloaded
+    batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
+
+    # A model that cannot be is refused before any data is read or downloaded
+    with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
         new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
-    with distributed.in_turn():
+
+    # Data, model, optimizer
+    with distributed.in_turn(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint and checkpoint["data"])
     if checkpoint:
         for what in ("split_sizes", "fingerprints"):
@@ -138,19 +183,19 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         )
         for name in ("train", "val")
     }
-    for loader in loaders.values():
-        loader.worker_init_fn = leave_signals_to_the_trainer
-    model = new_model(settings, data).to(device)
     model_args = model_arguments(settings, data)
-    run_model = compiled(model, device, settings.accumulation_steps) if settings.compile else model
-    # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
-    moving_average = get_ema_multi_avg_fn(settings.ema_decay)
-    average = AveragedModel(model, multi_avg_fn=moving_average) if settings.ema_decay else None
+    with memory_advice("for a model of this size", MODEL_REMEDIES):
+        model = new_model(settings, data).to(device)
+        # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
+        average = moving_average(model, settings.ema_decay) if settings.ema_decay else None
+    run_model = model
+    if settings.compile:
+        with compiler_advice():
+            run_model = compiled(model, device, settings.accumulation_steps)
     evaluated = average.module if average else run_model
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    replica = distributed.replicate(run_model)
     print_run(settings, data, model_args, groups, device, amp_dtype)
 
     # How far the run is
@@ -162,6 +207,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         progress = Progress(name, Schedule(settings.learning_rate, warmup_steps, total_steps))
     else:
         progress = Progress.from_dict(checkpoint["progress"])
+        progress.test = {}  # until it has ended again
         load_weights(model, checkpoint.get("trained_model", checkpoint["model"]))
         if average:
             load_weights(average.module, checkpoint["model"])
@@ -174,11 +220,19 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
 
-    # A rehearsal: what would break at the end of the first epoch breaks now, before any file is written
-    validate(evaluated, loaders["val"], settings, data, device, amp_dtype, 2)
+    # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
+    with compiler_advice() if settings.compile else nullcontext():
+        if settings.compile:
+            print("compiling the model, which may take minutes", flush=True)
+        validate(evaluated, loaders["val"], settings, data, device, amp_dtype, 2)
+        rehearse(run_model, loaders["train"], progress.epoch, settings, device, amp_dtype)
+    with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
+        replica = distributed.replicate(run_model)
     folder = Path(settings.checkpoint_dir)
-    writer = open_run(settings, folder, progress, is_new=checkpoint is None) if rank == 0 else None
+    writer = open_run(settings, folder, progress, resumed) if rank == 0 else None
     stop = StopRequest()
+    for loader in loaders.values():
+        loader.worker_init_fn = partial(begin_worker, stop.over)
     log = StepLog(progress, writer, scaler.is_enabled(), stop)
 
     # Random numbers from here on are dropout's. Each process draws its own, the first one those of a single process
@@ -216,6 +270,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
             "progress": asdict(progress),
             "random_state": states[0],
             "other_random_states": states[1:],
+            "threads": torch.get_num_threads(),
         }
         save_checkpoint(folder / name, contents)
         if name == LAST:
@@ -246,8 +301,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     batch = next(batches)
                     own = len(share_of(numbers, rank, size))  # 0: the batch is a stand-in, of which nothing counts
                     exchange = nullcontext() if numbers is group[-1] else distributed.gradients_stay(replica)
-                    tokens = f"samples of up to {evaluation.token_counts(batch).max()} tokens"
-                    with memory_advice(settings, tokens), exchange:
+                    tokens = f"{batch_size} and samples of up to {evaluation.token_counts(batch).max()} tokens"
+                    with memory_advice(tokens, remedies, GO_ON), exchange:
                         x, mask = evaluation.model_inputs(batch, device)
                         label = batch["label"][:own].to(device, non_blocking=True)
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -262,7 +317,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                 distributed.add_up(figures)
                 scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
                 norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-                with memory_advice(settings, "the optimizer's state"):
+                with memory_advice(f"{batch_size} and the optimizer's state", remedies, GO_ON):
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -282,6 +337,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
                     save(LAST)
                 if stop.agreed:
                     break
+            del batches  # and the processes that loaded them
             bar.close()
             log.read()
             seconds = time.perf_counter() - started
@@ -311,15 +367,16 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
 
         if stop.agreed:
             save(LAST)
-            print(
+            say(
                 f"{signal.Signals(stop.agreed).name}: saved {printable(str(folder / LAST))} at step {progress.step}. "
-                f"Go on with: {distributed.launcher()} train.py --resume {quoted(folder / LAST)}",
-                flush=True,
+                f"Go on with: {distributed.launcher()} train.py --resume {quoted(folder / LAST)}"
             )
             distributed.wait_for_all()
             return 0 if distributed.is_started_again() else 128 + stop.agreed
 
-    finish(settings, folder, progress, splits["test"], data, device, amp_dtype)
+    finish(settings, folder, progress, evaluated, splits["test"], data, device, amp_dtype)
+    save(LAST)  # with the test figures: the run has ended
+    log_end(writer, settings, progress)
     return 0
 
 
@@ -342,6 +399,23 @@ def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
         raise UserError(str(error)) from error
 
 
+def rehearse(
+    model: nn.Module, loader: Any, epoch: int, settings: Settings, device: torch.device, amp_dtype: Any
+) -> None:
+    """The passes of a training step over the first batch of an epoch, which leave no trace: neither in the gradients
+    nor in the random numbers."""
+    numbers = loaded_of(loader.batch_sampler.batches(epoch)[0], distributed.rank(), distributed.size())
+    cards = [torch.cuda.current_device()] if device.type == "cuda" else []
+    advice = memory_advice(f"with batch_size {settings.batch_size}", step_remedies(settings))
+    with torch.random.fork_rng(cards), advice:
+        (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
+        model.train()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(*evaluation.model_inputs(batch, device))
+            F.cross_entropy(logits, batch["label"].to(device)).backward()
+    model.zero_grad(set_to_none=True)
+
+
 def collect(
     model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -361,7 +435,8 @@ def validate(
     batches: int | None = None,
 ) -> tuple[dict[str, float], list[list[int]]]:  # fmt: skip
     """Loss, accuracy and balanced accuracy over a loader, named val_..., and the confusion matrix."""
-    with memory_advice(settings, "the validation data's sequences"):
+    when = f"in validation with batch_size {settings.batch_size}"
+    with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         found = collect(model, loader, device, amp_dtype, batches)
     try:
         metrics = metrics_of(found, data)
@@ -383,25 +458,47 @@ def is_finished(settings: Settings, progress: Progress) -> bool:
 
 
 def finish(
-    settings: Settings, folder: Path, progress: Progress, test_set: Any, data: dict[str, Any], device: torch.device,
-    amp_dtype: Any,
+    settings: Settings, folder: Path, progress: Progress, model: nn.Module, test_set: Any, data: dict[str, Any],
+    device: torch.device, amp_dtype: Any,
 ) -> None:  # fmt: skip
-    """Draw the curves, test the best model, and say what to do next."""
-    if distributed.is_first():
-        with disk_advice():
-            plots.plot_training_curves(progress.history, folder / CURVES, progress.best["epoch"])
-    best = build_model(distributed.from_first(load_checkpoint, folder / BEST)).to(device)
-    share = distributed.rank(), distributed.size()
-    loader = create_dataloader(test_set, settings.batch_size, share=share)
-    metrics = metrics_of(collect(best, loader, device, amp_dtype), data)
+    """Draw the curves, test the best model, and say what to do next. `model` is that of the last epoch."""
+    best, tested, name = progress.best, progress.best, BEST
+    with memory_advice("at the end", ("a smaller --batch_size", "closing other programs"), GO_ON):
+        if distributed.is_first():
+            with disk_advice():
+                plots.plot_training_curves(progress.history, folder / CURVES, best["epoch"])
+        checkpoint = distributed.from_first(best_checkpoint, folder, progress)
+        if checkpoint:
+            model = build_model(checkpoint).to(device)
+        else:
+            tested, name = progress.history[-1], LAST
+            print_note(
+                f"{folder / BEST} does not hold this run's best model (epoch {best['epoch']}) any more; what "
+                f"follows is about the last one, {folder / LAST}"
+            )
+        share = distributed.rank(), distributed.size()
+        loader = create_dataloader(test_set, settings.batch_size, share=share)
+        metrics = metrics_of(collect(model, loader, device, amp_dtype), data)
+    progress.test = {"epoch": tested["epoch"], "accuracy": metrics["accuracy"], "num_samples": metrics["num_samples"]}
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
     print(
-        f"best epoch {progress.best['epoch']}: validation accuracy {progress.best['val_accuracy']:.4f}, "
-        f"test accuracy {metrics['accuracy']:.4f} ({metrics['num_samples']} samples, touched only now)\n"
+        f"{'best' if checkpoint else 'last'} epoch {tested['epoch']}: "
+        f"validation accuracy {tested['val_accuracy']:.4f}, test accuracy {metrics['accuracy']:.4f} "
+        f"({metrics['num_samples']} samples, touched only now)\n"
         f"curves: {printable(str(folder / CURVES))}\n"
-        f"next:   python inference.py --model_path {quoted(folder / BEST)} --analyze --output_dir results/"
+        f"next:   python inference.py --model_path {quoted(folder / name)} --analyze --output_dir results/"
     )
+
+
+def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
+    """The checkpoint of this run's best epoch, or None where its file is gone, damaged or another one."""
+    try:
+        checkpoint = load_checkpoint(folder / BEST)
+    except UserError:
+        return None
+    run_name = checkpoint.get("progress", {}).get("run_name")
+    return checkpoint if (run_name, checkpoint["epoch"]) == (progress.run_name, progress.best["epoch"]) else None
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -444,6 +541,12 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
     if old != new:
         print_note(f"processes changed from {old} to {new}: the same batches, other draws of dropout")
+    old, new = checkpoint.get("threads"), torch.get_num_threads()
+    if old not in (None, new) and choose_device(settings.device).type == "cpu":
+        print_note(
+            f"threads changed from {old} to {new} (OMP_NUM_THREADS): sums are added in another order, so the weights "
+            "will differ in their last digits from those of an unbroken run"
+        )
     if "num_epochs" in changes["free"]:
         old, new = changes["free"]["num_epochs"]
         print_note(
@@ -458,31 +561,50 @@ def command(argv: list[str] | None) -> int:
     if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
         print_note("torchrun started the processes anew")
         args.resume = earlier
-    checkpoint = None
     if args.resume:
-        settings, sources, checkpoint = resumed(args)
-        progress = Progress.from_dict(checkpoint["progress"])
-        # The curves are the last file of a run; without them it was killed after its last epoch
-        curves = Path(settings.checkpoint_dir, CURVES)
-        if is_finished(settings, progress) and distributed.from_first(curves.exists):
-            more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
-            print(
-                f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
-                f"epochs; to go on, raise {more}"
-            )
-            return 0
+        folder = Path(args.resume).parent
+        writable = os.access(folder, os.W_OK)  # what is not may hold a finished run
+        with owned_by_first(folder) if writable else nullcontext():
+            return resume(args)
+    settings, sources = resolve(args.flags, args.file)
+    with owned_by_first(settings.checkpoint_dir):
+        return run(settings, sources)
+
+
+def owned_by_first(folder: str | Path) -> AbstractContextManager:
+    """The folder of a run belongs to its first process, which alone writes there."""
+    return owned(folder) if distributed.is_first() else nullcontext()
+
+
+def resume(args: Any) -> int:
+    """Go on with a run, unless it has ended."""
+    settings, sources, checkpoint = resumed(args)
+    progress = Progress.from_dict(checkpoint["progress"])
+    curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
+    if is_finished(settings, progress) and progress.test and distributed.from_first(curves.exists):
+        more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
         print(
-            f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
-            f"{progress.batch} of the next, step {progress.step}, best validation accuracy "
-            + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
+            f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
+            f"epochs; to go on, raise {more}"
         )
-    else:
-        settings, sources = resolve(args.flags, args.file)
+        return 0
+    print(
+        f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
+        f"{progress.batch} of the next, step {progress.step}, best validation accuracy "
+        + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
+    )
+    return run(settings, sources, checkpoint, Path(args.resume))
+
+
+def run(
+    settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None = None, resumed: Path | None = None
+) -> int:
+    """Show the settings and train."""
     print(format_settings(settings, sources))
     for note in unused_settings(settings, sources):
         print_note(note)
     try:
-        return train(settings, checkpoint)
+        return train(settings, checkpoint, resumed)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
         print("interrupted; --resume goes on from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT

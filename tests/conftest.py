@@ -1,8 +1,10 @@
 """Tests import the modules that lie in the root of the repository, and compute with one thread."""
 
+import ctypes
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -21,3 +23,41 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def start():
+    from running import server
+
+    return server()
+
+
+def descendants(pid):
+    """Process number -> command of all processes below this one, but for the two of multiprocessing's own."""
+    from multiprocessing.forkserver import _forkserver
+
+    from running import alive, children
+
+    found = {}
+    for child in filter(alive, children(pid)):
+        command = pathlib.Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        if child != _forkserver._forkserver_pid and "multiprocessing.resource_tracker" not in command:
+            found[child] = command
+        found |= descendants(child)
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left():
+    """When all tests are done, so is every process that they started, also one whose parent was killed: on Linux such
+    a process becomes a child of this one, which asks for that."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    PR_SET_CHILD_SUBREAPER = 36
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    yield
+    until = time.monotonic() + 10
+    while left := descendants(os.getpid()):
+        assert time.monotonic() < until, f"processes that outlive the tests: {left}"
+        time.sleep(0.1)

@@ -227,8 +227,10 @@ def test_training_says_what_it_wrote(digits_run):
     result, folder = digits_run
     assert result.stderr == "" and "\r" not in result.stdout
     checkpoints = {f"checkpoints/{name}" for name in (BEST, LAST, "settings.json", "log.jsonl", "training_curves.png")}
-    (events,) = [name for name in files_below(folder) - checkpoints if name.startswith("runs/")]
-    assert checkpoints <= files_below(folder) and "events.out.tfevents" in events
+    events = [name for name in files_below(folder) - checkpoints if name.startswith("runs/")]
+    assert checkpoints <= files_below(folder) and all("events.out.tfevents" in name for name in events)
+    assert sorted(name.split("/")[2] for name in events if name.count("/") == 3) == ["train", "val"]
+    assert len(events) == 3
     lines = log_of(folder)
     assert [line["epoch"] for line in lines] == [1, 2]
     epoch, val, _, number = best_line(result.stdout)
@@ -269,22 +271,77 @@ def test_tensorboard_holds_the_run(digits_run):
 
     folder, lines = digits_run[1], log_of(digits_run[1])
     (place,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(place), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "val/balanced_accuracy",
-                 "train/samples_per_second"):  # fmt: skip
-        points = events.Scalars(name)
-        assert [point.step for point in points] == [line["step"] for line in lines] == [41, 82]
-        key = name.replace("/", "_") if name != "train/samples_per_second" else "samples_per_second"
-        assert [point.value for point in points] == pytest.approx([line[key] for line in lines], rel=1e-6)
+    events, *parts = (
+        EventAccumulator(str(place / part), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+        for part in ("", "train", "val")
+    )
+    figures = [
+        {"loss": "train_loss", "accuracy": "train_accuracy"},
+        {"loss": "val_loss", "accuracy": "val_accuracy", "balanced_accuracy": "val_balanced_accuracy"},
+    ]  # those of one name are drawn in one chart
+    for part, names in zip(parts, figures, strict=True):
+        assert set(part.Tags()["scalars"]) == {f"epoch/{name}" for name in names}
+        for name, key in names.items():
+            points = part.Scalars(f"epoch/{name}")
+            assert [point.step for point in points] == [line["step"] for line in lines] == [41, 82]
+            assert [point.value for point in points] == pytest.approx([line[key] for line in lines], rel=1e-6)
     for name in ("step/loss", "step/gradient_norm", "step/learning_rate"):
         assert [point.step for point in events.Scalars(name)] == list(range(1, 83))
     assert events.Scalars("step/learning_rate")[-1].value == pytest.approx(lines[-1]["learning_rate"])
     norms = [point.value for point in events.Scalars("step/gradient_norm")]
     assert np.mean(norms[41:]) == pytest.approx(lines[1]["gradient_norm"], rel=1e-5)
+    speeds = [(point.step, point.value) for point in events.Scalars("step/samples_per_second")]
+    assert speeds == [(line["step"], pytest.approx(line["samples_per_second"])) for line in lines]
+    epoch, val, test, _ = best_line(digits_run[0].stdout)
+    best = {name: events.Scalars(f"best/{name}") for name in ("val_accuracy", "val_loss", "test_accuracy")}
+    assert all(len(points) == 1 for points in best.values())
+    assert best["val_loss"][0].value == pytest.approx(lines[epoch - 1]["val_loss"])
+    assert best["val_accuracy"][0].value == pytest.approx(val, abs=5e-5)
+    assert best["test_accuracy"][0].value == pytest.approx(test, abs=5e-5)
     (picture,) = events.Images("val/confusion_matrix")[-1:]
     assert picture.width > 300 and picture.height > 300
     (text,) = events.Tensors("settings/text_summary")[0].tensor_proto.string_val
     assert "| learning_rate | 0.005 |" in text.decode() and "| dataset_type | digits |" in text.decode()
+
+
+def test_tensorboard_compares_runs_by_settings_and_figures(tmp_path, call):
+    """What its HPARAMS page asks for, through the code behind that page: settings that differ come first."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    results = []
+    for number, extra in enumerate(("--lr=0.01", "--lr=0.02 --num_latents=8 --dropout=0.2")):
+        done = call(train.main, f"{SEQUENCES} --epochs=1 --checkpoint_dir=c{number} {extra}")
+        assert done.status == 0, done.err
+        results.append(best_line(done.out))
+    events = EventMultiplexer().AddRunsFromDirectory("runs").Reload()
+    context = backend_context.Context(TBContext(data_provider=MultiplexerDataProvider(events, "runs")))
+    request, content = RequestContext(), context.hparams_metadata(RequestContext(), "")
+    page = context.experiment_from_metadata(request, "", True, content, [])
+    names = [info.name for info in page.hparam_infos]
+    assert names[:4] == ["checkpoint_dir", "dropout", "learning_rate", "num_latents"]
+    stored = json.loads(Path("c0/settings.json").read_text())
+    assert set(names) == stored.keys()
+    names = [(info.name.group, info.name.tag) for info in page.metric_infos]
+    assert [tag for _, tag in names[:3]] == ["best/test_accuracy", "best/val_accuracy", "best/val_loss"]
+    assert ("train", "epoch/loss") in names and ("val", "epoch/loss") in names
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0, slice_size=10, allowed_statuses=[api_pb2.STATUS_SUCCESS],
+        col_params=[api_pb2.ColParams(metric=info.name) for info in page.metric_infos],
+    )  # fmt: skip
+    groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
+    assert len(groups) == 2
+    for group in groups:
+        number = int(group.hparams["learning_rate"].number_value == 0.02)
+        assert group.hparams["dropout"].number_value == (0.2 if number else 0.1)
+        assert group.hparams["num_latents"].string_value == ("8" if number else "4")
+        assert group.hparams["test_path"].string_value == "none"
+        found = {value.name.tag: value.value for value in group.metric_values if not value.name.group}
+        assert found["best/val_accuracy"] == pytest.approx(results[number][1], abs=5e-5)
+        assert found["best/test_accuracy"] == pytest.approx(results[number][2], abs=5e-5)
 
 
 def test_inference_repeats_the_figures_of_training(digits_run, digits, call, quick):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,13 +23,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the processes of torchrun have no conftest.py
 
+from running import children  # noqa: E402
+
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
+import inference  # noqa: E402
 import run_log  # noqa: E402
 import train  # noqa: E402
 from checkpoint import BEST, LAST, load_checkpoint  # noqa: E402
 from config import UserError  # noqa: E402
 from data_utils import EpochBatchSampler, loaded_of, share_of, unshared  # noqa: E402
+from files import owned  # noqa: E402
 from perceiver_model import PerceiverModel  # noqa: E402
 from progress import STOP_SIGNALS  # noqa: E402
 
@@ -65,7 +70,7 @@ def changed(changes, rank=0):
     """A run in which what `changes` names is different, and that leaves records of what it did in its folder."""
     with pytest.MonkeyPatch.context() as patch:
         inputs, metrics, iterate = evaluation.model_inputs, evaluation.compute_metrics, EpochBatchSampler.__iter__
-        forward, steps = PerceiverModel.forward, 0
+        forward, steps = PerceiverModel.forward, -1  # the rehearsal is none
         actions = {int(step): act for change in changes if "@" in change for act, _, step in [change.partition("@")]}
 
         def double_inputs(*args):
@@ -146,11 +151,6 @@ if __name__ == "__main__":
 # --- Groups of processes ---------------------------------------------------------------------------------------------
 
 
-def children(process):
-    """The processes that torchrun started; they have process groups of their own."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 class Group:
     """A torchrun with `size` processes in a folder, its output so far in `text()`."""
 
@@ -176,14 +176,15 @@ class Group:
             time.sleep(0.01)
 
     def workers(self):
-        return [pid for pid in children(self.process) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """The processes that torchrun started; they have process groups of their own."""
+        return [pid for pid in children(self.process.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def end(self):
         """The exit status; a group that does not end by itself is killed."""
         try:
             return self.process.wait(max(0.1, self.until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            for pid in [*children(self.process), self.process.pid]:
+            for pid in [*children(self.process.pid), self.process.pid]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.wait()
@@ -305,7 +306,7 @@ def test_every_epoch_has_an_order_of_its_own_and_shards_cover_it(several):
 def test_only_the_first_process_writes(two):
     """R41: one event file, one settings file, one checkpoint, without a wrapper's prefix; nothing aside."""
     folder = two / "unbroken"
-    assert len(list(folder.rglob("events.out*"))) == len(list(folder.rglob("settings.json"))) == 1
+    assert len(list(folder.rglob("events.out*"))) == 3 * len(list(folder.rglob("settings.json"))) == 3
     assert {file.name for file in (folder / "checkpoints").iterdir()} == set(run_log.RUN_FILES)
     for name, (flags, _) in EQUAL.items():
         weights = load_checkpoint(two / name / "checkpoints" / LAST)["model"]
@@ -405,6 +406,23 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     assert before in (done, done + 1) and epochs == [*range(1, before + 1), *range(done + 1, epochs[-1] + 1)]
 
 
+def test_a_killed_loader_worker_starts_the_processes_again(tmp_path):
+    """As where memory runs out: its trainer ends, so that torchrun sees it."""
+    flags = f"{SEQUENCES} --num_samples=600 --epochs=500 --batch_size=20 --num_workers=1"
+    group = Group(tmp_path, 2, ROOT / "train.py", *flags.split(), options=["--max-restarts=1"])
+    group.wait_for("epoch   2/500")
+    trainer = group.workers()[1]
+    while not (loaders := children(trainer)):  # there is none between two epochs
+        assert time.monotonic() < group.until
+    os.kill(loaders[0], signal.SIGKILL)
+    group.wait_for("resuming")
+    done = int(re.search(r"resuming checkpoints/last_model.pth: (\d+) of 500 epochs done", group.text())[1])
+    group.wait_for(f"epoch {done + 1:>3}/500")
+    assert "error: DataLoader worker (pid" in group.text()
+    group.process.send_signal(signal.SIGTERM)
+    assert group.end() != 0 and "SIGTERM: saved" in group.text()
+
+
 # --- Ends promptly, with one message ---------------------------------------------------------------------------------
 
 
@@ -424,22 +442,82 @@ def test_control_c_of_torchrun_saves_and_ends(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "of_ranks", "says", "traceback"),
     [
+        (f"{SEQUENCES} --checkpoint_dir=taken", {}, "error: taken belongs to a run that is still going (", False),
         (f"{SEQUENCES} --batch_size=7", {"1": ["mistake@3"]}, "error: no such thing", False),
         (f"{SEQUENCES} --batch_size=7", {"1": ["fault@3"]}, "RuntimeError: a fault of ours", True),
         (f"{SEQUENCES} --batch_size=7", {"0": ["no data"]}, "error: no such thing", False),
         ("--lr=x", {}, 'error: --lr: expected a number (per step) above 0, got "x"', False),
     ],
-    ids=["a mistake that one meets", "a fault that one meets", "no data, others wait", "a mistake that all make"],
+    ids=["another run's folder", "a mistake that one meets", "a fault that one meets", "no data, others wait",
+         "a mistake that all make"],
 )
 def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, traceback):
     started = time.monotonic()
-    group, status = make_runs(tmp_path, 3 if "0" in of_ranks else 2, [("run", flags, set(), of_ranks)])
+    with owned(tmp_path / "run" / "taken"):
+        group, status = make_runs(tmp_path, 3 if "0" in of_ranks else 2, [("run", flags, set(), of_ranks)])
     assert status != 0 and time.monotonic() - started < 60
     text = group.text()
     ours = text[: text.index("torch/distributed/run.py")]  # what follows is torchrun's own report
     ours = ours[: ours.rindex("Traceback")]
     assert ours.count(says) == 1, text
     assert ours.count("error: ") == (not traceback) and ours.count("Traceback") == traceback, text
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"one of several processes \(RANK=0, WORLD_SIZE=2\).*unset both"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, r"RANK=1, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, r"RANK=None, WORLD_SIZE=2"),
+        ({"RANK": "3"}, r"RANK=3, WORLD_SIZE=None"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, r"RANK=1, WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number"),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": " ", "RANK": ""}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}, None),
+    ],
+)
+def test_processes_without_torchrun_are_refused(monkeypatch, tmp_path, capsys, script, environment, says):
+    """A cluster that sets the variables and starts the plain script: none trains the whole run by itself."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main = train.main if script == "train.py" else inference.main
+    flags = "--resume none.pth" if script == "train.py" else "--model_path none.pth"  # goes no further than this
+    with pytest.raises(SystemExit) as ended:
+        main(flags.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert re.search(says or "cannot read the checkpoint none.pth", error)
+    if says and script == "train.py" and "two" not in says:
+        assert "torchrun --nnodes=$WORLD_SIZE --node_rank=$RANK --nproc_per_node=1 " in error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_for_a_cluster_makes_one_group_of_its_processes(tmp_path):
+    """Two 'machines' with the variables that it sets, each with the command that the refusal names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"exec {sys.executable} -m torch.distributed.run {distributed.AS_TORCHRUN.partition(' ')[2]} "
+    command += f"{ROOT / 'train.py'} {EXACT}"
+    machines = []
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {name: str(value) for name, value in variables.items()}
+        with open(tmp_path / f"{rank}.txt", "w") as output:
+            machines.append(subprocess.Popen(
+                ["bash", "-c", command], cwd=tmp_path, env=environment, stdout=output, stderr=output
+            ))  # fmt: skip
+    assert [machine.wait(PATIENCE) for machine in machines] == [0, 0]
+    texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert "2 processes, 16 of the 32 samples of a batch each" in texts[0] and "best epoch" in texts[0]
+    assert "epoch" not in texts[1]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,8 @@ import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -23,10 +20,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from running import ROOT, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import evaluation
+import files
 import plots
 import run_log
 import train
@@ -34,10 +34,9 @@ from checkpoint import BEST, LAST, load_checkpoint
 from config import DATASET_DEFAULTS
 from data_utils import EpochBatchSampler
 from perceiver_model import PerceiverModel
-from progress import FINAL_RATE, Schedule
+from progress import FINAL_RATE, Schedule, average_decay, moving_average
 from train import parameter_groups
 
-ROOT = Path(train.__file__).parent
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
     "--num_self_attention_layers=1"
@@ -45,83 +44,6 @@ MODEL = (
 SEQUENCES = f"--dataset=synthetic --num_samples=60 --seq_len_range 5 12 --feature_dim=4 --num_classes=3 {MODEL}"
 DIGITS = f"--dataset=digits --patch_size=4 {MODEL}"
 NOT_COMPARED = {"run_name", "seconds", "samples_per_second"}  # what the clock decides
-PATIENCE = 120  # seconds, after which a process counts as hung
-
-
-# --- Real processes --------------------------------------------------------------------------------------------------
-# Each is a process of its own that runs train.py as __main__. Most are forked from a server that has the libraries
-# loaded, which saves seconds apiece.
-
-
-def run_train(folder, flags, file_limit=None):
-    """In the new process: train.py with these flags (a text) in `folder`, with its output in output.txt."""
-    os.setsid()
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if file_limit:  # bytes that any file may have: a full disk for whatever is larger
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default one
-    sys.argv = ["train.py", *flags.split()]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
-@pytest.fixture(scope="session")
-def start():
-    """start(folder, flags) starts a process of train.py."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([
-        "train", "torch._dynamo", "torch.utils.tensorboard", "seaborn", "matplotlib.pyplot", "sklearn.metrics",
-        "sklearn.datasets", "hypothesis", "pytest",
-    ])  # fmt: skip
-
-    def start_process(folder, flags, **options):
-        process = context.Process(target=run_train, args=(folder, flags), kwargs=options)
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        first = context.Process(target=int)  # the server inherits the environment of this moment
-        first.start()
-        first.join()
-    return start_process
-
-
-def end(process):
-    """The exit status of a process that ends by itself."""
-    process.join(PATIENCE)
-    if process.is_alive():
-        process.kill()
-        pytest.fail("the process hangs")
-    return process.exitcode
-
-
-def output(folder):
-    return (folder / "output.txt").read_text()
-
-
-def succeed(start, folder, flags):
-    assert end(start(folder, flags)) == 0, output(folder)
-
-
-def wait_until(condition, process):
-    """Whether the condition came true before the process ended."""
-    until = time.monotonic() + PATIENCE
-    while process.is_alive():
-        if condition():
-            return True
-        assert time.monotonic() < until
-        time.sleep(0.0005)
-    return False
-
-
-def stamp(file):
-    return file.stat().st_mtime_ns if file.exists() else None
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------
@@ -155,7 +77,11 @@ def files_of(folder):
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    return log_of_file(folder / "checkpoints" / "log.jsonl")
+
+
+def log_of_file(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_same_run(folder, other):
@@ -190,7 +116,7 @@ def run_killed(start, folder, flags, moments):
             conditions = {
                 "start": lambda: True,
                 "step": lambda before=before: (stamp(last), stamp(log)) != before,
-                "save": lambda left=left: set(checkpoints.glob("*.pth.tmp")) - left,
+                "save": lambda left=left: set(checkpoints.glob("*.pth.*.tmp")) - left,
             }
             wait_until(conditions[kind], process)
             process.join(delay)
@@ -282,8 +208,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def before_step(monkeypatch, number, act):
-    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's runs."""
-    forward, count = PerceiverModel.forward, 0
+    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's next run."""
+    forward, count = PerceiverModel.forward, -1  # the rehearsal is none
 
     def counting(self, *args, **kwargs):
         nonlocal count
@@ -325,8 +251,9 @@ stopped = pytest.mark.parametrize("copy", ["stopped"], indirect=True)
 
 @pytest.mark.parametrize(
     ("number", "send", "workers"),
-    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0)],
-    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM"],
+    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0),
+     (signal.SIGHUP, os.killpg, 2)],
+    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM", "SIGHUP to the group"],
 )
 def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, workers):
     """A terminal sends Ctrl-C to the whole group, the workers included."""
@@ -396,6 +323,72 @@ def test_a_run_killed_before_its_curves_draws_them(copy, run, tmp_path):
     assert len(log_of(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("moment", ["before the curves", "in the curves", "in the test", "before it says so"])
+def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, made, moment):
+    """That a run has ended is said by its checkpoint, not by the files that it leaves."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "in the curves":
+            patch.setattr(plots, "plot_training_curves", lambda history, path, best: (path.write_text("half"), kill()))
+        elif moment == "in the test":
+            patch.setattr(train, "build_model", kill)
+        elif moment == "before it says so":
+            patch.setattr(train, "log_end", kill)
+        else:
+            patch.setattr(train, "finish", kill)
+        assert run(f"{SMALL_BATCHES} --epochs=2").status == 130
+    ended = load_checkpoint(tmp_path / "checkpoints" / LAST)["progress"]["test"]
+    assert bool(ended) == (moment == "before it says so")
+    result = run("--resume")
+    assert result.status == 0
+    assert "nothing is left to do" in result.out if ended else "test accuracy" in result.out
+    assert_same_run(tmp_path, made["finished"])
+    progress = load_checkpoint(tmp_path / "checkpoints" / LAST)["progress"]
+    assert progress["test"]["epoch"] == progress["best"]["epoch"] and progress["test"]["num_samples"] == 12
+    assert "nothing is left to do" in run("--resume").out
+
+
+def test_a_run_that_goes_on_has_not_ended(copy, run, monkeypatch, tmp_path):
+    """Killed before its new end, it is ended by the next resume; the curves of fewer epochs are gone meanwhile."""
+    with monkeypatch.context() as patch:
+        before_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run("--resume --epochs=3").status == 143
+    assert not (copy / "training_curves.png").exists()
+    assert load_checkpoint(copy / LAST)["progress"]["test"] == {}
+    drawn = []
+    plot = lambda history, path, best: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
+    monkeypatch.setattr(plots, "plot_training_curves", plot)
+    result = run("--resume")
+    assert result.status == 0 and "test accuracy" in result.out and drawn == [3]
+
+
+def test_a_picture_that_a_kill_or_a_full_disk_cut_off_is_drawn_again(start, tmp_path):
+    """The real picture, in a process that is killed while it is written."""
+    folder = tmp_path / "run"
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=1", change=die_in_savefig)) == -signal.SIGKILL
+    assert not (folder / "checkpoints" / "training_curves.png").exists()
+    assert list((folder / "checkpoints").glob("training_curves.png.*.tmp"))
+    succeed(start, folder, "--resume")
+    assert "test accuracy" in output(folder) and "nothing is left" not in output(folder)
+    with Image.open(folder / "checkpoints" / "training_curves.png") as picture:
+        picture.load()
+    assert sorted(os.listdir(folder / "checkpoints")) == sorted(run_log.RUN_FILES)
+
+
+def die_in_savefig():
+    from matplotlib.figure import Figure
+
+    def savefig(self, file, **kwargs):
+        file.write(b"\x89PNG\r\n\x1a\n")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Figure.savefig = savefig
+
+
 def test_more_epochs_never_raise_the_rate(copy, run, tmp_path):
     """R28: the rate stays where the first schedule ended, until the longer one falls below it."""
     result = run("--resume --epochs=6")
@@ -445,25 +438,188 @@ def test_an_earlier_run_is_kept(copy, run):
     assert {hashed for hashed, _ in files_of(kept).values()} == before
 
 
+def test_runs_set_aside_are_numbered_whatever_the_clock_says(copy, run, monkeypatch):
+    before = {hashed for hashed, _ in files_of(copy).values()}
+    strftime = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda form, *when: "now" if when else strftime(form))
+    for seed in (1, 2):
+        assert run(f"{SMALL_BATCHES} --epochs=1 --seed={seed}").status == 0
+    assert [folder.name for folder in sorted(copy.glob("run_until_*"))] == ["run_until_now", "run_until_now_2"]
+    assert {hashed for hashed, _ in files_of(copy / "run_until_now").values()} == before
+    assert load_checkpoint(copy / "run_until_now_2" / LAST)["settings"]["seed"] == 1
+
+
+# --- What lies in the folder beside the checkpoint -------------------------------------------------------------------
+
+
+def hashes(folder):
+    return {name: hashed for name, (hashed, _) in files_of(folder).items()}
+
+
+def test_what_came_after_the_checkpoint_is_set_aside(copy, run, tmp_path):
+    """--resume best_model.pth of an earlier epoch: the later ones are announced and kept."""
+    assert load_checkpoint(copy / BEST)["epoch"] == 1 and load_checkpoint(copy / LAST)["epoch"] == 2
+    before = hashes(copy)
+    result = run(f"--resume checkpoints/{BEST} --epochs=3")
+    assert result.status == 0, result.err
+    (kept,) = copy.glob("run_until_*")
+    assert re.search(
+        rf"note: the run goes on from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
+        result.out,
+    )
+    moved = hashes(kept)
+    assert moved == {name: before[name] for name in before.keys() - {BEST}}
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2, 3]
+    assert not list(copy.glob("run_until_*/run_until_*"))
+
+
+def test_an_older_copy_of_the_checkpoint_is_an_older_run(run, made, monkeypatch, tmp_path):
+    """Under a name of its own, or put back as last_model.pth: what is beyond it is set aside."""
+    assert run(f"{SMALL_BATCHES} --epochs=4").status == 0
+    checkpoints = tmp_path / "checkpoints"
+    older = made["finished"] / "checkpoints" / LAST  # the same run after 2 epochs, but for its schedule and name
+    contents = torch.load(older, weights_only=True)
+    contents["progress"]["run_name"] = load_checkpoint(checkpoints / LAST)["progress"]["run_name"]
+    before = hashes(checkpoints)
+    for name in ("copy.pth", LAST):
+        folder = tmp_path / name
+        shutil.copytree(checkpoints, folder)
+        torch.save(contents, folder / name)
+        result = run(f"--resume {name}/{name} --epochs=3")
+        assert result.status == 0, result.err
+        (kept,) = folder.glob("run_until_*")
+        expected = {"log.jsonl", "settings.json", "training_curves.png"} | ({LAST} if name != LAST else set())
+        if load_checkpoint(checkpoints / BEST)["epoch"] not in (1, 3 if name == LAST else 1):
+            expected |= {BEST}
+        assert hashes(kept) == {file: before[file] for file in expected}
+        assert "held beyond that" in result.out
+        assert load_checkpoint(folder / LAST)["epoch"] == 3
+
+
+def test_files_of_another_run_are_set_aside(copy, run, tmp_path, made):
+    """A checkpoint that was copied into the folder of another run."""
+    assert run(f"{SMALL_BATCHES} --epochs=1 --seed=3 --checkpoint_dir=other").status == 0
+    other = tmp_path / "other"
+    before = hashes(other)
+    shutil.copy(copy / LAST, other / "mine.pth")
+    result = run("--resume other/mine.pth --epochs=3")
+    assert result.status == 0, result.err
+    (kept,) = other.glob("run_until_*")
+    assert hashes(kept) == before
+
+
+def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
+    """Only last_model.pth was moved: the run ends with curves and test figures of what there is, and says so."""
+    assert load_checkpoint(copy / LAST)["best"]["epoch"] == 1
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(copy / LAST, moved)
+    contents = torch.load(moved / LAST, weights_only=True)
+    contents["progress"]["best"] |= {"val_accuracy": 2.0}  # no later epoch is better
+    contents["progress"]["test"] = {}
+    torch.save(contents, moved / LAST)
+    result = run(f"--resume moved/{LAST} --epochs=3")
+    assert result.status == 0, result.err
+    assert f"note: moved/{BEST} does not hold this run's best model (epoch 1) any more" in result.out
+    last = log_of_file(moved / "log.jsonl")[-1]
+    assert f"last epoch 3: validation accuracy {last['val_accuracy']:.4f}, test accuracy " in result.out
+    assert f"python inference.py --model_path moved/{LAST}" in result.out
+    assert (moved / "training_curves.png").exists() and not (moved / BEST).exists()
+    assert load_checkpoint(moved / LAST)["progress"]["test"]["epoch"] == 3
+    assert "nothing is left to do" in run(f"--resume moved/{LAST}").out
+
+
+def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch):
+    """Not about one that was put in its place."""
+    foreign = torch.load(copy / BEST, weights_only=True)
+    foreign["progress"]["run_name"] = "another"
+
+    def replace():
+        torch.save(foreign, copy / BEST)
+
+    contents = torch.load(copy / LAST, weights_only=True)
+    contents["progress"]["best"] |= {"val_accuracy": 2.0}
+    torch.save(contents, copy / LAST)
+    before_step(monkeypatch, 2, replace)
+    result = run("--resume --epochs=3")
+    assert result.status == 0 and "does not hold this run's best model" in result.out and "last epoch 3" in result.out
+
+
+# --- Two runs in one folder ------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused(start, run, tmp_path):
+    """Nothing of the first one is touched, and nothing of the second is left."""
+    process = start(tmp_path, f"{SMALL_BATCHES} --epochs=2000")
+    log = tmp_path / "checkpoints" / "log.jsonl"
+    assert wait_until(log.exists, process)
+    before = set(os.listdir(tmp_path / "runs"))
+    for second in (f"{SMALL_BATCHES} --epochs=1 --seed=7", "--resume", f"--resume checkpoints/{LAST} --epochs=70"):
+        result = run(second)
+        assert result.status == 2
+        assert result.err.count("\n") == 1 and f"process {process.pid} on " in result.err
+        assert "error: checkpoints belongs to a run that is still going" in result.err
+        assert "--checkpoint_dir" in result.err
+    assert process.is_alive() and set(os.listdir(tmp_path / "runs")) == before
+    assert not list((tmp_path / "checkpoints").glob("run_until_*"))
+    other = run(f"{SMALL_BATCHES} --epochs=1 --checkpoint_dir=other")
+    assert other.status == 0
+    process.terminate()
+    assert end(process) == 143
+    assert run("--resume --epochs=1").status == 0
+    assert [line["epoch"] for line in log_of(tmp_path)] == list(range(1, len(log_of(tmp_path)) + 1))
+
+
+# --- Other threads, another clock ------------------------------------------------------------------------------------
+
+
+def test_another_number_of_threads_is_noted(copy, run):
+    assert load_checkpoint(copy / LAST)["threads"] == torch.get_num_threads()
+    result = run("--resume --epochs=3")
+    assert "threads" not in result.out
+    contents = torch.load(copy / LAST, weights_only=True)
+    contents["threads"] += 1
+    torch.save(contents, copy / LAST)
+    result = run("--resume --epochs=4 --device=cpu")
+    now = torch.get_num_threads()
+    assert result.status == 0 and f"note: threads changed from {now + 1} to {now} (OMP_NUM_THREADS)" in result.out
+
+
+def test_an_older_checkpoint_goes_on(copy, run, tmp_path):
+    """Of a version that did not store how a run ended, nor its threads."""
+    contents = torch.load(copy / LAST, weights_only=True)
+    del contents["threads"], contents["progress"]["test"]
+    torch.save(contents, copy / LAST)
+    result = run("--resume")
+    assert result.status == 0 and "test accuracy" in result.out and "threads" not in result.out
+    assert run("--resume --epochs=3").status == 0
+    assert len(log_of(tmp_path)) == 3
+
+
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
 def curves(folder):
-    """Scalars of the only run below a folder: name -> (steps, values)."""
+    """Scalars of the only run below a folder, and of its parts: name -> (steps, values)."""
     (place,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
-    assert len(events.Tensors("settings/text_summary")) == 1
-    images = [event.step for event in events.Images("val/confusion_matrix")]
-    assert images == sorted(set(images))
-    scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    return {name: ([e.step for e in points], [e.value for e in points]) for name, points in scalars.items()}
+    curves = {}
+    for part in run_log.PARTS:
+        events = EventAccumulator(str(place / part), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+        for name in events.Tags()["scalars"]:
+            points = events.Scalars(name)
+            curves[f"{part}/{name}".lstrip("/")] = [e.step for e in points], [e.value for e in points]
+        if part == "":
+            assert len(events.Tensors("settings/text_summary")) == 1
+            images = [event.step for event in events.Images("val/confusion_matrix")]
+            assert images == sorted(set(images))
+    return curves
 
 
 def assert_same_curves(folder, other):
     ours, theirs = curves(folder), curves(other)
     assert list(ours["step/loss"][0]) == list(range(1, len(theirs["step/loss"][0]) + 1))
     for ones in (ours, theirs):
-        ones.pop("train/samples_per_second")
+        ones.pop("step/samples_per_second")
     assert ours == theirs
 
 
@@ -512,7 +668,6 @@ def test_curves_go_on_without_doubles(monkeypatch, tmp_path, drawn, save_every, 
         with pytest.raises(Killed):
             train.main(f"{SMALL_BATCHES} --epochs=3 --save_every={save_every}".split())
         writers[0].close()
-    time.sleep(1)  # TensorBoard orders files of the same process and second by a number as text: 10 before 9
     assert train.main(["--resume"]) == 0
     assert_same_curves(tmp_path, drawn)
 
@@ -528,9 +683,23 @@ def test_curves_have_no_gaps_after_a_kill(start, tmp_path, drawn):
         process.join(0.1)
         process.kill()
         assert end(process) == -signal.SIGKILL
-        time.sleep(1.1)  # TensorBoard orders the files of a run by the second of their beginning
     succeed(start, folder, "--resume")
     assert_same_curves(folder, drawn)
+
+
+def test_a_clock_that_was_set_back_leaves_the_curves_in_order(monkeypatch, tmp_path, drawn):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 12, lambda: raise_killed())
+        train.main(f"{SMALL_BATCHES} --epochs=3".split())
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 25 * 3600)
+    assert train.main(["--resume"]) == 0
+    assert_same_curves(tmp_path, drawn)
+
+
+def raise_killed():
+    raise Killed
 
 
 def test_runs_begun_in_the_same_second_have_curves_of_their_own(monkeypatch, tmp_path):
@@ -634,7 +803,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path, rate):
 def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
     step = 12  # the third of the second epoch
     if part == "loss":
-        function, count = train.F.cross_entropy, 0
+        function, count = train.F.cross_entropy, -1  # the rehearsal is none
 
         def broken(*args, **kwargs):
             nonlocal count
@@ -714,6 +883,130 @@ def test_out_of_memory(run, monkeypatch, tmp_path, made, error, place):
     )
 
 
+def no_memory(*_, **__):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16000000000000 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("model", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--model_size"),
+        ("device", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--num_latents"),
+        ("average", "out of memory for a model of this size (14,901.2 GiB more were asked for); .*--model_size"),
+        ("data", "out of memory while reading the data (5 GiB more were asked for); .*a smaller --num_samples or "),
+        ("rehearsal", "out of memory with batch_size 6 .*--batch_size 3 --accumulation_steps 2 (the same training)"),
+        ("validation", "out of memory in validation with batch_size 6 .*--batch_size 3"),
+        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("elsewhere", "out of memory on this machine .*--batch_size"),
+    ],
+)
+def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, says):
+    """And what happens before the first step writes nothing."""
+
+    def no_array(*_):
+        raise MemoryError("Unable to allocate 5. GiB for an array with shape (9, 2000000000) and data type float64")
+
+    with monkeypatch.context() as patch:
+        owner, name, act = {
+            "model": (nn.Linear, "reset_parameters", no_memory),
+            "device": (PerceiverModel, "to", no_memory),
+            "average": (train, "moving_average", no_memory),
+            "data": (train, "load_splits", no_array),
+            "rehearsal": (torch.Tensor, "backward", no_memory),
+            "validation": (evaluation, "collect_predictions", no_memory),
+            "curves": (plots, "plot_training_curves", no_memory),
+            "test": (train, "build_model", no_memory),
+            "elsewhere": (train, "print_run", no_memory),
+        }[place]
+        patch.setattr(owner, name, act)
+        result = run(f"{SMALL_BATCHES} --epochs=1 --ema_decay=0.5")
+    assert result.status == 2 and result.err.count("\n") == 1
+    parts = says.split(".*")
+    places = [result.err.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places), result.err
+    if place in ("curves", "test"):
+        assert run("--resume").status == 0
+    else:
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_lack_of_memory_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(train, "print_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(SMALL_BATCHES)
+
+
+def test_no_compiler(start, tmp_path, made):
+    """Said in a line, before anything of an earlier run is touched."""
+    folder = tmp_path / "run"
+    shutil.copytree(made["finished"], folder)
+    before = files_of(folder)
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=1 --compile", change=without_compiler)) == 2
+    after = files_of(folder)
+    after.pop("output.txt")
+    assert after == before
+    (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
+    assert "--compile: InvalidCxxCompiler: No working C++ compiler found" in line and "--no_compile" in line
+    assert output(folder).endswith(f"{line}\n") and "Traceback" not in output(folder)
+
+
+def test_a_python_that_torch_compile_does_not_support(run, monkeypatch, tmp_path):
+    def unsupported(*_, **__):
+        raise RuntimeError("torch.compile is not supported on Python 3.15+")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    result = run(f"{SMALL_BATCHES} --compile")
+    assert result.status == 2 and not list(tmp_path.iterdir())
+    assert "error: --compile: torch.compile is not supported on Python 3.15+; " in result.err
+    assert "--no_compile" in result.err
+
+
+def without_compiler():
+    os.environ |= {"CXX": "/nonexistent/g++", "PATH": "/nonexistent"}
+
+
+def test_a_step_is_rehearsed_without_a_trace(run, monkeypatch, tmp_path, saved):
+    """What fails in the first step fails before an earlier run is moved; and no random number is used up."""
+    flags = f"{SMALL_BATCHES} --epochs=1 --dropout=0.5 --seed=3"
+    assert run(flags).status == 0
+    assert run(f"{flags} --checkpoint_dir=other").status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rehearse", lambda *_: None)
+        assert run(f"{flags} --checkpoint_dir=plain").status == 0
+    a, b = (load_checkpoint(tmp_path / folder / LAST) for folder in ("other", "plain"))
+    for part in ("model", "optimizer", "random_state", "progress"):
+        assert_same(a[part], b[part], part)
+    before = files_of(tmp_path)
+
+    def fail(*_, **__):
+        raise RuntimeError("a fault in the first step")
+
+    monkeypatch.setattr(train.F, "cross_entropy", fail)
+    with pytest.raises(RuntimeError, match="a fault in the first step"):
+        run(SMALL_BATCHES)
+    assert files_of(tmp_path) == before
+
+
+def test_a_log_that_another_program_holds_ends_no_run(run, monkeypatch, tmp_path):
+    """As on Windows; it is written when it is free again."""
+    replace = os.replace
+    refused = []
+
+    def held(source, target):
+        if Path(target).name == "log.jsonl" and len(refused) < 1:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    result = run(f"{SMALL_BATCHES} --epochs=2")
+    assert result.status == 0 and len(refused) == 1
+    assert "note: cannot write checkpoints/log.jsonl (Permission denied)" in result.out
+    assert [line["epoch"] for line in log_of(tmp_path)] == [1, 2]
+
+
 def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
     def fail():
         raise RuntimeError("a fault of ours")
@@ -732,22 +1025,21 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
     """The old checkpoint stays good, nothing half-written stays, and the run can go on."""
     checkpoints = tmp_path / "checkpoints"
     aside = tmp_path / "aside"
+
+    def half(contents, file):
+        file.write(b"PK")
+        full()
+
     with monkeypatch.context() as patch:
         if what == "checkpoint":
-            before_step(patch, 12, lambda: patch.setattr(os, "fsync", full))
+            before_step(patch, 12, lambda: patch.setattr(torch, "save", half))
         elif what == "log":
-            write = Path.write_text
-
-            def half(path, text, *args, **kwargs):
-                write(path, text[: len(text) // 2], *args, **kwargs)
-                full()
-
-            before_step(patch, 12, lambda: patch.setattr(Path, "write_text", half))
+            before_step(patch, 12, lambda: patch.setattr(os, "fsync", full))  # the first file to be written is the log
         elif what == "curves":
             patch.setattr(plots, "plot_training_curves", full)
         elif what == "tensorboard":
             writer = SimpleNamespace(
-                add_scalar=lambda *_: None, add_figure=lambda *_: None, flush=lambda: None, close=lambda: None
+                add_scalar=lambda *_: None, add=lambda *_: None, flush=lambda: None, close=lambda: None
             )
             patch.setattr(run_log, "tensorboard_writer", lambda *_: writer)
             before_step(patch, 12, lambda: setattr(writer, "flush", full))
@@ -764,6 +1056,28 @@ def test_a_disk_that_fills_up_during_a_run(run, monkeypatch, tmp_path, made, wha
     assert load_checkpoint(checkpoints / LAST)["epoch"] == (2 if what == "curves" else 1)
     assert run("--resume").status == 0
     assert_same_run(tmp_path, made["finished"])
+
+
+def test_a_disk_that_is_full_for_tensorboard(start, tmp_path):
+    """A line, without a traceback, in which the place is text; the run goes on when there is space."""
+    folder = tmp_path / "run"
+    assert end(start(folder, f"{SMALL_BATCHES} --epochs=3", change=fill_the_disk_in_step_12)) == 2
+    (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
+    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then go on with --resume", line)
+    assert "Traceback" not in output(folder) and "Exception" not in output(folder)
+    assert load_checkpoint(folder / "checkpoints" / LAST)["epoch"] == 1
+    succeed(start, folder, "--resume")
+    assert len(log_of(folder)) == 3
+
+
+def fill_the_disk_in_step_12():
+    import resource
+
+    def fill():
+        size = max(file.stat().st_size for file in Path("runs").rglob("events*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    before_step(pytest.MonkeyPatch(), 12, fill)
 
 
 def test_a_disk_too_small_for_a_checkpoint(start, tmp_path):
@@ -804,6 +1118,7 @@ def test_fewer_samples_than_a_batch(run, saved):
 
 
 TEN = f"{SEQUENCES} --num_samples=12 --num_classes=2 --epochs=1 --weight_decay=0 --dropout=0 --warmup_fraction=0"
+TEN += " --amp=off"  # some CPUs take bf16
 
 
 def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
@@ -821,14 +1136,55 @@ def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
 
 
 def test_the_kept_weights_are_the_moving_average(run, saved):
-    assert run(f"{TEN} --batch_size=4 --save_every=1 --ema_decay=0.75").status == 0
+    """Of the weights after each step; the first ones, untrained, have no part in it."""
+    assert run(f"{TEN} --batch_size=4 --save_every=1 --ema_decay=0.24").status == 0
     steps = {state["step"]: state for state in saved}
     assert sorted(steps) == [0, 1, 2, 3]
     average = flat(steps[1]["trained_model"])
-    for step in (2, 3):
-        average = 0.75 * average + 0.25 * flat(steps[step]["trained_model"])
+    torch.testing.assert_close(flat(steps[1]["model"]), average, rtol=0, atol=0)
+    for step, decay in ((2, 2 / 11), (3, 0.24)):  # (1 + t) / (10 + t) after t = 1 and 2 updates: 0.18 and 0.25
+        average = decay * average + (1 - decay) * flat(steps[step]["trained_model"])
         torch.testing.assert_close(flat(steps[step]["model"]), average)
     assert not torch.equal(flat(steps[3]["model"]), flat(steps[3]["trained_model"]))
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.9999), st.integers(1, 60), st.integers(0, 2**32))
+def test_the_average_of_constant_weights_is_these_weights(decay, steps, seed):
+    """At every step, whatever the model held at the start."""
+    model = nn.Linear(3, 2)
+    average = moving_average(model, decay)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for _ in range(steps):
+        average.update_parameters(model)
+        for kept, parameter in zip(average.module.parameters(), model.parameters(), strict=True):
+            assert torch.equal(kept, parameter)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.9999), st.lists(st.floats(-5, 5), min_size=1, max_size=60))
+def test_the_average_is_the_weighted_mean_of_the_weights(decay, values):
+    """Against float64: the part of each step is (1 - its decay) times the decays of all later steps."""
+    model = nn.Linear(1, 1, bias=False)
+    average = moving_average(model, decay)
+    for value in values:
+        nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    decays = [0.0] + [min(decay, (1 + t) / (10 + t)) for t in range(1, len(values))]
+    parts = [(1 - kept) * math.prod(decays[i + 1 :]) for i, kept in enumerate(decays)]
+    assert math.isclose(sum(parts), 1)
+    expected = sum(part * value for part, value in zip(parts, values, strict=True))
+    assert average.module.weight.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_short_runs_forget_the_untrained_weights():
+    """With decay 0.995 throughout, 37 % of an average is where it began, 200 steps before."""
+    part = math.prod(average_decay(0.995, t) for t in range(1, 200))
+    assert part < 1e-14 and math.isclose(0.995**200, 0.367, abs_tol=1e-3)
+    assert average_decay(0.995, 1789) < 0.995 == average_decay(0.995, 1790)
 
 
 def test_the_gradient_is_clipped_at_its_true_norm(run, monkeypatch, saved):
