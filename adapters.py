@@ -15,15 +15,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import UserError
+from config import FIELDS, UserError
 from data_files import open_image, read_one_series, to_rgb
+from schema import Positive, Size, read, shown
+
+LARGEST = FIELDS["image_size"].metadata["at_most"]
+Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
 
 @contextmanager
@@ -44,8 +48,8 @@ def naming(place: str) -> Iterator[None]:
 class TensorAdapter:
     """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
 
-    input_dim: int
-    max_seq_len: int | None = None
+    input_dim: Size
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
@@ -63,14 +67,22 @@ class TensorAdapter:
 
 
 def _numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
     try:
-        array = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
-        if array.dtype.kind == "c":
-            raise TypeError("they are complex")
+        if isinstance(item, Tensor):
+            item = item.detach().cpu()
+            item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
+        elif hasattr(item, "iloc"):  # a DataFrame or Series
+            item = item.to_numpy(np.float64, na_value=np.nan)
+        array = np.asanyarray(item)
+        if array.dtype.kind in "cMm":
+            raise TypeError("they are " + ("complex" if array.dtype.kind == "c" else "dates or times"))
+        if isinstance(array, np.ma.MaskedArray):
+            array = array.astype(np.float64).filled(np.nan)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
             return np.require(array, dtype, ["C", "W"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the {what} is not an array of numbers: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
 
 
 # -- text -----------------------------------------------------------------------------------------------------
@@ -83,7 +95,7 @@ class TextAdapter:
     As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
     """
 
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
@@ -118,9 +130,16 @@ class SeriesAdapter:
     """
 
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     flagged: list[int] = field(default_factory=list)
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean)
+        if len(self.std) != channels or not channels:
+            raise UserError(f"{channels} means and {len(self.std)} deviations; there must be one of each per channel")
+        if sorted(set(self.flagged) & set(range(channels))) != sorted(self.flagged):
+            raise UserError(f"the flagged channels must be different ones of the {channels} that there are")
 
     @classmethod
     def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
@@ -176,11 +195,19 @@ class ImageAdapter:
             (H, W); without it only arrays of image_shape are taken, as they were stored in training.
     """
 
-    image_shape: list[int]
-    patch_size: int
+    image_shape: Annotated[list[Side], lambda shape: len(shape) == 3, "[height, width, channels]"]
+    patch_size: Size
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     any_size: bool = False
+
+    def __post_init__(self) -> None:
+        height, width, channels = self.image_shape
+        check_patch_size(self.patch_size, height, width)
+        if not len(self.mean) == len(self.std) == channels:
+            raise UserError(f"{len(self.mean)} means and {len(self.std)} deviations of {channels} channels")
+        if self.any_size and (height, channels) != (width, 3):
+            raise UserError(f"images of any size become squares of 3 channels, not {height} x {width} x {channels}")
 
     @classmethod
     def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
@@ -310,7 +337,9 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {"kind": kind, **asdict(adapter)}
 
 
-def from_description(description: dict[str, Any]) -> Adapter:
-    """The adapter that `describe` described."""
-    values = dict(description)
-    return KINDS[values.pop("kind")](**values)
+def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
+    """The adapter that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    kind = description.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(KINDS)}")
+    return read({name: value for name, value in description.items() if name != "kind"}, KINDS[kind], where)

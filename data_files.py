@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -709,15 +710,19 @@ def split_folders(path: str | Path) -> dict[str, Path] | None:
     return splits
 
 
+_WARNING_FILTERS = threading.Lock()  # the filters of warnings are one for all threads, which would restore each other's
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The image (of several frames the first), decoded, turned as its EXIF orientation says. Raises UserError."""
     if not os.path.isfile(path):  # a pipe would wait for ever
         raise UserError(f"{path}: there is no such file; correct the path")
     try:
-        with warnings.catch_warnings():
+        with _WARNING_FILTERS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                return ImageOps.exif_transpose(image)
+            image = Image.open(path, formats=_FORMATS)  # reads the header; the pixels are decoded below
+        with image:
+            return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # damaged bytes come out as a dozen kinds

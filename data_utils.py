@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from adapters import (
     naming,
     square_pixels,
 )
-from config import FIELDS, Settings, UserError
+from config import FIELDS, Settings, UserError, check_memory
 from data_files import (
     Items,
     class_order,
@@ -216,6 +217,11 @@ def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]
     return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
 
 
+def check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be a whole number of at least 1")
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
 
@@ -240,8 +246,7 @@ class EpochBatchSampler(Sampler[list[int]]):
     ):
         if num_samples < 1:
             raise UserError("the data set is empty; it must hold at least one sample")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        check_batch_size(batch_size)
         if lengths is not None and len(lengths) != num_samples:
             raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
@@ -381,9 +386,23 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
+MODALITIES: dict[str, tuple[type, ...]] = {
+    "image": (ImageAdapter,),
+    "text": (TextAdapter,),
+    "series": (SeriesAdapter, TensorAdapter),
+}
+
+
 def _known(info: Info | None, modality: str) -> Any:
     """The adapter of a description made in training; None without one."""
-    return from_description(info["adapters"][modality]) if info else None
+    if not info:
+        return None
+    if modality not in info["adapters"]:
+        raise UserError(f"the model was trained on {', '.join(info['adapters'])}; these data are for {modality}")
+    adapter = from_description(info["adapters"][modality], f"the checkpoint's adapter of {modality}")
+    if not isinstance(adapter, MODALITIES[modality]):
+        raise UserError(f"the checkpoint's adapter of {modality} is a {type(adapter).__name__}, made for other data")
+    return adapter
 
 
 def _describe(adapters: dict[str, Adapter], class_names: Sequence[str], notes: Sequence[str] = ()) -> Info:
@@ -437,6 +456,12 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
     Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither these nor the
     length tell the class.
     """
+    shortest, longest = settings.seq_len_range
+    tokens = num_samples * (shortest + longest) / 2 + 16 * longest  # those kept, and the float64s while one is made
+    check_memory(
+        4 * settings.feature_dim * tokens,
+        f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
+    )
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
 
@@ -604,6 +629,9 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
         info,
         margin=1,
     )
+
+
+CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, and as downloaded
 
 
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -807,6 +835,11 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
     return results
 
 
+def check_pixels(number: int, size: int) -> None:
+    """Raise UserError where so many images of this size are more than the machine can hold."""
+    check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
+
+
 def _cut_note(modality: str, lengths: Sequence[int], limit: int | None) -> list[str]:
     """What to tell the user of training items that the length limit cuts."""
     count = sum(length > (limit or math.inf) for length in lengths)
@@ -821,6 +854,7 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
     items, labels, class_names, notes = _own_splits(settings, info, lambda path, _: read_images(path))
     size = _known(info, "image").image_shape[0] if info else settings.image_size
+    check_pixels(sum(len(found.values) for found in items.values()), size)
     read = partial(square_pixels, size=size)
     images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
     splits, description = _image_splits(
@@ -883,6 +917,8 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
         have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
         raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
+        if modality == "image":
+            check_pixels(sum(map(len, raw.values())), size)
         raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
         adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], places["train"], settings)
         for name, found in items.items():

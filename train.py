@@ -33,11 +33,24 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import distributed
 import evaluation
 import plots
-from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
+from checkpoint import (
+    BEST,
+    LAST,
+    build_model,
+    check_model_arguments,
+    check_weights,
+    load_checkpoint,
+    load_weights,
+    model_arguments,
+    save_checkpoint,
+)
 from config import (
+    FIELDS,
     Settings,
     UserError,
     changed_settings,
+    check_folder,
+    check_memory,
     choose_device,
     choose_precision,
     exit_on_user_error,
@@ -46,18 +59,22 @@ from config import (
     resolve,
     unused_settings,
 )
-from data_utils import create_dataloader, load_splits, random_stream, set_epoch, share_of, unshared
+from data_utils import CIFAR10_FILES, create_dataloader, load_splits, random_stream, set_epoch, share_of, unshared
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
     Progress,
     Schedule,
     StopRequest,
+    check_run,
     leave_signals_to_the_trainer,
     random_state,
+    restore_optimizer,
+    restore_scaler,
     set_random_state,
 )
 from run_log import CURVES, StepLog, disk_advice, log_epoch, open_run, print_run, progress_bar
+from schema import shown
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
@@ -111,7 +128,9 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
 
     # Data, model, optimizer
     with torch.device("meta"):  # a model that cannot be is refused before any data is read or downloaded
-        new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+    number = sum(parameter.numel() for parameter in sketch.parameters())
+    check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
     with distributed.in_turn():
         splits, data = load_splits(settings, checkpoint and checkpoint["data"])
     if checkpoint:
@@ -137,8 +156,10 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
     }
     for loader in loaders.values():
         loader.worker_init_fn = leave_signals_to_the_trainer
-    model = new_model(settings, data).to(device)
     model_args = model_arguments(settings, data)
+    if checkpoint:
+        check_model(checkpoint, settings, data, len(loaders["train"]))
+    model = new_model(settings, data).to(device)
     run_model = torch.compile(model) if settings.compile else model
     # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
     moving_average = get_ema_multi_avg_fn(settings.ema_decay)
@@ -163,10 +184,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None) -> int:
         if average:
             load_weights(average.module, checkpoint["model"])
             average.n_averaged.fill_(progress.step)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for loaded, group in zip(optimizer.param_groups, groups, strict=True):
-            loaded["weight_decay"] = group["weight_decay"]
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(optimizer, checkpoint)
+        restore_scaler(scaler, checkpoint["scaler"])
         steps_left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
@@ -327,6 +346,22 @@ def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
         raise UserError(str(error)) from error
 
 
+def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
+    """Raise UserError, before memory is taken for it, unless settings, data and weights are those of one model."""
+    old, new = checkpoint["model_args"], model_arguments(settings, data)
+    check_model_arguments(old)
+    for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
+        if old[name] != new.get(name):
+            raise UserError(
+                f"the checkpoint's model and its settings and data do not agree about {name}: "
+                f"{shown(old[name])} and {shown(new.get(name))}"
+            )
+    with torch.device("meta"):
+        check_weights(new_model(settings, data), checkpoint["model"])
+    if (done := checkpoint["progress"]["batch"]) > batches:
+        raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
+
+
 def collect(
     model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -335,10 +370,13 @@ def collect(
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
 
-def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of what `collect` found, in all processes."""
+def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any], split: str) -> dict[str, Any]:
+    """The metrics of what `collect` found, in all processes. Raises UserError where the logits are not finite."""
     compute = evaluation.compute_metrics
-    return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    try:
+        return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    except ValueError as error:
+        raise UserError(f"{split}: {error}; lower --lr or use --amp off, then go on with --resume") from error
 
 
 def validate(
@@ -348,10 +386,7 @@ def validate(
     """Loss, accuracy and balanced accuracy over a loader, named val_..., and the confusion matrix."""
     with memory_advice(settings, "the validation data's sequences"):
         found = collect(model, loader, device, amp_dtype, batches)
-    try:
-        metrics = metrics_of(found, data)
-    except ValueError as error:
-        raise UserError(f"validation: {error}; lower --lr or use --amp off, then go on with --resume") from error
+    metrics = metrics_of(found, data, "validation")
     names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
     return {f"val_{name}": metrics[key] for name, key in names.items()}, metrics["confusion_matrix"]
 
@@ -378,7 +413,7 @@ def finish(
     best = build_model(distributed.from_first(load_checkpoint, folder / BEST)).to(device)
     share = distributed.rank(), distributed.size()
     loader = create_dataloader(test_set, settings.batch_size, share=share)
-    metrics = metrics_of(collect(best, loader, device, amp_dtype), data)
+    metrics = metrics_of(collect(best, loader, device, amp_dtype), data, "test")
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
     print(
@@ -395,7 +430,8 @@ def finish(
 def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], settings: Settings) -> None:
     """Count the batches done of a begun epoch in the new batch size; the samples and their order stay the same."""
     progress, size = checkpoint["progress"], settings.batch_size
-    old_size, num_samples = checkpoint["settings"]["batch_size"], checkpoint["data"]["split_sizes"]["train"]
+    old_size = Settings.from_dict(checkpoint["settings"]).batch_size
+    num_samples = checkpoint["data"]["split_sizes"]["train"]
     done = min(progress["batch"] * old_size, num_samples)
     if done == 0 or not inexact.keys() & {"batch_size", "bucket_by_length"}:
         return
@@ -411,8 +447,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
     checkpoint = distributed.from_first(load_checkpoint, path)
-    if "progress" not in checkpoint:
-        raise UserError(f"{path} has no training state to go on from")
+    check_run(checkpoint, path)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
         raise UserError(
@@ -421,6 +456,9 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         )
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
+    if distributed.is_first():
+        check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
+        check_folder("data_dir", settings, sources, *CIFAR10_FILES)
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)

@@ -28,7 +28,7 @@ JSON_VALUES = st.recursive(
 def numbers(kind, rules):
     """Valid numbers, as JSON may hold them."""
     if kind is int:
-        return st.integers(rules.get("at_least", 0), 10**6)
+        return st.integers(rules.get("at_least", 0), rules.get("at_most", 10**6))
     low, high = rules.get("above", rules.get("at_least")), rules.get("below", 1e9)
     return st.floats(low, high, exclude_min="above" in rules, exclude_max=True)
 
@@ -152,7 +152,7 @@ def test_settings_survive_json(values):
         ("batch_size", 0, ["at least 1", "0"]),
         ("batch_size", -4, ["at least 1", "-4"]),
         ("batch_size", 2**31, ["too large"]),
-        ("num_latents", 0, ["at least 1, or null"]),
+        ("num_latents", 0, ["at least 1 and at most 100000, or null"]),
         ("num_classes", 1, ["at least 2"]),
         ("learning_rate", 0, ["above 0"]),
         ("learning_rate", math.nan, ["a number", "NaN"]),
