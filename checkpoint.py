@@ -214,7 +214,7 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
         check_model_arguments(arguments)
         with torch.device("meta"):
             sketch = PerceiverModel(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes whose product is no int64
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:  # a taken name; sizes whose product is no int64
         raise UserError(f"the checkpoint's model arguments are refused: {error}".splitlines()[0]) from error
     classes = len(checkpoint["data"]["class_names"])
     for number in (arguments["num_classes"], checkpoint["data"].get("num_classes", classes)):
@@ -230,7 +230,7 @@ def check_model_arguments(arguments: dict[str, Any]) -> None:
     """Raise UserError unless each argument is known, of its declared type and within the limits of its setting."""
     tokens = get_type_hints(TokenFeatures.__init__)
     model = get_type_hints(PerceiverEncoder.__init__) | tokens
-    model |= {"input_dim": int | dict[str, dict[str, Any]], "num_classes": int}
+    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int}
     read_arguments(arguments, model)
     if isinstance(arguments.get("input_dim"), dict):
         for name, own in arguments["input_dim"].items():

@@ -56,7 +56,7 @@ EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
 MANIFESTS = (".csv", ".tsv", ".jsonl")
-NOT_FINITE = "the model's answers are not all finite, its numbers overflow; use it in float32 (model.float(), --amp off)"
+NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use float32 (model.float(), --amp off)"
 
 
 # --- In a notebook ---------------------------------------------------------------------------------------------------

@@ -80,9 +80,10 @@ class Progress:
     def __post_init__(self) -> None:
         if self.totals.keys() != NOTHING_YET.keys():
             raise UserError(f"totals must have {', '.join(NOTHING_YET)}")
-        if [line["epoch"] for line in self.history] != list(range(1, self.epoch + 1)):
+        epochs = range(1, self.epoch + 1)  # compared line by line: a forged one may be endless
+        if len(self.history) != self.epoch or any(line["epoch"] != epochs[i] for i, line in enumerate(self.history)):
             raise UserError(f"the lines of the history must be those of the {self.epoch} epochs")
-        if self.epoch and not (_is_whole_line(self.best) and self.best["epoch"] in range(1, self.epoch + 1)):
+        if self.epoch and not (_is_whole_line(self.best) and self.best["epoch"] in epochs):
             raise UserError(f"best must be the line of one of the {self.epoch} epochs")
 
     @classmethod
