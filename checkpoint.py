@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from config import LAST_CHECKPOINT, Settings, UserError, check_settings
-from perceiver_model import MODEL_SIZES, PerceiverEncoder, PerceiverModel, TokenFeatures
+from perceiver_model import MODEL_SIZES, PerceiverEncoder, PerceiverModel
 from schema import read, shown
+from token_features import TokenFeatures
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
 FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 2  # 2: the data are described by adapters
@@ -45,6 +46,7 @@ def _are_distinct(names: list[str]) -> bool:
     return len(set(names)) == len(names) > 0
 
 
+Repeats = Annotated[int, lambda number: 1 <= number <= 1000, "a whole number from 1 to 1000"]
 Name = Annotated[str, str.isidentifier, "a name"]  # of a modality: it becomes part of a figure's
 
 
@@ -97,6 +99,8 @@ MODEL_SETTINGS = (
 def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
     """The arguments of PerceiverModel that settings and data ask for: the preset's, and over them what is set."""
     chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
+    if not settings.use_positions:
+        chosen.pop("num_frequency_bands", None)
     return MODEL_SIZES[settings.model_size] | chosen | {
         "input_dim": data["features"],
         "num_classes": data["num_classes"],
@@ -203,7 +207,7 @@ def _alternative(path: Path) -> str:
 def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
-    Its arguments and weights are compared without memory, on the meta device, before any is taken.
+    It is made without memory, on the meta device, and compared with the weights before any is taken.
 
     Raises:
         UserError: weights are missing, not expected, of another shape or no finite numbers, each of which is listed;
@@ -213,16 +217,15 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     try:
         check_model_arguments(arguments)
         with torch.device("meta"):
-            sketch = PerceiverModel(**arguments)
+            model = PerceiverModel(**arguments)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:  # a taken name; sizes whose product is no int64
         raise UserError(f"the checkpoint's model arguments are refused: {error}".splitlines()[0]) from error
     classes = len(checkpoint["data"]["class_names"])
     for number in (arguments["num_classes"], checkpoint["data"].get("num_classes", classes)):
         if number != classes:
             raise UserError(f"the checkpoint names {classes} classes, its model tells {number} apart")
-    weights = check_weights(sketch, checkpoint["model"])
-    model = PerceiverModel(**arguments)
-    model.load_state_dict(weights)
+    weights = check_weights(model, checkpoint["model"])
+    model.to_empty(device="cpu").load_state_dict(weights)  # its first values, which take long to draw, are not needed
     return model.eval()
 
 
@@ -230,7 +233,7 @@ def check_model_arguments(arguments: dict[str, Any]) -> None:
     """Raise UserError unless each argument is known, of its declared type and within the limits of its setting."""
     tokens = get_type_hints(TokenFeatures.__init__)
     model = get_type_hints(PerceiverEncoder.__init__) | tokens
-    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int}
+    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats}
     read_arguments(arguments, model)
     if isinstance(arguments.get("input_dim"), dict):
         for name, own in arguments["input_dim"].items():

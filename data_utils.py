@@ -92,7 +92,7 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
-    """(input float32 (L, C), mask bool (L,)) of one modality."""
+    """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
     try:
         if not isinstance(tokens, Tensor):
             tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
@@ -102,11 +102,15 @@ def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> t
     shape = tuple(tokens.shape)
     if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
-    mask = _to_mask(mask, len(tokens), where)
-    tokens, mask = tokens[:max_seq_len], mask[:max_seq_len]
-    if not tokens[mask].isfinite().all():
-        raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
-    return tokens, mask
+    real = _to_mask(mask, len(tokens), where)
+    tokens, real = tokens[:max_seq_len], real[:max_seq_len]
+    if mask is not None:
+        tokens = tokens.masked_fill(~real[:, None], 0)
+    if tokens.numel():
+        lowest, highest = tokens.aminmax()  # NaN if one is
+        if not -math.inf < lowest <= highest < math.inf:
+            raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
+    return tokens, real
 
 
 Sample = tuple[dict[str, tuple[Tensor, Tensor]], int | None]
@@ -156,7 +160,7 @@ def collate(items: Sequence[Item] | Batch, max_seq_len: int | None = None) -> Ba
         missing = torch.zeros(0, *widths), torch.zeros(0, dtype=torch.bool)
         tokens, real = zip(*(parts.get(name, missing) for parts, _ in samples), strict=True)
         masks[name] = pad_sequence(real, batch_first=True)
-        inputs[name] = pad_sequence(tokens, batch_first=True).masked_fill_(~masks[name][..., None], 0)
+        inputs[name] = pad_sequence(tokens, batch_first=True)
     several = isinstance(items[0]["input"], dict)
     batch = {"input": inputs, "mask": masks} if several else {"input": inputs[ONLY], "mask": masks[ONLY]}
     labels = [label for _, label in samples]
@@ -286,7 +290,8 @@ class EpochDataLoader(DataLoader):
 
     The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes start anew with each
     pass, so they never hold an older epoch. Iterating takes nothing from torch's global random numbers, and those of
-    the workers depend on (seed, epoch, worker) alone.
+    the workers depend on (seed, epoch, worker) alone. Batches for a CUDA device that no worker makes are made by a
+    thread, one ahead, while the device computes.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -296,7 +301,18 @@ class EpochDataLoader(DataLoader):
             self.dataset.set_epoch(sampler.epoch)
         iterator = super().__iter__()
         sampler.set_epoch(sampler.epoch + 1)
-        return iterator
+        by_thread = self.pin_memory and not self.num_workers and torch.cuda.is_available()
+        return _one_ahead(iterator) if by_thread else iterator
+
+
+def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; while one is used, a thread makes and pins the next."""
+    device = torch.cuda.current_device()  # a new thread starts with device 0
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        coming = thread.submit(next, iterator, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, iterator, None)
+            yield batch
 
 
 def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:

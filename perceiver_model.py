@@ -17,25 +17,21 @@ Letters used for shapes in this file:
 Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; latents need none.
 """
 
-import difflib
 import inspect
+import itertools
 import math
 from functools import partial
-from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from token_features import TokenFeatures, check_names, check_shares, check_sizes, check_switches
+
+MAX_FUSED_WIDTH = 256  # of a head, for the fast attention kernels of CUDA; wider ones take ten times as long
 CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse by name, with a ValueError, a size that is not a whole number of 1 or more."""
-    for name, value in sizes.items():
-        if not (isinstance(value, Integral) and value >= 1):
-            raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -48,21 +44,25 @@ class MultiHeadAttention(nn.Module):
         d_model: channels of the queries and of the result (D).
         num_heads: H.
         input_dim: channels of the tokens attended to (C); default d_model.
-        attention_dim: total width of the heads (E), a multiple of num_heads; default d_model.
+        attention_dim: total width of the heads' queries and keys (E), a multiple of num_heads; default d_model.
         dropout: probability of dropping an attention weight in training. Above 0 the fused kernels of the CPU do not
             apply, and the (N, L) weights are held in memory.
+        value_dim: total width of the heads' values (V), a multiple of num_heads; default E.
+        query_bias: whether the queries have a bias (those of the published Perceiver IO models have).
 
-    Queries, keys and values have no bias: a key bias adds the same number to every score of a query, which softmax
-    ignores, and a value bias passes through the weights (they sum to 1) into the bias of the output projection.
+    Keys and values need no bias. The score of a key with a bias, q (k + b)^T = q k^T + q b^T, adds the same number to
+    every score of a query, which softmax ignores. The bias of the values passes through the attention weights, which
+    sum to 1, into the bias of the output projection: W (sum a (v + b)) + c = W (sum a v) + (W b + c).
 
     **Folded projections.** In a cross-attend the tokens are many and their channels few, while the queries are few.
-    With X (L, C) the tokens, q (N, E/H) the queries of one head and Wk, Wv (C, E/H) its projections,
+    With X (L, C) the tokens, q (N, E/H) the queries of one head, Wk (C, E/H) and Wv (C, V/H) its projections,
 
         scores   q (X Wk)^T = (q Wk^T) X^T          result   softmax(.) (X Wv) = (softmax(.) X) Wv
 
     so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
     N results. The parameters and the function are the same, dropout of attention weights included; what changes is
-    the cost: 2 H N C multiply-adds a token against 2 E (C + N). ``forward`` takes the cheaper one.
+    the cost: 2 H N C multiply-adds a token against (E + V) (C + N). ``forward`` takes the cheaper one; on CUDA, where
+    these are not what takes the time, the one that was measured to be faster.
     """
 
     def __init__(
@@ -72,19 +72,22 @@ class MultiHeadAttention(nn.Module):
         input_dim: int | None = None,
         attention_dim: int | None = None,
         dropout: float = 0.0,
+        value_dim: int | None = None,
+        query_bias: bool = False,
     ):
         super().__init__()
         input_dim, attention_dim = input_dim or d_model, attention_dim or d_model
-        if attention_dim % num_heads:
-            raise ValueError(f"attention_dim={attention_dim} is not divisible by num_heads={num_heads}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"the dropout of attention weights must be from 0 to 1, not {dropout!r}")
+        value_dim = value_dim or attention_dim
+        for name, width in {"attention_dim": attention_dim, "value_dim": value_dim}.items():
+            if width % num_heads:
+                raise ValueError(f"{name}={width} is not divisible by num_heads={num_heads}")
+        check_shares(attention_dropout=dropout)
         self.num_heads, self.dropout = num_heads, dropout
         self.scale = (attention_dim // num_heads) ** -0.5
-        self.query = nn.Linear(d_model, attention_dim, bias=False)
+        self.query = nn.Linear(d_model, attention_dim, bias=query_bias)
         self.key = nn.Linear(input_dim, attention_dim, bias=False)
-        self.value = nn.Linear(input_dim, attention_dim, bias=False)
-        self.output = nn.Linear(attention_dim, d_model)
+        self.value = nn.Linear(input_dim, value_dim, bias=False)
+        self.output = nn.Linear(value_dim, d_model)
 
     def forward(
         self, queries: Tensor, inputs: Tensor | None = None, mask: Tensor | None = None, return_attention: bool = False
@@ -102,23 +105,9 @@ class MultiHeadAttention(nn.Module):
             (B, N, D), and with ``return_attention`` the weights (B, H, N, L): rows sum to 1 over the tokens of the
             mask and are exactly 0 elsewhere.
         """
-        folded = inputs is not None and self._folding_is_cheaper(queries.size(1), inputs.size(2))
-        if inputs is None:
-            weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product is one pass
-            q, k, v = self._split_heads(F.linear(queries, weight), 3)  # (B, H, N, E/H) each
-        elif folded:
-            (q,) = self._split_heads(self.query(queries))
-            q = q @ self._head_weight(self.key)  # (B or 1, H, N, C)
-            padding = (0, -inputs.size(2) % 8)  # zeros: fused CUDA kernels want multiples of 8 channels
-            groups = self._query_groups(inputs, q.size(1) * q.size(2))
-            q = F.pad(q.flatten(1, 2), padding).unflatten(1, (groups, -1))  # (B or 1, G, H N / G, C)
-            k = v = (F.pad(inputs, padding) if padding[1] else inputs)[:, None].expand(-1, groups, -1, -1)
-        else:
-            (q,) = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
-            weight = torch.cat([self.key.weight, self.value.weight])
-            k, v = self._split_heads(F.linear(inputs, weight), 2)  # (B, H, L, E/H) each
+        folded = inputs is not None and self._layers_are_plain() and self._folding_is_cheaper(queries.size(1), inputs)
+        q, k, v = self._fold(queries, inputs) if folded else self._project(queries, inputs)
         q = q.expand(k.size(0), -1, -1, -1)
-
         allowed = None
         if mask is not None:
             empty = ~mask.any(1)  # (B,) softmax over no token is NaN: let such samples see all, then zero the result
@@ -127,21 +116,71 @@ class MultiHeadAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
-        if folded:  # (B, G, H N / G, C) -> (B, H, N, E/H)
-            attended = attended[..., : inputs.size(2)].reshape(len(k), self.num_heads, queries.size(1), inputs.size(2))
-            attended = attended @ self._head_weight(self.value).mT
+        attended = self._unfold(attended) if folded else attended  # (B, H, N, V/H)
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
             return result
         scores = (q * self.scale) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
-        weights = scores.softmax(-1).view(len(k), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
+        weights = scores.softmax(-1).reshape(k.size(0), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
-    def _folding_is_cheaper(self, num_queries: int, channels: int) -> bool:
-        width = self.key.out_features
-        return self.num_heads * num_queries * channels < width * (channels + num_queries)
+    def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H). What can be one product is one."""
+        together = [self.query, self.key, self.value] if inputs is None else [self.key, self.value]
+        if not self._layers_are_plain():
+            inputs = queries if inputs is None else inputs
+            parts = self.query(queries), self.key(inputs), self.value(inputs)
+        else:
+            weight = torch.cat([layer.weight for layer in together])
+            bias = None
+            if inputs is None and self.query.bias is not None:
+                bias = F.pad(self.query.bias, (0, weight.size(0) - self.query.out_features))
+            parts = F.linear(queries if inputs is None else inputs, weight, bias)
+            parts = parts.split([layer.out_features for layer in together], -1)
+            if inputs is not None:
+                parts = self.query(queries), *parts
+        return tuple(self._split_heads(part) for part in parts)
+
+    def _fold(self, queries: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B or 1, G, H N / G, C) in G groups, and the tokens (B, G, L, C) as keys and as values.
+
+        C is filled up with zeros to a multiple of 8, which fused CUDA kernels want.
+        """
+        q = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
+        q = q @ _filled_up(self._head_weight(self.key))  # (B or 1, H, N, C)
+        groups = self._query_groups(inputs, q.size(1) * q.size(2))
+        tokens = _filled_up(inputs)[:, None].expand(-1, groups, -1, -1)
+        return q.flatten(1, 2).unflatten(1, (groups, -1)), tokens, tokens
+
+    def _unfold(self, attended: Tensor) -> Tensor:
+        """Weighted sums of tokens (B, G, H N / G, C) -> of values (B, H, N, V/H)."""
+        attended = attended.flatten(1, 2).unflatten(1, (self.num_heads, -1))
+        return attended @ _filled_up(self._head_weight(self.value)).mT
+
+    def _folding_is_cheaper(self, num_queries: int, inputs: Tensor) -> bool:
+        tokens, channels = inputs.shape[1:]
+        keys, values = self.key.out_features, self.value.out_features
+        head_width = max(keys, values) // self.num_heads
+        if inputs.device.type == "cuda" and max(head_width, channels) <= MAX_FUSED_WIDTH:
+            # benchmarks/on_cuda.py, H200: attention to C channels costs as much as to heads of that width, and folding
+            # the queries as much as projecting as many tokens
+            return channels <= head_width and tokens >= num_queries
+        if inputs.device.type == "cuda" and channels <= MAX_FUSED_WIDTH:
+            return True
+        return 2 * self.num_heads * num_queries * channels < (keys + values) * (channels + num_queries)
+
+    def _layers_are_plain(self) -> bool:
+        """Whether the projections are just their weights, so that a product with these stands for calling the layers:
+        no hooks (pruning, FSDP), no replacement (LoRA, quantisation), no parametrisation."""
+        return all(
+            type(layer) is nn.Linear
+            and "forward" not in vars(layer)
+            and not (layer._forward_hooks or layer._forward_pre_hooks)
+            and not (layer._backward_hooks or layer._backward_pre_hooks)
+            for layer in (self.query, self.key, self.value)
+        )
 
     @staticmethod
     def _query_groups(inputs: Tensor, num_queries: int) -> int:
@@ -156,12 +195,17 @@ class MultiHeadAttention(nn.Module):
             wanted = max(1, min(4, num_queries // 512, -(-CPU_THREADS // max(1, inputs.size(0)))))
         return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
 
-    def _split_heads(self, x: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-        """(B, N, parts E) -> parts views (B, H, N, E/H)."""
-        return tuple(part.transpose(1, 2) for part in x.unflatten(2, (parts, self.num_heads, -1)).unbind(2))
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, E) -> (B, H, N, E/H)
 
     def _head_weight(self, projection: nn.Linear) -> Tensor:
         return projection.weight.unflatten(0, (self.num_heads, -1))  # (E, C) -> (H, E/H, C)
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """x with its last dimension filled up with zeros to a multiple of 8."""
+    missing = -x.size(-1) % 8
+    return F.pad(x, (0, missing)) if missing else x
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -180,9 +224,10 @@ class CrossAttentionBlock(nn.Module):
     Args:
         d_model: latent width D.
         input_dim: input channels C.
-        num_heads, attention_dim, attention_dropout: see :class:`MultiHeadAttention`.
+        num_heads, attention_dim, attention_dropout, and further arguments: see :class:`MultiHeadAttention`.
         mlp_ratio: hidden width of the MLP over D.
         dropout: probability of dropping a channel of what either branch adds.
+        query_residual: whether what is attended is added to the latents or takes their place.
     """
 
     def __init__(
@@ -194,11 +239,17 @@ class CrossAttentionBlock(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        query_residual: bool = True,
+        **attention: Any,
     ):
         super().__init__()
+        self.query_residual = query_residual
         self.latent_norm = nn.LayerNorm(d_model)
-        self.input_norm = nn.LayerNorm(input_dim)
-        self.attention = MultiHeadAttention(d_model, num_heads, input_dim, attention_dim, attention_dropout)
+        # The norm of a single channel is a constant, whatever the token holds
+        self.input_norm = nn.LayerNorm(input_dim) if input_dim > 1 else nn.Identity()
+        self.attention = MultiHeadAttention(
+            d_model, num_heads, input_dim, attention_dim, dropout=attention_dropout, **attention
+        )
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
@@ -209,7 +260,8 @@ class CrossAttentionBlock(nn.Module):
         """latents (B or 1, N, D), inputs (B, L, C), mask bool (B, L) -> latents (B, N, D) [, weights (B, H, N, L)]."""
         attended = self.attention(self.latent_norm(latents), self.input_norm(inputs), mask, return_attention)
         attended, weights = attended if return_attention else (attended, None)
-        latents = latents + self.dropout(attended)
+        attended = self.dropout(attended)
+        latents = latents + attended if self.query_residual else attended
         latents = latents + self.dropout(self.mlp(self.mlp_norm(latents)))
         return (latents, weights) if return_attention else latents
 
@@ -227,10 +279,11 @@ class SelfAttentionBlock(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        **attention: Any,
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model)
-        self.attention = MultiHeadAttention(d_model, num_heads, dropout=attention_dropout)
+        self.attention = MultiHeadAttention(d_model, num_heads, dropout=attention_dropout, **attention)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
@@ -256,7 +309,12 @@ class PerceiverEncoder(nn.Module):
         num_cross_attention_layers: cross-attends.
         num_self_attention_layers: self-attention layers in all.
         num_cross_attention_heads: heads of the cross-attends; default num_heads (the paper uses 1).
-        cross_attention_dim: attention width E of the cross-attends; default d_model (the paper uses C).
+        cross_attention_dim, cross_attention_value_dim: widths E and V of the cross-attends; default d_model (the paper
+            uses C), and E.
+        self_attention_dim, self_attention_value_dim: widths E and V of the self-attention; default d_model, and E.
+        num_blocks: how often the self-attention layers after a cross-attend run, one block after another with the same
+            weights (Perceiver IO reads once and runs 8 blocks of 6 layers on ImageNet).
+        query_bias: see :class:`MultiHeadAttention`.
         share_weights: the repeats share their weights, except for the first cross-attend, as in the paper.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         mlp_ratio, dropout, attention_dropout: see :class:`CrossAttentionBlock`.
@@ -281,10 +339,15 @@ class PerceiverEncoder(nn.Module):
         attention_dropout: float = 0.0,
         share_weights: bool = False,
         gradient_checkpointing: bool = False,
+        cross_attention_value_dim: int | None = None,
+        self_attention_dim: int | None = None,
+        self_attention_value_dim: int | None = None,
+        num_blocks: int = 1,
+        query_bias: bool = False,
     ):
         super().__init__()
         cross_heads = num_heads if num_cross_attention_heads is None else num_cross_attention_heads
-        cross_dim = d_model if cross_attention_dim is None else cross_attention_dim
+        heads_name = "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads"
         check_sizes(
             d_model=d_model,
             num_heads=num_heads,
@@ -292,19 +355,25 @@ class PerceiverEncoder(nn.Module):
             num_cross_attention_layers=num_cross_attention_layers,
             num_self_attention_layers=num_self_attention_layers,
             num_cross_attention_heads=cross_heads,
-            cross_attention_dim=cross_dim,
+            num_blocks=num_blocks,
             mlp_ratio=mlp_ratio,
         )
-        cross_names = (
-            "d_model" if cross_attention_dim is None else "cross_attention_dim",
-            "num_heads" if num_cross_attention_heads is None else "num_cross_attention_heads",
+        check_shares(dropout=dropout, attention_dropout=attention_dropout)
+        check_switches(
+            query_bias=query_bias, share_weights=share_weights, gradient_checkpointing=gradient_checkpointing
         )
-        for (width_name, heads_name), width, heads in (
-            (("d_model", "num_heads"), d_model, num_heads),
-            (cross_names, cross_dim, cross_heads),
+        for name, width, by, heads in (
+            ("d_model", d_model, "num_heads", num_heads if self_attention_dim is None else 1),
+            ("self_attention_dim", self_attention_dim, "num_heads", num_heads),
+            ("self_attention_value_dim", self_attention_value_dim, "num_heads", num_heads),
+            ("d_model", d_model, heads_name, cross_heads if cross_attention_dim is None else 1),
+            ("cross_attention_dim", cross_attention_dim, heads_name, cross_heads),
+            ("cross_attention_value_dim", cross_attention_value_dim, heads_name, cross_heads),
         ):
-            if width % heads:
-                raise ValueError(f"{width_name}={width} is not divisible by {heads_name}={heads}")
+            if width is not None:
+                check_sizes(**{name: width})
+                if width % heads:
+                    raise ValueError(f"{name}={width} is not divisible by {by}={heads}")
         repeats, layers = num_cross_attention_layers, num_self_attention_layers
         if share_weights and layers % repeats:
             raise ValueError(
@@ -313,15 +382,19 @@ class PerceiverEncoder(nn.Module):
             )
         self.depths = [layers // repeats + (repeat < layers % repeats) for repeat in range(repeats)]
         self.share_weights, self.gradient_checkpointing = share_weights, gradient_checkpointing
+        self.num_blocks = num_blocks
         # Truncated normal, sigma 0.02, cut at +-2 (paper appendix C).
         self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_latents, d_model), std=0.02))
-        regularisation = {"mlp_ratio": mlp_ratio, "dropout": dropout, "attention_dropout": attention_dropout}
+        common = {"d_model": d_model, "mlp_ratio": mlp_ratio, "query_bias": query_bias}
+        common |= {"dropout": dropout, "attention_dropout": attention_dropout}
+        cross = {"num_heads": cross_heads, "attention_dim": cross_attention_dim, "value_dim": cross_attention_value_dim}
+        own = {"num_heads": num_heads, "attention_dim": self_attention_dim, "value_dim": self_attention_value_dim}
         self.cross_attention = nn.ModuleList(
-            CrossAttentionBlock(d_model, input_dim, cross_heads, cross_dim, **regularisation)
+            CrossAttentionBlock(input_dim=input_dim, **common, **cross)
             for _ in range(min(repeats, 2) if share_weights else repeats)
         )
         self.self_attention = nn.ModuleList(
-            nn.ModuleList(SelfAttentionBlock(d_model, num_heads, **regularisation) for _ in range(depth))
+            nn.ModuleList(SelfAttentionBlock(**common, **own) for _ in range(depth))
             for depth in (self.depths[:1] if share_weights else self.depths)
         )
 
@@ -339,142 +412,67 @@ class PerceiverEncoder(nn.Module):
             if return_attention:
                 latents, weights = latents
                 maps.append(weights)
-            for layer in self.self_attention[0 if self.share_weights else repeat]:
+            layers = self.self_attention[0 if self.share_weights else repeat]
+            for layer in itertools.chain.from_iterable(itertools.repeat(layers, self.num_blocks)):
                 latents = run(layer, latents)  # (B, N, D)
         return (latents, maps) if return_attention else latents
 
 
-# --- Positions -------------------------------------------------------------------------------------------------------
+# --- Decoder ---------------------------------------------------------------------------------------------------------
 
 
-def sequence_positions(length: int, num_bands: int) -> Tensor:
-    """Sines and cosines of the token's index at num_bands frequencies 10000^(-k / num_bands) (Vaswani et al. 2017,
-    section 3.5): wavelengths from 2 pi tokens, above the Nyquist limit of 2, to nearly 20000 pi.
+class PerceiverDecoder(nn.Module):
+    """Output queries that cross-attend to the latents: one answer for each query (Perceiver IO, section 3.2).
 
-    A row depends on its index alone, so any length works and a prefix is the table of a shorter sequence.
-
-    Returns:
-        float32 (length, 2 num_bands); angles are computed in float64, float32 would lose them at a million tokens.
-    """
-    frequencies = 10000.0 ** -(torch.arange(num_bands, dtype=torch.float64) / num_bands)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies  # (length, num_bands)
-    return torch.cat([angles.sin().float(), angles.cos().float()], 1)
-
-
-def grid_positions(rows: int, cols: int, num_bands: int) -> Tensor:
-    """The 2-D Fourier features of the paper (section 3.2): coordinates in [-1, 1] from edge to edge, and their sines
-    and cosines at num_bands frequencies from 1 to the Nyquist frequency of each axis, half its number of tokens.
-
-    Returns:
-        float32 (rows * cols, 4 num_bands + 2) in row-major order: the coordinates, all sines, all cosines.
-    """
-    axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in (rows, cols)]
-    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (rows cols, 2)
-    bands = [torch.linspace(1, max(1, size / 2), num_bands, dtype=torch.float64) for size in (rows, cols)]
-    angles = math.pi * (coordinates[:, :, None] * torch.stack(bands)).flatten(1)  # (rows cols, 2 num_bands)
-    return torch.cat([coordinates, angles.sin(), angles.cos()], 1).float()
-
-
-class PositionFeatures(nn.Module):
-    """Position features of a sequence or of a grid, made once and kept; they have no parameters.
+    An answer depends on its own query and on the latents, not on other queries, so O answers cost O N.
 
     Args:
-        grid_shape: (rows, cols) of an image's tokens in row-major order; None for a sequence of any length.
-        num_bands: frequencies; each is a sine and a cosine per axis and token, and costs what two features do. Default
-            8 for sequences; for grids one per whole frequency up to the Nyquist limit, at most 64 (as on ImageNet).
-    """
-
-    def __init__(self, grid_shape: tuple[int, int] | None = None, num_bands: int | None = None):
-        super().__init__()
-        if num_bands is None:
-            num_bands = 8 if grid_shape is None else min(max(1, max(grid_shape) // 2), 64)
-        check_sizes(num_frequency_bands=num_bands)
-        self.grid_shape, self.num_bands = grid_shape, num_bands
-        self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
-        self.table = torch.empty(0, self.num_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; of x nothing else is looked at."""
-        length = x.size(1)
-        if len(self.table) < length or (self.table.device, self.table.dtype) != (x.device, x.dtype):
-            if self.grid_shape:
-                table = grid_positions(*self.grid_shape, self.num_bands)
-            else:
-                table = sequence_positions(length, self.num_bands)
-            self.table = table.to(x)
-        return self.table[:length]
-
-
-# --- Modalities ------------------------------------------------------------------------------------------------------
-
-
-class TokenFeatures(nn.Module):
-    """What the encoder reads of one modality's tokens: features, positions and, among several, which modality it is.
-
-    Args:
-        input_dim: features of a token.
-        vocab_size: tokens are whole numbers below it (bytes: 256), each with a learned embedding, as Perceiver IO reads
-            text (section 4.1); input_dim is then 1. None for tokens that are features already.
-        embedding_dim: width of that embedding.
-        grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
-        use_positions: concatenate position features; off for data that carries its own.
-        num_frequency_bands: see :class:`PositionFeatures`.
-
-    Raises:
-        ValueError: a size that is not a whole number of 1 or more, or that does not fit another.
+        query_dim: channels of a query (Q), and the width of the block.
+        d_model: latent width D.
+        num_outputs: numbers of an answer; None leaves the Q channels as they are.
+        query_residual: whether the query is added to what it attends to (for classification in the paper, not for
+            language).
+        num_heads, mlp_ratio, dropout, and further arguments: see :class:`CrossAttentionBlock`.
     """
 
     def __init__(
         self,
-        input_dim: int = 1,
-        vocab_size: int | None = None,
-        embedding_dim: int = 64,
-        grid_shape: tuple[int, int] | None = None,
-        use_positions: bool = True,
-        num_frequency_bands: int | None = None,
+        query_dim: int,
+        d_model: int,
+        num_outputs: int | None,
+        num_heads: int = 1,
+        query_residual: bool = True,
+        mlp_ratio: int = 1,
+        **block: Any,
     ):
         super().__init__()
-        check_sizes(input_dim=input_dim, embedding_dim=embedding_dim)
-        if grid_shape is not None:
-            if not (isinstance(grid_shape, (tuple, list)) and len(grid_shape) == 2):
-                raise ValueError(f"grid_shape must be (rows, cols), not {grid_shape!r}")
-            check_sizes(**dict(zip(("rows of grid_shape", "cols of grid_shape"), grid_shape, strict=True)))
-        self.input_dim, self.grid_shape, self.embedding = input_dim, grid_shape, None
-        if vocab_size is not None:
-            check_sizes(vocab_size=vocab_size)
-            if input_dim != 1:
-                raise ValueError(f"with vocab_size a token is one whole number: input_dim must be 1, not {input_dim}")
-            # From a unit normal, as large as the position features beside it: the layer norm is over both
-            self.embedding = nn.Embedding(vocab_size, embedding_dim)
-        self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
-        self.num_channels = input_dim if vocab_size is None else embedding_dim
-        self.num_channels += self.positions.num_channels if use_positions else 0
-        self.missing_length = math.prod(grid_shape) if grid_shape else 1  # tokens of a modality that is not there
-        self.encoding = None
+        self.cross_attention = CrossAttentionBlock(
+            query_dim, d_model, num_heads, mlp_ratio=mlp_ratio, query_residual=query_residual, **block
+        )
+        self.output = nn.Identity() if num_outputs is None else nn.Linear(query_dim, num_outputs)
 
-    def pad_channels(self, width: int) -> None:
-        """Fill up to `width` channels with a learned encoding of the modality (as in the paper, audio and video)."""
-        self.encoding = nn.Parameter(nn.init.trunc_normal_(torch.empty(width - self.num_channels), std=0.02))
+    def forward(
+        self, queries: Tensor, latents: Tensor, mask: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Answer the queries.
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, input_dim), mask bool (B, L) -> (B, L, C)."""
+        Args:
+            queries: (B, O, Q), or (1, O, Q) to put the same queries to every sample.
+            latents: (B, N, D).
+            mask: bool (B, O), True at real queries. What the others hold reaches no gradient; their answers are 0.
+            return_attention: also return the attention weights.
+
+        Returns:
+            (B, O, outputs), and with ``return_attention`` the weights (B, H, O, N).
+        """
         if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
-        features = [x if self.embedding is None else self.embedding(x[..., 0].long())]  # (B, L, features)
-        if self.positions is not None:
-            features.append(self.positions(features[0]).expand(x.size(0), -1, -1))
-        if self.encoding is not None:
-            features.append(self.encoding.expand(*x.shape[:2], -1))
-        return torch.cat(features, -1) if len(features) > 1 else features[0]
-
-    def check(self, x: Tensor, name: str) -> None:
-        """Raise ValueError if x is no batch of these tokens."""
-        if x.dim() != 3 or x.size(2) != self.input_dim or not x.size(1):
-            shape = tuple(x.shape)
-            raise ValueError(f"{name} has shape {shape}, but the model takes (batch, tokens, {self.input_dim})")
-        if self.grid_shape and x.size(1) != math.prod(self.grid_shape):
-            rows, cols = self.grid_shape
-            raise ValueError(f"{name} has {x.size(1)} tokens, but grid_shape {rows} x {cols} needs {rows * cols}")
+            queries = queries.masked_fill(~mask[..., None], 0)
+        answered = self.cross_attention(queries, latents, return_attention=return_attention)
+        answered, weights = answered if return_attention else (answered, None)
+        answers = self.output(answered)  # (B, O, outputs)
+        if mask is not None:
+            answers = answers.masked_fill(~mask[..., None], 0)
+        return (answers, weights) if return_attention else answers
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -504,11 +502,19 @@ class PerceiverModel(nn.Module):
     def __init__(self, input_dim: int | dict[str, dict], num_classes: int, **features_and_encoder):
         super().__init__()
         check_sizes(num_classes=num_classes)
+        check_names(features_and_encoder, FEATURES | ENCODER, "PerceiverModel()")
         features = {name: features_and_encoder.pop(name) for name in FEATURES & features_and_encoder.keys()}
         modalities = input_dim if isinstance(input_dim, dict) else {"input": {"input_dim": input_dim}}
         if not modalities:
             raise ValueError("input_dim is a dict of no modality; it needs at least one")
-        self.modalities = nn.ModuleDict({name: TokenFeatures(**features | own) for name, own in modalities.items()})
+        for name, own in modalities.items():
+            check_names(own, FEATURES | {"input_dim"}, f"the modality {name!r}")
+        arguments = {name: features | own for name, own in modalities.items()}
+        for argument, needed in {"embedding_dim": "vocab_size", "num_frequency_bands": "use_positions"}.items():
+            there = any(each.get(needed, needed == "use_positions") for each in arguments.values())
+            if features.get(argument) is not None and not there:
+                raise ValueError(f"{argument}={features[argument]} has no effect without {needed}")
+        self.modalities = nn.ModuleDict({name: TokenFeatures(**each) for name, each in arguments.items()})
         width = max(tokens.num_channels for tokens in self.modalities.values())
         if len(self.modalities) > 1:
             width += MODALITY_CHANNELS
@@ -596,6 +602,7 @@ class PerceiverModel(nn.Module):
 
 
 FEATURES = set(inspect.signature(TokenFeatures).parameters) - {"input_dim"}
+ENCODER = set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
 
 
 def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
@@ -643,8 +650,4 @@ def create_perceiver_model(
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"unknown model_size {model_size!r}; choose from {', '.join(MODEL_SIZES)}")
-    valid = FEATURES | set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
-    for name in overrides.keys() - valid:
-        nearest = difflib.get_close_matches(name, valid, 1, 0)[0]
-        raise TypeError(f"create_perceiver_model() got an unknown argument {name!r}; did you mean {nearest!r}?")
     return PerceiverModel(input_dim, num_classes, **MODEL_SIZES[model_size] | overrides)

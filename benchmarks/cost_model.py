@@ -68,9 +68,9 @@ def forward_work(model: Any, batch: int, tokens: int) -> Work:
         block = encoder.cross_attention[min(repeat, len(encoder.cross_attention) - 1)]
         inner, channels = block.attention.key.weight.shape  # E, C
         products += 2 * queries * latents * width * inner  # queries
-        if block.attention._folding_is_cheaper(latents, channels):
-            products += 2 * latents * inner * channels * (queries + batch)  # folded key, folded value
+        if block.attention._folding_is_cheaper(latents, torch.empty(batch, tokens, channels, device="meta")):
             padded = channels + -channels % 8
+            products += 2 * latents * inner * padded * (queries + batch)  # folded key, folded value
             attention += 4 * batch * block.attention.num_heads * latents * tokens * padded
         else:
             products += 4 * batch * tokens * channels * inner  # keys, values

@@ -5,7 +5,9 @@ import io
 import itertools
 import math
 import pickle
+import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -16,19 +18,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_model
+import token_features
 from perceiver_model import (
     MODEL_SIZES,
     MultiHeadAttention,
+    PerceiverDecoder,
     PerceiverEncoder,
     PerceiverModel,
     create_perceiver_model,
-    grid_positions,
-    sequence_positions,
 )
+from token_features import grid_positions, sequence_positions
 
 SMALL = {
     "d_model": 16,
@@ -278,6 +282,8 @@ def attention_problems(draw):
         latents=draw(st.integers(1, 6)),
         channels=draw(st.integers(1, 19)),
         width=heads * draw(st.integers(1, 6)),
+        values=heads * draw(st.integers(1, 6)),
+        bias=draw(st.booleans()),
         d_model=draw(st.integers(1, 12)),
         mask=draw(st.none() | st.lists(rows, min_size=batch, max_size=batch).map(torch.tensor)),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.4])),
@@ -292,7 +298,15 @@ def attention_problems(draw):
 @repeatable(150)
 def test_folded_and_separate_projections_are_one_function(problem):
     torch.manual_seed(problem.seed)
-    attention = MultiHeadAttention(problem.d_model, problem.heads, problem.channels, problem.width, problem.dropout)
+    attention = MultiHeadAttention(
+        problem.d_model,
+        problem.heads,
+        problem.channels,
+        problem.width,
+        problem.dropout,
+        value_dim=problem.values,
+        query_bias=problem.bias,
+    )
     attention = randomised(attention.double())
     queries = torch.randn(1 if problem.one_query else problem.batch, problem.latents, problem.d_model).double()
     inputs = torch.randn(problem.batch, problem.tokens, problem.channels).double()
@@ -390,13 +404,141 @@ def test_compiled_model_is_the_eager_one(folded, checkpointing):
     compiled = torch.compile(model, backend="aot_eager")
     with path_taken(folded):
         expected = loss_and_gradients(model, x, mask)
-        positions = model.modalities["input"].positions
-        positions.table = positions.table[:0]  # also made within the compiled code
         model.zero_grad()
         logits = compiled(x, mask)
         F.cross_entropy(logits.float(), torch.arange(3)).backward()
     assert_close(logits, expected[0], 1e-12)
     assert_close(gradients(model), expected[1], 1e-12)
+
+
+# --- Layers that are more than their weights -------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank addition (LoRA), as adapter libraries put in the place of a linear one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.out_features, rank = layer.out_features, 2
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features, dtype=layer.weight.dtype))
+        self.up = nn.Parameter(torch.randn(layer.out_features, rank, dtype=layer.weight.dtype))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def add_hook(layer):
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+def add_input_hook(layer):
+    layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return layer
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+def parametrised(layer):
+    return parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def replace_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+    return layer
+
+
+@pytest.mark.parametrize("wrap", [Adapted, add_hook, add_input_hook, pruned, parametrised, replace_forward])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_a_wrapped_projection_does_what_it_does_alone(wrap, name, cross):
+    """Its result must not be bypassed by a product with the layer's weight; the reference calls the layers."""
+    attention = randomised(MultiHeadAttention(8, 2, 5 if cross else None).double())
+    setattr(attention, name, wrap(getattr(attention, name)))
+    queries = torch.randn(2, 3, 8, dtype=torch.float64)
+    inputs = torch.randn(2, 9, 5, dtype=torch.float64) if cross else queries
+    q, k, v = (
+        layer(x).unflatten(2, (2, 4)).transpose(1, 2)
+        for layer, x in ((attention.query, queries), (attention.key, inputs), (attention.value, inputs))
+    )
+    expected = attention.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    with path_taken(True):
+        assert_close(attention(queries, inputs if cross else None), expected, 1e-12)
+
+
+def test_a_quantised_model_uses_its_quantised_projections():
+    model = create_perceiver_model(6, 3, "tiny").eval()
+    x = torch.randn(2, 9, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own module
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    layers = [module for module in quantised.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)]
+    called = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: called.append(id(module)))
+    with torch.no_grad():
+        assert_close(quantised(x), model(x), 0.1)
+    assert set(called) == {id(layer) for layer in layers}
+
+
+# --- Calls leave nothing behind --------------------------------------------------------------------------------------
+
+
+def test_calls_from_several_threads_get_their_own_positions():
+    model, lengths = small_model().eval(), [3, 50, 7, 200, 1, 90] * 20
+    inputs = [torch.randn(1, length, 5, dtype=torch.float64) for length in lengths]
+    with torch.no_grad():
+        expected = [copy.deepcopy(model)(x) for x in inputs]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda x: model(x), inputs))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-12)
+
+
+def test_a_call_with_fake_tensors_leaves_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, x = small_model().eval(), torch.randn(2, 30, 5, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == expected.shape
+    assert_close(model(x), expected, 1e-12)
+
+
+def test_a_model_filled_after_it_was_made_without_memory_knows_its_positions():
+    real = small_model(grid_shape=(3, 4)).float()
+    with torch.device("meta"):
+        empty = small_model(grid_shape=(3, 4)).float()
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(real.state_dict())
+    x = torch.randn(2, 12, 5)
+    assert_close(filled(x), real(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "heads, num_queries, tokens, channels, folds",
+    [
+        (8, 256, 50_176, 32, True),  # measured: 1.2 times as fast
+        (8, 256, 50_176, 64, True),
+        (8, 256, 50_176, 96, False),  # 0.9
+        (8, 256, 64, 32, False),  # 0.87
+        (1, 256, 50_176, 96, True),  # heads of 512 channels have no fast kernel
+        (8, 256, 50_176, 384, False),  # nor have tokens of 384: 0.08
+    ],
+)
+def test_folding_on_cuda_follows_what_was_measured(heads, num_queries, tokens, channels, folds):
+    attention = MultiHeadAttention(512, heads, channels)
+    inputs = SimpleNamespace(device=torch.device("cuda"), shape=(1, tokens, channels))
+    assert attention._folding_is_cheaper(num_queries, inputs) == folds
 
 
 # --- The whole model -------------------------------------------------------------------------------------------------
@@ -689,11 +831,13 @@ def test_any_length_works_and_the_table_is_made_once(monkeypatch):
     model, x = small_model().eval(), torch.randn(2, 40, 5, dtype=torch.float64)
     fresh = {length: copy.deepcopy(model)(x[:, :length]) for length in (3, 40, 17)}
     made = []
-    original = perceiver_model.sequence_positions
-    monkeypatch.setattr(perceiver_model, "sequence_positions", lambda *args: made.append(args[0]) or original(*args))
+    original = token_features.sequence_positions
+    monkeypatch.setattr(token_features, "sequence_positions", lambda *args: made.append(args[0]) or original(*args))
     for length in (3, 40, 17, 40):
         assert_close(model(x[:, :length]), fresh[length if length in fresh else 40], 1e-13)
     assert made == [3, 40]
+    model(x.repeat(1, 2, 1)[:, :41])
+    assert made == [3, 40, 80]  # grows by doubling
 
 
 @pytest.mark.parametrize("tokens", [1, 11, 13, 24])
@@ -757,24 +901,42 @@ def peer_layer(block):
     for name, value in block.state_dict().items():
         module, kind = name.rsplit(".", 1)
         parameters[f"{names[module]}.{kind}"] = value
-        if module in ("attention.query", "attention.key", "attention.value"):
-            parameters[f"{names[module]}.bias"] = value.new_zeros(len(value))
+        if module in ("attention.query", "attention.key", "attention.value") and kind == "weight":
+            parameters.setdefault(f"{names[module]}.bias", value.new_zeros(len(value)))
+    if (bias := block.attention.query.bias) is not None:
+        parameters["attention.self.query.bias"] = bias.detach()
     return parameters
+
+
+PUBLISHED = {  # what the published models have and ours by default have not
+    "query_bias": True,
+    "num_blocks": 2,
+    "self_attention_dim": 8,
+    "self_attention_value_dim": 12,
+    "cross_attention_dim": 8,
+    "cross_attention_value_dim": 20,
+}
 
 
 @PATHS
 @pytest.mark.parametrize(
-    "channels, heads, cross_heads, width, ratio",
-    [(10, 4, 4, None, 4), (10, 4, 1, None, 2), (9, 2, 1, 9, 1)],  # the last as in the paper: width of the input
+    "channels, heads, cross_heads, width, ratio, more",
+    [
+        (10, 4, 4, None, 4, {}),
+        (10, 4, 1, None, 2, {}),
+        (9, 2, 1, 9, 1, {}),  # as in the paper: width of the input
+        (10, 4, 2, 8, 1, PUBLISHED),
+    ],
 )
-def test_encoder_is_transformers(peer, folded, channels, heads, cross_heads, width, ratio):
-    ours = PerceiverEncoder(channels, 16, heads, 6, 1, 3, cross_heads, width, ratio)
+def test_encoder_is_transformers(peer, folded, channels, heads, cross_heads, width, ratio, more):
+    arguments = {"num_cross_attention_heads": cross_heads, "cross_attention_dim": width, "mlp_ratio": ratio} | more
+    ours = PerceiverEncoder(channels, 16, heads, 6, 1, 3, **arguments)
     ours = randomised(ours.double()).eval()
     config = peer.config(
         num_latents=6,
         d_latents=16,
         d_model=channels,
-        num_blocks=1,
+        num_blocks=ours.num_blocks,
         num_self_attends_per_block=3,
         num_self_attention_heads=heads,
         num_cross_attention_heads=cross_heads,
@@ -783,7 +945,24 @@ def test_encoder_is_transformers(peer, folded, channels, heads, cross_heads, wid
         cross_attention_widening_factor=ratio,
         attn_implementation="eager",
     )
-    theirs = peer.modules.PerceiverModel(config).double().eval()
+    theirs = peer.modules.PerceiverModel(config)
+    if more:  # their configuration has one pair of widths for both kinds of attention
+        for block in (theirs.encoder.cross_attention, *theirs.encoder.self_attends):
+            cross = block is theirs.encoder.cross_attention
+            widths = "cross_attention" if cross else "self_attention"
+            block.attention = peer.modules.PerceiverAttention(
+                config,
+                is_cross_attention=cross,
+                qk_channels=more[f"{widths}_dim"],
+                v_channels=more[f"{widths}_value_dim"],
+                num_heads=cross_heads if cross else heads,
+                q_dim=16,
+                kv_dim=channels if cross else 16,
+                use_query_residual=True,
+            )
+            if not cross:
+                block.attention.output.dense = nn.Linear(more["self_attention_value_dim"], 16)
+    theirs = theirs.double().eval()
     parameters = {"embeddings.latents": ours.latents.detach()}
     layers = {"encoder.cross_attention": ours.cross_attention[0]}
     layers |= {f"encoder.self_attends.{number}": layer for number, layer in enumerate(ours.self_attention[0])}
@@ -796,6 +975,90 @@ def test_encoder_is_transformers(peer, folded, channels, heads, cross_heads, wid
         expected = theirs(inputs=x, attention_mask=mask.long(), output_attentions=True)
     assert_close(latents, expected.last_hidden_state, 1e-12)
     assert_close(maps, list(expected.cross_attentions), 1e-12)
+
+
+def test_biases_of_keys_and_values_fold_into_the_output():
+    """Keys with a bias attend as without; a bias of the values is one of the output (see MultiHeadAttention)."""
+    attention = randomised(MultiHeadAttention(12, 3, 7, 6, value_dim=9, query_bias=True).double())
+    key_bias, value_bias = torch.randn(6, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    queries, inputs = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 8, 7, dtype=torch.float64)
+    q, k, v = (
+        part.unflatten(2, (3, -1)).transpose(1, 2)
+        for part in (attention.query(queries), attention.key(inputs) + key_bias, attention.value(inputs) + value_bias)
+    )
+    expected = attention.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    with torch.no_grad():
+        attention.output.bias += attention.output.weight @ value_bias
+    assert_close(attention(queries, inputs), expected, 1e-12)
+
+
+# --- Decoder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("heads, width, values", [(1, None, None), (2, 8, 6)])
+def test_decoder_is_transformers(peer, residual, heads, width, values):
+    ours = PerceiverDecoder(
+        10, 16, 5, heads, residual, mlp_ratio=2, attention_dim=width, value_dim=values, query_bias=True
+    )
+    ours = randomised(ours.double()).eval()
+    config = peer.config(d_latents=16, attn_implementation="eager")
+    theirs = peer.modules.PerceiverBasicDecoder(
+        config,
+        output_num_channels=5,
+        position_encoding_type="trainable",
+        output_index_dims=7,
+        num_channels=10,
+        qk_channels=ours.cross_attention.attention.key.out_features,
+        v_channels=ours.cross_attention.attention.value.out_features,
+        num_heads=heads,
+        widening_factor=2,
+        use_query_residual=residual,
+        trainable_position_encoding_kwargs={"num_channels": 10, "index_dims": 7},
+    )
+    theirs = theirs.double().eval()
+    parameters = {f"decoding_cross_attention.{k}": v for k, v in peer_layer(ours.cross_attention).items()}
+    parameters |= {f"final_layer.{name}": value for name, value in ours.output.state_dict().items()}
+    parameters["output_position_encodings.position_embeddings"] = torch.zeros(7, 10)
+    theirs.load_state_dict(parameters)
+    queries, latents = torch.randn(3, 7, 10, dtype=torch.float64), torch.randn(3, 6, 16, dtype=torch.float64)
+    with torch.no_grad():
+        answers, maps = ours(queries, latents, return_attention=True)
+        expected = theirs(queries, latents, output_attentions=True)
+    assert_close(answers, expected.logits, 1e-12)
+    assert_close(maps, expected.cross_attentions[0], 1e-12)
+
+
+@given(seed=SEEDS, lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+@repeatable(20)
+def test_masked_queries_answer_zero_and_reach_no_gradient(seed, lengths):
+    torch.manual_seed(seed)
+    decoder = randomised(PerceiverDecoder(10, 16, 5, 2, attention_dim=8).double())
+    mask = length_mask(lengths, 6)
+    queries, latents = torch.randn(len(lengths), 6, 10).double(), torch.randn(len(lengths), 4, 16).double()
+    outcomes = []
+    for content in (0.0, math.nan, 1e300):
+        decoder.zero_grad()
+        answers = decoder(queries.masked_fill(~mask[..., None], content), latents, mask)
+        answers.square().sum().backward()
+        outcomes.append([answers, *gradients(decoder).values()])
+    assert not outcomes[0][0][~mask].any()
+    assert_close(outcomes[1], outcomes[0], 0)
+    assert_close(outcomes[2], outcomes[0], 0)
+    for number, length in enumerate(lengths):
+        alone = decoder(queries[number : number + 1, :length], latents[number : number + 1])
+        assert_close(outcomes[0][0][number, :length], alone[0], 1e-12)
+
+
+def test_answers_cost_in_proportion_to_the_queries_and_not_to_the_input():
+    """Twice the queries, twice the products; nothing in a decoder sees the input."""
+    decoder = PerceiverDecoder(32, 64, 5, 4)
+    flops = []
+    for queries in (10, 20, 40):
+        with FlopCounterMode(display=False) as counter:
+            decoder(torch.randn(2, queries, 32), torch.randn(2, 8, 64))
+        flops.append(counter.get_total_flops())
+    assert flops[2] - flops[1] == 2 * (flops[1] - flops[0])
 
 
 @pytest.mark.parametrize("rows, cols, bands", [(8, 8, 4), (16, 16, 8), (5, 11, 3), (32, 32, 16), (224, 224, 64)])
@@ -1012,9 +1275,53 @@ def test_defaults_are_the_base_preset():
         ("positions", "use_positions"),
     ],
 )
-def test_unknown_override_is_refused_with_the_nearest_name(override, nearest):
-    with pytest.raises(TypeError, match=f"'{override}'.*'{nearest}'"):
-        create_perceiver_model(32, 10, "tiny", **{override: 1})
+def test_unknown_argument_is_refused_with_the_nearest_name(override, nearest):
+    for make in (create_perceiver_model, PerceiverModel):
+        with pytest.raises(TypeError, match=f"'{override}'.*'{nearest}'"):
+            make(32, 10, **{override: 1})
+
+
+def test_a_misspelt_argument_of_a_modality_is_refused_with_the_nearest_name():
+    with pytest.raises(TypeError, match="'image'.*'grid_shap'.*'grid_shape'"):
+        PerceiverModel({"image": {"input_dim": 3, "grid_shap": (2, 2)}}, 10)
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ({"use_positions": "no"}, ["use_positions", "'no'"]),
+        ({"share_weights": 1}, ["share_weights", "1"]),
+        ({"gradient_checkpointing": "false"}, ["gradient_checkpointing", "'false'"]),
+        ({"dropout": "a"}, ["dropout", "'a'"]),
+        ({"dropout": math.nan}, ["dropout", "nan"]),
+        ({"attention_dropout": 1.5}, ["attention_dropout", "1.5"]),
+        ({"attention_dropout": True}, ["attention_dropout", "True"]),
+        ({"embedding_dim": 8}, ["embedding_dim", "vocab_size"]),
+        ({"use_positions": False, "num_frequency_bands": 4}, ["num_frequency_bands", "use_positions"]),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_or_without_effect_is_refused(arguments, parts):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, parts))):
+        PerceiverModel(32, 10, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_dim": 1, "use_positions": False},
+        {"input_dim": 1, "use_positions": False, "grid_shape": (3, 3)},
+        {"input_dim": {"text": {"vocab_size": 9, "embedding_dim": 1, "use_positions": False}}},
+        {"input_dim": {name: {"use_positions": False} for name in ("one", "other")}},
+    ],
+    ids=["sequence", "grid", "embedding", "several"],
+)
+def test_tokens_of_one_channel_are_told_apart(arguments):
+    """The layer norm of one channel would give 0 whatever it holds."""
+    model = small_model(**arguments).eval()
+    x = torch.randint(9, (4, 9, 1)).double()
+    x = dict.fromkeys(arguments["input_dim"], x) if isinstance(arguments["input_dim"], dict) else x
+    logits = model(x)
+    assert (logits[1:] - logits[:1]).abs().amax(1).min() > 1e-4
 
 
 def test_unknown_preset_is_refused_with_the_known_ones():
@@ -1233,7 +1540,7 @@ def test_bfloat16_predicts_the_same(trained, folded):
         check_half_precision(trained, "cpu", torch.bfloat16)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 class TestCuda:
     @PATHS
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -379,6 +379,7 @@ def test_a_model_too_large_for_its_file_takes_no_memory(contents, tmp_path, argu
     [
         ("num_self_attention_layers", 10**9, "at most 1000"),
         ("num_cross_attention_layers", 10**9, "at most 1000"),
+        ("num_blocks", 10**9, "from 1 to 1000"),
         ("d_model", 2**40, "d_model: expected a whole number"),
         ("num_classes", 3, "names 2 classes, its model tells 3 apart"),
         ("num_heads", 5, "d_model=12 is not divisible by num_heads=5"),
