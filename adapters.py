@@ -56,7 +56,7 @@ class TensorAdapter:
         return {"input_dim": self.input_dim}
 
     def __call__(self, item: Any) -> Tensor:
-        tokens = _numbers(item, "input", np.float32)
+        tokens = as_numbers(item, "input", np.float32)
         if tokens.ndim != 2 or tokens.shape[1] != self.input_dim:
             raise UserError(f"the input has shape {tokens.shape}, it must be (tokens, {self.input_dim})")
         if not len(tokens):
@@ -66,18 +66,21 @@ class TensorAdapter:
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-def _numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
     """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
     try:
         if isinstance(item, Tensor):
             item = item.detach().cpu()
             item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
-        elif hasattr(item, "iloc"):  # a DataFrame or Series
-            item = item.to_numpy(np.float64, na_value=np.nan)
-        array = np.asanyarray(item)
-        if array.dtype.kind in "cMm":
-            raise TypeError("they are " + ("complex" if array.dtype.kind == "c" else "dates or times"))
-        if isinstance(array, np.ma.MaskedArray):
+        table = hasattr(item, "iloc")  # a DataFrame or a Series
+        array = None if table else np.asanyarray(item)
+        kinds = [column.kind for column in np.atleast_1d(item.dtypes)] if table else [array.dtype.kind]
+        for kind, name in {"c": "complex numbers", "M": "dates", "m": "times"}.items():
+            if kind in kinds:
+                raise TypeError(f"it holds {name}")
+        if table:
+            array = item.to_numpy(np.float64, na_value=np.nan)
+        elif isinstance(array, np.ma.MaskedArray):
             array = array.astype(np.float64).filled(np.nan)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
             return np.require(array, dtype, ["C", "W"])
@@ -144,7 +147,7 @@ class SeriesAdapter:
     @classmethod
     def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
         """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
-        steps = np.concatenate([_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
+        steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
@@ -162,7 +165,7 @@ class SeriesAdapter:
 
     def __call__(self, series: Any) -> Tensor:
         """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
-        values = _numbers(read_one_series(series) if isinstance(series, (str, Path)) else series, "series")
+        values = as_numbers(read_one_series(series) if isinstance(series, (str, Path)) else series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
             raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
@@ -249,7 +252,7 @@ class ImageAdapter:
 
 def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """uint8 (H, W, channels) of an array; without a shape, of any size and 1 to 4 channels."""
-    values = _numbers(image, "image")
+    values = as_numbers(image, "image")
     values = values[..., None] if values.ndim == 2 else values
     if shape is not None and values.shape != shape:
         raise UserError(f"an image of shape {values.shape}; the model takes {shape}")

@@ -578,6 +578,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 word = "--" + flag[2:].replace("-", "_") + equals + value
             words.append(word)
+        if len(words) > 2000:  # argparse takes the square of their number
+            raise UserError(f"{len(words)} words on the command line; put the settings into a file: --config FILE")
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> argparse.Namespace:

@@ -40,6 +40,7 @@ from adapters import (
     SeriesAdapter,
     TensorAdapter,
     TextAdapter,
+    as_numbers,
     check_patch_size,
     describe,
     from_description,
@@ -93,12 +94,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
     """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
-    try:
-        if not isinstance(tokens, Tensor):
-            tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
-        tokens = tokens.float()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the input is not an array of numbers: {error}") from error
+    with naming(where):
+        tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
     shape = tuple(tokens.shape)
     if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")

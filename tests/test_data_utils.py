@@ -10,6 +10,7 @@ import urllib.request
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -269,7 +270,9 @@ def test_arrays_of_every_kind_are_read():
     frozen.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for value in (rows, frozen, np.array(rows[::-1])[::-1], np.array(rows, ">f8"), torch.tensor(rows).t().t()):
+        kinds = [np.array(rows[::-1])[::-1], np.array(rows, ">f8"), torch.tensor(rows).t().t(), pd.DataFrame(rows)]
+        kinds += [torch.tensor(rows).bfloat16(), torch.tensor(rows).half(), np.ma.array(rows)]
+        for value in (rows, frozen, *kinds):
             assert collate([{"input": value, "label": 0}])["input"].tolist() == [rows]
 
 
@@ -291,6 +294,8 @@ BAD_ITEMS = {
     "ragged width": (item(channels=3), "3 channels.* 2"),
     "one axis": ({"input": np.ones(3), "label": 0}, r"\(3,\).*\(tokens, channels\)"),
     "text": ({"input": [["a"]], "label": 0}, "not an array of numbers"),
+    "complex": ({"input": torch.ones(2, 2, dtype=torch.complex64), "label": 0}, "it holds complex numbers"),
+    "masked": ({"input": np.ma.array([[1.0, 2.0]], mask=[[False, True]]), "label": 0}, "NaN or infinity"),
     "mask too short": (item(mask=np.ones(2)), r"mask has shape \(2,\).*\(3,\)"),
     "mask with other values": (item(mask=np.array([1, 2, 1])), "other values than 1"),
     "mask with nan": (item(mask=np.array([1, np.nan, 1])), "other values than 1"),
