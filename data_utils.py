@@ -848,6 +848,20 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
     return results
 
 
+def _each_of(
+    function: Callable[[Any], Any], values: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
+) -> dict[str, list[Any]]:
+    """`_each` of the values of every split, so that the bad ones of all of them are named at once."""
+    pairs = [pair for name in values for pair in zip(values[name], places[name], strict=True)]
+    results = iter(_each(function, [value for value, _ in pairs], [place for _, place in pairs]))
+    return {name: [next(results) for _ in part] for name, part in values.items()}
+
+
+def _columns(items: dict[str, Items]) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """(values, places) of each split."""
+    return {name: found.values for name, found in items.items()}, {name: found.places for name, found in items.items()}
+
+
 def check_pixels(number: int, size: int) -> None:
     """Raise UserError where so many images of this size are more than the machine can hold."""
     check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
@@ -869,7 +883,7 @@ def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     size = _known(info, "image").image_shape[0] if info else settings.image_size
     check_pixels(sum(len(found.values) for found in items.values()), size)
     read = partial(square_pixels, size=size)
-    images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
+    images = {name: np.stack(found) for name, found in _each_of(read, *_columns(items)).items()}
     splits, description = _image_splits(
         images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes
     )
@@ -883,9 +897,7 @@ def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple
         settings, info, lambda path, on_error: read_series(path, **columns, on_error=on_error)
     )
     adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
-    splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
-    }
+    splits = {name: SequenceDataset(found, labels[name]) for name, found in _each_of(adapter, *_columns(items)).items()}
     notes += _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
     return splits, _describe({"series": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
@@ -897,9 +909,7 @@ def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Spli
         settings, info, lambda path, on_error: read_texts(path, **columns, on_error=on_error)
     )
     adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
-    splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
-    }
+    splits = {name: SequenceDataset(found, labels[name]) for name, found in _each_of(adapter, *_columns(items)).items()}
     notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
     return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
@@ -932,8 +942,9 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
         if modality == "image":
             check_pixels(sum(map(len, raw.values())), size)
-        raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
+        raw = _each_of(prepare[modality], raw, places)
         adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], places["train"], settings)
+        tokens = {} if modality == "image" else _each_of(adapter, raw, places)
         for name, found in items.items():
             numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
             numbers[have[name]] = np.arange(len(have[name]))
@@ -942,7 +953,7 @@ def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tupl
                 images = np.array(raw[name], np.uint8).reshape(-1, size, size, 3)
                 data = ImageDataset(images, its_labels, adapter, **augmentation)
             else:
-                data = SequenceDataset(_each(adapter, raw[name], places[name]), its_labels)
+                data = SequenceDataset(tokens[name], its_labels)
             parts[name][modality] = data, numbers
         if modality != "image":
             lengths = [len(one.encode() if modality == "text" else one) for one in raw["train"]]

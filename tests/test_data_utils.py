@@ -565,6 +565,24 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone():
     assert np.array_equal(dataset.images, originals)
 
 
+def test_half_of_the_images_are_mirrored_and_every_place_is_as_frequent():
+    """Of 4,000 images that tell their left from their right: half to within four standard deviations."""
+    images = np.zeros((4000, 6, 6, 1), np.uint8)
+    images[:, 3, 2] = 255
+    adapter = ImageAdapter([6, 6, 1], 6, [0.0], [1.0])
+    mirrored, places = [], []
+    dataset = ImageDataset(images, np.arange(4000) % 2, adapter, margin=1, flip=True, seed=5)
+    for batch in create_dataloader(dataset, 500):
+        rows, columns = np.divmod(batch["input"][:, 0].argmax(1).numpy(), 6)
+        assert set(columns) == {1, 2, 3, 4} and set(rows) == {2, 3, 4}
+        places += list(rows)
+    plain = ImageDataset(images, np.arange(4000) % 2, adapter, flip=True, seed=5)
+    for batch in create_dataloader(plain, 500):
+        mirrored += [place == 3 * 6 + 3 for place in batch["input"][:, 0].argmax(1).tolist()]
+    assert len(mirrored) == 4000 and abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / 4000**0.5
+    assert abs(np.bincount(places)[2:] / 4000 - 1 / 3).max() < 4 * 0.472 / 4000**0.5
+
+
 def test_only_training_images_are_augmented():
     for augment in (True, False):
         splits, info = load_splits(Settings(dataset_type="digits", patch_size=2, augment=augment))
