@@ -15,17 +15,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import UserError, printable
+from config import FIELDS, UserError, printable
 from image_files import open_image, to_bytes, to_rgb, upright
+from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_one_series
 from tables import FileFinder, nfc, repeated
+
+LARGEST = FIELDS["image_size"].metadata["at_most"]
+Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
 
 @contextmanager
@@ -46,15 +50,15 @@ def naming(place: str) -> Iterator[None]:
 class TensorAdapter:
     """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
 
-    input_dim: int
-    max_seq_len: int | None = None
+    input_dim: Size
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
         return {"input_dim": self.input_dim}
 
     def __call__(self, item: Any) -> Tensor:
-        tokens = _numbers(item, "input", np.float32)
+        tokens = as_numbers(item, "input", np.float32)
         if tokens.ndim != 2 or tokens.shape[1] != self.input_dim:
             raise UserError(f"the input has shape {tokens.shape}, it must be (tokens, {self.input_dim})")
         if not len(tokens):
@@ -64,15 +68,26 @@ class TensorAdapter:
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-def _numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
     try:
-        array = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
-        if array.dtype.kind == "c":
-            raise TypeError("they are complex")
+        if isinstance(item, Tensor):
+            item = item.detach().cpu()
+            item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
+        table = hasattr(item, "iloc")  # a DataFrame or a Series
+        array = None if table else np.asanyarray(item)
+        kinds = [column.kind for column in np.atleast_1d(item.dtypes)] if table else [array.dtype.kind]
+        for kind, name in {"c": "complex numbers", "M": "dates", "m": "times"}.items():
+            if kind in kinds:
+                raise TypeError(f"it holds {name}")
+        if table:
+            array = item.to_numpy(np.float64, na_value=np.nan)
+        elif isinstance(array, np.ma.MaskedArray):
+            array = array.astype(np.float64).filled(np.nan)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
             return np.require(array, dtype, ["C", "W"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the {what} is not an array of numbers: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
 
 
 # -- text -----------------------------------------------------------------------------------------------------
@@ -85,7 +100,7 @@ class TextAdapter:
     As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
     """
 
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
@@ -123,11 +138,22 @@ class SeriesAdapter:
     """
 
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     flagged: list[int] = field(default_factory=list)
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
     names: list[str] | None = None
     table_rows: str | None = None
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean)
+        if len(self.std) != channels or not channels:
+            raise UserError(f"{channels} means and {len(self.std)} deviations; there must be one of each per channel")
+        if sorted(set(self.flagged) & set(range(channels))) != sorted(self.flagged):
+            raise UserError(f"the flagged channels must be different ones of the {channels} that there are")
+        if self.channels is not None and len(self.channels) != channels:
+            raise UserError(f"{len(self.channels)} names of {channels} channels")
+        if self.table_rows not in (None, "steps", "series"):
+            raise UserError(f"table_rows must be steps, series or none, not {shown(self.table_rows)}")
 
     @classmethod
     def fit(
@@ -138,7 +164,7 @@ class SeriesAdapter:
         table_rows: str | None = None,
     ) -> "SeriesAdapter":
         """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
-        steps = np.concatenate([_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
+        steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
@@ -168,7 +194,7 @@ class SeriesAdapter:
             series = read_one_series(series, known=self.channels)
         elif hasattr(series, "columns") and self.channels is not None:
             series = self._in_order(series)
-        values = _numbers(series, "series")
+        values = as_numbers(series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
             transposed = values.ndim == 2 and len(values) == len(self.mean)
@@ -215,12 +241,20 @@ class ImageAdapter:
             numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
     """
 
-    image_shape: list[int]
-    patch_size: int
+    image_shape: Annotated[list[Side], lambda shape: len(shape) == 3, "[height, width, channels]"]
+    patch_size: Size
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     any_size: bool = False
     bits: int | None = None
+
+    def __post_init__(self) -> None:
+        height, width, channels = self.image_shape
+        check_patch_size(self.patch_size, height, width)
+        if not len(self.mean) == len(self.std) == channels:
+            raise UserError(f"{len(self.mean)} means and {len(self.std)} deviations of {channels} channels")
+        if self.any_size and (height, channels) != (width, 3):
+            raise UserError(f"images of any size become squares of 3 channels, not {height} x {width} x {channels}")
 
     @classmethod
     def fit(
@@ -264,7 +298,7 @@ class ImageAdapter:
 
 def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """uint8 (H, W, channels) of an array; without a shape, of any size and 1 to 4 channels."""
-    values = _numbers(image, "image")
+    values = as_numbers(image, "image")
     values = values[..., None] if values.ndim == 2 else values
     if shape is not None and values.shape != shape:
         raise UserError(f"an image of shape {values.shape}; the model takes {shape}")
@@ -299,9 +333,9 @@ def _array_image(array: Any, bits: int | None) -> Image.Image:
     """
     kind = _number_kind(array)
     if kind == "b":
-        array = (_numbers(array, "image") * 255).astype(np.uint8)
+        array = (as_numbers(array, "image") * 255).astype(np.uint8)
     elif bits and kind in "iu":
-        array = to_bytes(_numbers(array, "image"), 2**bits - 1, "the image")
+        array = to_bytes(as_numbers(array, "image"), 2**bits - 1, "the image")
     pixels = _stored_pixels(array)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
@@ -380,7 +414,9 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {"kind": kind, **asdict(adapter)}
 
 
-def from_description(description: dict[str, Any]) -> Adapter:
-    """The adapter that `describe` described."""
-    values = dict(description)
-    return KINDS[values.pop("kind")](**values)
+def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
+    """The adapter that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    kind = description.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(KINDS)}")
+    return read({name: value for name, value in description.items() if name != "kind"}, KINDS[kind], where)

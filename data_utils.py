@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,14 @@ from adapters import (
     SeriesAdapter,
     TensorAdapter,
     TextAdapter,
+    as_numbers,
     check_patch_size,
     describe,
     from_description,
     naming,
     square_pixels,
 )
-from config import FIELDS, OWN_DATA, Settings, UserError, as_utf8, printable
+from config import FIELDS, OWN_DATA, Settings, UserError, as_utf8, check_memory, printable
 from data_files import Items, read_manifest, read_series, read_texts, without_effect
 from image_files import PURPOSES, depth, find_splits, read_images
 from labels import ClassNumbers, class_order, read_labels, slips
@@ -91,12 +93,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
     """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
-    try:
-        if not isinstance(tokens, Tensor):
-            tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
-        tokens = tokens.float()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the input is not an array of numbers: {error}") from error
+    with naming(where):
+        tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
     shape = tuple(tokens.shape)
     if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
@@ -219,6 +217,11 @@ def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]
     return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
 
 
+def check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be a whole number of at least 1")
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
 
@@ -243,8 +246,7 @@ class EpochBatchSampler(Sampler[list[int]]):
     ):
         if num_samples < 1:
             raise UserError("the data set is empty; it must hold at least one sample")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        check_batch_size(batch_size)
         if lengths is not None and len(lengths) != num_samples:
             raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
@@ -460,9 +462,23 @@ def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndar
     return held
 
 
+MODALITIES: dict[str, tuple[type, ...]] = {
+    "image": (ImageAdapter,),
+    "text": (TextAdapter,),
+    "series": (SeriesAdapter, TensorAdapter),
+}
+
+
 def _known(info: Info | None, modality: str) -> Any:
     """The adapter of a description made in training; None without one."""
-    return from_description(info["adapters"][modality]) if info else None
+    if not info:
+        return None
+    if modality not in info["adapters"]:
+        raise UserError(f"the model was trained on {', '.join(info['adapters'])}; these data are for {modality}")
+    adapter = from_description(info["adapters"][modality], f"the checkpoint's adapter of {modality}")
+    if not isinstance(adapter, MODALITIES[modality]):
+        raise UserError(f"the checkpoint's adapter of {modality} is a {type(adapter).__name__}, made for other data")
+    return adapter
 
 
 def _describe(adapters: dict[str, Adapter], class_names: Sequence[str], notes: Sequence[str] = ()) -> Info:
@@ -521,6 +537,12 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
     Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither these nor the
     length tell the class.
     """
+    shortest, longest = settings.seq_len_range
+    tokens = num_samples * (shortest + longest) / 2 + 16 * longest  # those kept, and the float64s while one is made
+    check_memory(
+        4 * settings.feature_dim * tokens,
+        f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
+    )
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
 
@@ -706,6 +728,9 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
         info,
         margin=1,
     )
+
+
+CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, and as downloaded
 
 
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -1060,6 +1085,20 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
     return results
 
 
+def _each_of(
+    function: Callable[[Any], Any], values: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
+) -> dict[str, list[Any]]:
+    """`_each` of the values of every split, so that the bad ones of all of them are named at once."""
+    pairs = [pair for name in values for pair in zip(values[name], places[name], strict=True)]
+    results = iter(_each(function, [value for value, _ in pairs], [place for _, place in pairs]))
+    return {name: [next(results) for _ in part] for name, part in values.items()}
+
+
+def _columns(items: dict[str, Items]) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """(values, places) of each split."""
+    return {name: found.values for name, found in items.items()}, {name: found.places for name, found in items.items()}
+
+
 def _cut_note(modality: str, lengths: Sequence[int], limit: int | None) -> list[str]:
     """What to tell the user of training items that the length limit cuts."""
     count = sum(length > (limit or math.inf) for length in lengths)
@@ -1078,7 +1117,7 @@ def load_images_splits(
     known = _known(info, "image")
     size = known.image_shape[0] if known else settings.image_size
     bits = known.bits if known else _bits(items["train"].values, items["train"].places, settings, notes)
-    images = {name: _read_pixels(found.values, found.places, size, bits) for name, found in items.items()}
+    images = _read_pixels(*_columns(items), size, bits)
     adapter = known or ImageAdapter.fit(images["train"], settings.patch_size, any_size=True, bits=bits)
     splits = {}
     for name, found in items.items():
@@ -1090,31 +1129,20 @@ def load_images_splits(
     }
 
 
-def _read_pixels(files: Sequence[Path], places: Sequence[str], size: int, bits: int | None) -> np.ndarray:
-    """uint8 (N, size, size, 3). Raises UserError for more than this machine's memory."""
-    needed = len(files) * size**2 * 3
-    try:
-        if needed > _memory():
-            raise MemoryError
-        pixels = np.empty((len(files), size, size, 3), np.uint8)
-    except MemoryError as error:
-        raise UserError(
-            f"{len(files)} images of image_size {size} need {needed / 2**30:,.0f} GiB of memory; lower --image_size"
-        ) from error
+def _read_pixels(
+    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
+) -> dict[str, np.ndarray]:
+    """uint8 (N, size, size, 3) of each split. Raises UserError for more than this machine's memory."""
+    number = sum(map(len, files.values()))
+    check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
+    pixels = {name: np.empty((len(paths), size, size, 3), np.uint8) for name, paths in files.items()}
 
-    def read(number: int) -> None:
-        pixels[number] = square_pixels(files[number], size, bits)
+    def read(place: tuple[np.ndarray, int, Path]) -> None:
+        images, number, file = place
+        images[number] = square_pixels(file, size, bits)
 
-    _each(read, range(len(files)), places)
+    _each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
     return pixels
-
-
-def _memory() -> float:
-    """Bytes of memory in this machine; infinite where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:
@@ -1168,8 +1196,8 @@ def load_sequences_splits(
     train = items.get("train")
     adapter = known or _fit_series(train.values, train.places, settings, train.features, train.table_rows)
     splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name], found.ids)
-        for name, found in items.items()
+        name: SequenceDataset(tokens, labels[name], items[name].ids)
+        for name, tokens in _each_of(adapter, *_columns(items)).items()
     }
     about = []
     if train:
@@ -1202,8 +1230,8 @@ def load_text_splits(settings: Settings, info: Info | None = None, only: str | N
     )
     adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
     splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name], found.ids)
-        for name, found in items.items()
+        name: SequenceDataset(tokens, labels[name], items[name].ids)
+        for name, tokens in _each_of(adapter, *_columns(items)).items()
     }
     if "train" in items:
         notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
@@ -1242,23 +1270,23 @@ def load_multimodal_splits(
         if modality == "image":
             size = adapter.image_shape[0] if adapter else settings.image_size
             bits = adapter.bits if adapter else _bits(raw["train"], places["train"], settings, notes)
-            raw = {name: _read_pixels(files, places[name], size, bits) for name, files in raw.items()}
+            raw = _read_pixels(raw, places, size, bits)
             adapter = adapter or ImageAdapter.fit(raw["train"], settings.patch_size, any_size=True, bits=bits)
         elif modality == "series":
             names = adapter.channels if adapter else _series_names(raw["train"])
-            read = partial(read_one_series, known=names)
-            raw = {name: _each(read, files, places[name]) for name, files in raw.items()}
+            raw = _each_of(partial(read_one_series, known=names), raw, places)
             adapter = adapter or _fit_series(raw["train"], places["train"], settings, names)
         else:
             adapter = adapter or TextAdapter(settings.max_seq_len)
         adapters[modality] = adapter
+        tokens = {} if modality == "image" else _each_of(adapter, raw, places)
         for name, found in items.items():
             numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
             numbers[have[name]] = np.arange(len(have[name]))
             if modality == "image":
                 data = ImageDataset(raw[name], its_labels, adapter, **_augmentation(settings, name, size // 8))
             else:
-                data = SequenceDataset(_each(adapter, raw[name], places[name]), its_labels)
+                data = SequenceDataset(tokens[name], its_labels)
             parts[name][modality] = data, numbers
         if modality == "image" and "train" in items:
             about["augmentation"] = parts["train"]["image"][0].augmentation

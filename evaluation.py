@@ -3,6 +3,7 @@
 Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
 
+import copy
 import csv
 import io
 import json
@@ -27,16 +28,29 @@ Batch = Mapping[str, Any]
 
 @contextmanager
 def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in before.
+
+    Nothing of a model in evaluation mode is changed, so any number of threads may use it at once. One that trains is
+    switched over, which its other users see: give threads what `in_evaluation_mode` makes of it.
+    """
+    switched = [module for module in model.modules() if module.training]
+    if switched:
+        model.eval()
     autocast = torch.autocast(torch.device(device).type, dtype=amp_dtype, enabled=amp_dtype is not None)
     try:
         with torch.inference_mode(), autocast:
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in switched:
+            module.training = True
+
+
+def in_evaluation_mode(model: nn.Module) -> nn.Module:
+    """The model, or, where a part of it trains, a copy in evaluation mode that has the same weights in common."""
+    if not any(module.training for module in model.modules()):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
 
 
 def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
@@ -48,6 +62,18 @@ def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
     mask = batch["mask"]
     x = batch["input"].to(device, non_blocking=True)
     return x, None if mask.all() else mask.to(device, non_blocking=True)
+
+
+def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
+    """`model_inputs` in the precision of the weights; but numbers of tokens stay float32, which keeps them whole."""
+    x, mask = model_inputs(batch, device)
+    dtype = next((weights.dtype for weights in model.parameters()), torch.float32)
+    if dtype == torch.float32:
+        return x, mask
+    features = {name for name, tokens in model.modalities.items() if tokens.embedding is None}
+    if isinstance(x, dict):
+        return {name: values.to(dtype) if name in features else values for name, values in x.items()}, mask
+    return x.to(dtype) if features else x, mask
 
 
 def token_counts(batch: Batch) -> torch.Tensor:
@@ -67,7 +93,7 @@ def collect_predictions(
     logits, labels, lengths = [], [], []
     with evaluating(model, device, amp_dtype):
         for batch in loader:
-            logits.append(model(*model_inputs(batch, device)).float())
+            logits.append(model(*inputs_for(model, batch, device)).float())
             labels.append(batch["label"].clone())  # what a worker sent holds a file descriptor as long as it is kept
             lengths.append(token_counts(batch))
     if not logits:
@@ -81,14 +107,14 @@ def collect_latents(
 ) -> np.ndarray:
     """Pooled latents (N, D) float32 of the samples of `loader`, in its order."""
     with evaluating(model, device, amp_dtype):
-        latents = [model.pooled_latents(*model_inputs(batch, device)).float() for batch in loader]
+        latents = [model.pooled_latents(*inputs_for(model, batch, device)).float() for batch in loader]
     return torch.cat(latents).cpu().numpy()
 
 
 def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") -> list[np.ndarray]:
     """Cross-attention weights of one batch: (B, heads, latents, L) float32 for each cross-attend."""
     with evaluating(model, device, None):
-        _, maps = model(*model_inputs(batch, device), return_attention=True)
+        _, maps = model(*inputs_for(model, batch, device), return_attention=True)
     return [weights.float().cpu().numpy() for weights in maps]
 
 

@@ -39,6 +39,7 @@ from config import (
     Settings,
     UserError,
     as_utf8,
+    check_folder,
     choose_device,
     choose_precision,
     exit_on_user_error,
@@ -47,12 +48,23 @@ from config import (
     printable,
     resolve,
     unused_settings,
+    usable_device,
 )
 from data_files import Items, read_manifest, read_texts, without_effect
-from data_utils import Item, collate, create_dataloader, load_splits, read_series_as, reading_advice
+from data_utils import (
+    CIFAR10_FILES,
+    Item,
+    check_batch_size,
+    collate,
+    create_dataloader,
+    load_splits,
+    read_series_as,
+    reading_advice,
+)
 from distributed import refuse_processes
 from image_files import read_images
 from perceiver_model import PerceiverModel
+from schema import shown
 from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
@@ -68,6 +80,7 @@ TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
 MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
 MANIFESTS = (".csv", ".tsv", ".jsonl")
+NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use float32 (model.float(), --amp off)"
 
 
 # --- In a notebook ---------------------------------------------------------------------------------------------------
@@ -78,43 +91,65 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
 
     ``model.data_info`` describes the data (class names, splits, ...; see data_utils.py), ``model.adapters`` prepares
     raw items of each modality (see adapters.py).
-    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project.
+    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project, whatever is
+    wrong in it, and for a device that is not there.
     """
     checkpoint = load_checkpoint(path)
-    return _model(checkpoint, device), checkpoint["settings"]
+    Settings.from_dict(checkpoint["settings"])
+    return _model(checkpoint, usable_device(device)), checkpoint["settings"]
 
 
-def _model(checkpoint: dict[str, Any], device: str | torch.device) -> PerceiverModel:
-    model = build_model(checkpoint).to(device)
+def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
+    model = build_model(checkpoint)
     model.data_info = checkpoint["data"]
-    model.adapters = {name: from_description(known) for name, known in checkpoint["data"]["adapters"].items()}
-    return model
+    model.adapters = {
+        name: from_description(known, f"the checkpoint's adapter of {name}")
+        for name, known in checkpoint["data"]["adapters"].items()
+    }
+    made = {name: adapter.features for name, adapter in model.adapters.items()}
+    if checkpoint["data"].get("features", made) != made:
+        raise UserError(f"the checkpoint's adapters make {made}, its features are {checkpoint['data']['features']}")
+    taken = checkpoint["model_args"]["input_dim"]
+    taken = taken if isinstance(taken, dict) else dict.fromkeys(model.modalities, {"input_dim": taken})
+    for name in sorted(made.keys() | taken.keys()):
+        makes, takes = made.get(name, {}), taken.get(name, {})
+        if not makes or any(_as_list(takes.get(what)) != value for what, value in makes.items()):
+            raise UserError(f"the checkpoint's adapter of {shown(name)} makes {makes}, its model takes {takes}")
+    return model.to(device)
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
     """Classify raw items with a model from :func:`load_model`.
 
     Args:
-        items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN where a
-            value is missing, or DataFrames of a row for each step, whose columns are put in order by name; or of
-            images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of
-            any size where the model was trained on the user's own images, else as stored (of the digits 0..16). A
-            series or an image may also be the path of its file. For a model of several modalities, dicts of them; one
-            that is missing is left out.
+        items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN or
+            masked where a value is missing, or DataFrames of a row for each step, whose columns are put in order by
+            name; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size
+            where the model was trained on the user's own images, else as stored (of the digits 0..16). A series or an
+            image may also be the path of its file. For a model of several modalities, dicts of them; one that is
+            missing is left out.
         batch_size: items at a time; it changes no result.
+
+    The model may be in half, bfloat16 or double precision, and in any mode: it answers as in evaluation, and nothing
+    of it is changed. Any number of threads may call this at once.
 
     Returns:
         for each item {'label': class number, 'class': its name, 'confidence': its probability,
         'probabilities': {class name: probability}}.
 
     Raises:
-        UserError: an item that the model cannot take.
+        UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
     """
-    if isinstance(items, (str, bytes, dict)):
+    if isinstance(items, (str, bytes, dict)) or type(items).__name__ == "DataFrame":
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
     if hasattr(items, "columns"):  # iterating it would give the names of its columns
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
+    check_batch_size(batch_size)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_classify(model, prepared, batch_size))
 
@@ -135,12 +170,14 @@ def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
 
 
 def _classify(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> Iterator[dict[str, Any]]:
+    names, model = model.data_info["class_names"], evaluation.in_evaluation_mode(model)
     device = next(model.parameters()).device
-    names = model.data_info["class_names"]
     while batch := list(islice(items, batch_size)):
         with evaluation.evaluating(model, device, None):
-            logits = model(*evaluation.model_inputs(collate(batch), device))
-        for row in logits.cpu().double().softmax(1):
+            logits = model(*evaluation.inputs_for(model, collate(batch), device)).cpu().double()
+        if not logits.isfinite().all():
+            raise UserError(NOT_FINITE)
+        for row in logits.softmax(1):
             label, probabilities = int(row.argmax()), row.tolist()
             yield {
                 "label": label,
@@ -168,11 +205,13 @@ def evaluate(
         output_dir: where to write results.json, items.csv and the figures; None writes nothing.
         about: put first into the results.
     """
-    data, device = model.data_info, next(model.parameters()).device
-    names = data["class_names"]
+    model = evaluation.in_evaluation_mode(model)
+    names, device = model.data_info["class_names"], next(model.parameters()).device
     loader = create_dataloader(dataset, batch_size, num_classes=len(names), num_workers=num_workers)
     found = evaluation.collect_predictions(model, loader, device, amp_dtype)
     logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
+    if not np.isfinite(logits).all():
+        raise UserError(NOT_FINITE)
     about = about or {}
     results = {**about, **evaluation.compute_metrics(logits, labels, names)}
     ids = getattr(dataset, "ids", range(len(labels)))
@@ -367,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
     parser.add_argument("--analyze", action="store_true", help="write the analysis too, and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
-    parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"), default="test",
+    parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"),
                         help="what to evaluate on (default test); train is taken without augmentation")  # fmt: skip
     parser.add_argument("--input", metavar="PATH", help="predict the classes of these items, instead of evaluating")
     parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
@@ -378,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
 
     checkpoint = load_checkpoint(args.model_path)
     # A test file of the user's own needs nothing of the data of training
-    new_data = "test_path" in args.flags and args.split == "test" and args.input is None
+    new_data = "test_path" in args.flags and args.split in (None, "test") and args.input is None
     new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
     if new_data and args.flags.pop("data_path", None):
         print_note("data_path has no effect: all of test_path is evaluated")
@@ -389,41 +428,46 @@ def main(argv: list[str] | None = None) -> int:
     for note in unused_settings(settings, sources):
         print_note(note)
     device = choose_device(settings.device)
+    if args.input is not None:
+        without_effect = [name for name in ("data_path", "test_path", "data_dir", "num_workers") if name in args.flags]
+        without_effect += ["split"] * (args.split is not None)
+        without_effect += ["amp"] * ("amp" in args.flags and settings.amp not in ("off", "auto"))
+        for name in without_effect:
+            print_note(f"{name} has no effect with --input" + " (predictions are made in float32)" * (name == "amp"))
+        return predict_files(_model(checkpoint, device), args.input, settings, args.output_dir, args.flags)
+    split = args.split or "test"
     if settings.amp == "fp16" and device.type != "cuda" and "amp" not in args.flags:
         print_note(f"trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
         amp_dtype = None
     else:
         amp_dtype = choose_precision(settings.amp, device)
     model = _model(checkpoint, device)
-    if args.input is not None:
-        for name in {"data_path", "test_path", "data_dir", "num_workers"} & args.flags.keys():
-            print_note(f"{name} has no effect with --input")
-        return predict_files(model, args.input, settings, args.output_dir, args.flags)
-    splits, data = load_splits(settings, model.data_info, args.split)
+    check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+    splits, data = load_splits(settings, model.data_info, split)
     for note in data["notes"]:
         print_note(note)
     about = {
         "model_path": as_utf8(args.model_path),
         "epoch": checkpoint["epoch"],
         "dataset": settings.dataset_type,
-        "split": args.split,
+        "split": split,
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
-    known, found = (info["fingerprints"].get(args.split) for info in (model.data_info, data))
+    known, found = (info.get("fingerprints", {}).get(split) for info in (model.data_info, data))
     about["samples_as_in_training"] = known == found
     if new_data:
         print_note(f"all {len(splits['test'])} items of {settings.test_path} are evaluated")
     elif known != found:
         print_note(
-            f"these are not the samples of training's {args.split} split (other data, or in another order); what was "
-            "split off data_path may now hold samples that the model was trained on"
+            f"these are not the samples of training's {split} split (other data, or in another order); what was split "
+            "off data_path may now hold samples that the model was trained on"
         )
-    print(f"{printable(args.model_path)}: {settings.dataset_type}, {args.split} split, on {device}")
+    print(f"{printable(args.model_path)}: {settings.dataset_type}, {split} split, on {device}")
     try:
         with memory_advice("in evaluation", MEMORY_REMEDIES):
             results = evaluate(
-                model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
+                model, splits[split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
                 args.output_dir, about,
             )  # fmt: skip
     except OSError as error:

@@ -34,12 +34,25 @@ from torch.utils.data import DataLoader
 import distributed
 import evaluation
 import plots
-from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
+from checkpoint import (
+    BEST,
+    LAST,
+    build_model,
+    check_model_arguments,
+    check_weights,
+    load_checkpoint,
+    load_weights,
+    model_arguments,
+    save_checkpoint,
+)
 from config import (
+    FIELDS,
     OWN_DATA,
     Settings,
     UserError,
     changed_settings,
+    check_folder,
+    check_memory,
     choose_device,
     choose_precision,
     exit_on_user_error,
@@ -54,7 +67,16 @@ from config import (
     resolve,
     unused_settings,
 )
-from data_utils import create_dataloader, load_splits, loaded_of, random_stream, set_epoch, share_of, unshared
+from data_utils import (
+    CIFAR10_FILES,
+    create_dataloader,
+    load_splits,
+    loaded_of,
+    random_stream,
+    set_epoch,
+    share_of,
+    unshared,
+)
 from files import disk_advice, owned
 from perceiver_model import PerceiverModel
 from progress import (
@@ -63,11 +85,15 @@ from progress import (
     Schedule,
     StopRequest,
     begin_worker,
+    check_run,
     moving_average,
     random_state,
+    restore_optimizer,
+    restore_scaler,
     set_random_state,
 )
 from run_log import CURVES, StepLog, log_end, log_epoch, open_run, print_run, progress_bar, say
+from schema import shown
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
@@ -157,7 +183,9 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
 
     # A model that cannot be is refused before any data is read or downloaded
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
-        new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+    number = sum(parameter.numel() for parameter in sketch.parameters())
+    check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
 
     # Data, model, optimizer
     with distributed.in_turn(), memory_advice("while reading the data", data_remedies(settings)):
@@ -184,6 +212,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         for name in ("train", "val")
     }
     model_args = model_arguments(settings, data)
+    if checkpoint:
+        check_model(checkpoint, settings, data, len(loaders["train"]))
     with memory_advice("for a model of this size", MODEL_REMEDIES):
         model = new_model(settings, data).to(device)
         # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
@@ -212,10 +242,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         if average:
             load_weights(average.module, checkpoint["model"])
             average.n_averaged.fill_(progress.step)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for loaded, group in zip(optimizer.param_groups, groups, strict=True):
-            loaded["weight_decay"] = group["weight_decay"]
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(optimizer, checkpoint)
+        restore_scaler(scaler, checkpoint["scaler"])
         steps_left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
@@ -416,6 +444,22 @@ def rehearse(
     model.zero_grad(set_to_none=True)
 
 
+def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
+    """Raise UserError, before memory is taken for it, unless settings, data and weights are those of one model."""
+    old, new = checkpoint["model_args"], model_arguments(settings, data)
+    check_model_arguments(old)
+    for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
+        if old[name] != new.get(name):
+            raise UserError(
+                f"the checkpoint's model and its settings and data do not agree about {name}: "
+                f"{shown(old[name])} and {shown(new.get(name))}"
+            )
+    with torch.device("meta"):
+        check_weights(new_model(settings, data), checkpoint["model"])
+    if (done := checkpoint["progress"]["batch"]) > batches:
+        raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
+
+
 def collect(
     model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -424,10 +468,13 @@ def collect(
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
 
-def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of what `collect` found, in all processes."""
+def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any], split: str) -> dict[str, Any]:
+    """The metrics of what `collect` found, in all processes. Raises UserError where the logits are not finite."""
     compute = evaluation.compute_metrics
-    return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    try:
+        return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    except ValueError as error:
+        raise UserError(f"{split}: {error}; lower --lr or use --amp off, then go on with --resume") from error
 
 
 def validate(
@@ -438,10 +485,7 @@ def validate(
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         found = collect(model, loader, device, amp_dtype, batches)
-    try:
-        metrics = metrics_of(found, data)
-    except ValueError as error:
-        raise UserError(f"validation: {error}; lower --lr or use --amp off, then go on with --resume") from error
+    metrics = metrics_of(found, data, "validation")
     names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
     return {f"val_{name}": metrics[key] for name, key in names.items()}, metrics["confusion_matrix"]
 
@@ -478,7 +522,7 @@ def finish(
             )
         share = distributed.rank(), distributed.size()
         loader = create_dataloader(test_set, settings.batch_size, share=share)
-        metrics = metrics_of(collect(model, loader, device, amp_dtype), data)
+        metrics = metrics_of(collect(model, loader, device, amp_dtype), data, "test")
     progress.test = {"epoch": tested["epoch"], "accuracy": metrics["accuracy"], "num_samples": metrics["num_samples"]}
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
@@ -507,7 +551,8 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
 def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], settings: Settings) -> None:
     """Count the batches done of a begun epoch in the new batch size; the samples and their order stay the same."""
     progress, size = checkpoint["progress"], settings.batch_size
-    old_size, num_samples = checkpoint["settings"]["batch_size"], checkpoint["data"]["split_sizes"]["train"]
+    old_size = Settings.from_dict(checkpoint["settings"]).batch_size
+    num_samples = checkpoint["data"]["split_sizes"]["train"]
     done = min(progress["batch"] * old_size, num_samples)
     if done == 0 or not inexact.keys() & {"batch_size", "bucket_by_length"}:
         return
@@ -523,8 +568,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
     checkpoint = distributed.from_first(load_checkpoint, path)
-    if "progress" not in checkpoint:
-        raise UserError(f"{path} has no training state to go on from")
+    check_run(checkpoint, path)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
         raise UserError(
@@ -533,6 +577,9 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         )
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
+    if distributed.is_first():
+        check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
+        check_folder("data_dir", settings, sources, *CIFAR10_FILES)
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)

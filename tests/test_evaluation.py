@@ -156,6 +156,19 @@ def test_metrics_equal_scikit_learn(samples, classes):
     assert [row["support"] for row in found["per_class"]] == np.bincount(labels, minlength=classes).tolist()
 
 
+def test_metrics_are_computed_in_float64_whatever_the_logits_are():
+    """Sums of 20,000 probabilities, to more digits than float32 has."""
+    logits, labels = made_up(20_000, 7, seed=4)
+    logits = logits.astype(np.float32)
+    exact = logits.astype(np.longdouble)
+    log_p = exact - np.log(np.exp(exact).sum(1, keepdims=True))
+    found = ev.compute_metrics(logits, labels, names(7))
+    assert found["negative_log_likelihood"] == pytest.approx(float(-log_p[np.arange(20_000), labels].mean()), rel=1e-12)
+    assert found["mean_confidence"] == pytest.approx(float(np.exp(log_p).max(1).mean()), rel=1e-12)
+    one_hot = np.eye(7)[labels]
+    assert found["brier_score"] == pytest.approx(float(((np.exp(log_p) - one_hot) ** 2).sum(1).mean()), rel=1e-12)
+
+
 def test_brier_score_and_calibration_error_equal_a_loop_over_samples():
     logits, labels = made_up(200, 4, seed=3)
     brier, bins = 0.0, {}

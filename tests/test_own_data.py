@@ -28,9 +28,9 @@ import run_log
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
-from config import Settings
+from config import Settings, UserError
 from data_files import read_manifest
-from data_utils import load_splits
+from data_utils import check_pixels, load_splits
 from inference import load_model, predict
 
 ROOT = Path(train.__file__).parent
@@ -1303,6 +1303,64 @@ def test_all_bad_items_are_named_at_once_and_many_are_counted(tmp_path):
     lines = done.err.splitlines()
     assert done.status == 2 and len(lines) == 11 and lines[-1] == "error: and 10 more like these"
     assert [line.split(", column")[0] for line in lines[:2]] == ["error: a.csv, line 2", "error: a.csv, line 5"]
+
+
+def spoilt_images(folder):
+    for number, colour in enumerate(["red", "blue"] * 6):
+        (folder / "a" / colour).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(folder / "a" / colour / f"{number}.png")
+    bad = ["a/blue/3.png", "a/red/4.png", "a/red/8.png"]
+    for name in bad:
+        (folder / name).write_bytes(b"no image")
+    return ["--dataset=images", "--data_path=a", "--image_size=8"], bad
+
+
+def spoilt_series(folder):
+    """One value too far from the others for float32, in three series: found only when they become tokens."""
+    rows = [f"s{i},{'ab'[i % 2]},{step},{i + step}" for i in range(40) for step in range(3)]
+    lines = ["id,label,x,y", *rows]
+    test = ["id,label,x,y", *(f"t{i},{'ab'[i % 2]},1,{'1e300' if i % 2 else i}" for i in range(6))]
+    (folder / "a.csv").write_text("\n".join(lines))
+    (folder / "t.csv").write_text("\n".join(test))
+    return ["--dataset=sequences", "--data_path=a.csv", "--test_path=t.csv"], [f"t.csv, line {n}" for n in (3, 5, 7)]
+
+
+def strange_labels(folder):
+    (folder / "a.csv").write_text("text,label\n" + "one,x\ntwo,y\n" * 8)
+    (folder / "t.csv").write_text("text,label\na,x\nb,z\nc,y\nd,w\n")
+    return ["--dataset=text", "--data_path=a.csv", "--test_path=t.csv"], ["t.csv, line 3", "t.csv, line 5"]
+
+
+def missing_files(folder):
+    rows = [f"some words,{'gone.png' if i in (2, 5) else ''},{'xy'[i % 2]}" for i in range(20)]
+    (folder / "a.csv").write_text("\n".join(["text,image,label", *rows]))
+    return ["--dataset=multimodal", "--data_path=a.csv"], ["a.csv, line 4", "a.csv, line 7"]
+
+
+def spoilt_files_of_a_manifest(folder):
+    spoilt_images(folder)
+    rows = [f"some words,a/{('red', 'blue')[i % 2]}/{i}.png,{'xy'[i % 2]}" for i in range(12)]
+    (folder / "a.csv").write_text("\n".join(["text,image,label", *rows]))
+    words = ["--dataset=multimodal", "--data_path=a.csv", "--image_size=8"]
+    return words, ["a.csv, line 5", "a.csv, line 6", "a.csv, line 10"]
+
+
+def test_images_that_no_machine_could_hold_are_not_begun():
+    with pytest.raises(UserError, match=r"1,000,000,000 images of 16,384 x 16,384 pixels .--image_size. would take"):
+        check_pixels(10**9, 16_384)
+    check_pixels(100, 64)
+
+
+MAKERS = [spoilt_images, spoilt_series, strange_labels, missing_files, spoilt_files_of_a_manifest]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_every_bad_item_is_named_wherever_it_is_found_out(make, tmp_path):
+    words, bad = make(tmp_path)
+    done = run(train.main, tmp_path, *TINY, *words)
+    assert done.status == 2 and len(done.err.splitlines()) == len(bad), done.err
+    assert all(line.startswith("error: ") for line in done.err.splitlines())
+    assert all(f"error: {place}: " in done.err or f"error: {place}, " in done.err for place in bad), done.err
 
 
 def test_the_training_file_is_no_test_file(tmp_path):
