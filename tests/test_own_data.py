@@ -30,7 +30,7 @@ from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
 from config import Settings, UserError
 from data_files import read_manifest
-from data_utils import check_pixels, load_splits
+from data_utils import load_splits
 from inference import load_model, predict
 
 ROOT = Path(train.__file__).parent
@@ -1343,12 +1343,6 @@ def spoilt_files_of_a_manifest(folder):
     (folder / "a.csv").write_text("\n".join(["text,image,label", *rows]))
     words = ["--dataset=multimodal", "--data_path=a.csv", "--image_size=8"]
     return words, ["a.csv, line 5", "a.csv, line 6", "a.csv, line 10"]
-
-
-def test_images_that_no_machine_could_hold_are_not_begun():
-    with pytest.raises(UserError, match=r"1,000,000,000 images of 16,384 x 16,384 pixels .--image_size. would take"):
-        check_pixels(10**9, 16_384)
-    check_pixels(100, 64)
 
 
 MAKERS = [spoilt_images, spoilt_series, strange_labels, missing_files, spoilt_files_of_a_manifest]
