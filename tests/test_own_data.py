@@ -996,6 +996,9 @@ def test_classes_of_an_older_checkpoint_are_found(tmp_path):
     _, info = load_splits(settings)
     _, again = load_splits(settings, info | {"class_names": ["0.0", "1.0"]})
     assert info["class_names"] == ["0", "1"] and again["class_names"] == ["0.0", "1.0"]
+    write_table(tmp_path / "a.csv", {"text": [f"text {n}" for n in range(20)], "label": ["0.5", "None"] * 10})
+    splits, again = load_splits(settings, info | {"class_names": ["0.5", "None"]})
+    assert splits["test"].labels.tolist().count(0) == 2 and not any("label" in note for note in again["notes"])
     known = {"kind": "series", "mean": [0.0], "std": [1.0], "flagged": [], "max_seq_len": None}
     assert from_description(known)([[2.0]]).tolist() == [[2.0]]
 
