@@ -275,15 +275,16 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Ev
 def _hyperparameters(settings: Settings) -> dict[str, float | str]:
     """Numbers as numbers, so that HPARAMS can sort and plot them; what may be none as text, one type in all runs."""
     numbers = {name for name, field in FIELDS.items() if field.type in (int, float)}
-    return {name: value if name in numbers else str(value).lower() for name, value in settings.to_dict().items()}
+    return {name: value if name in numbers else str(value) for name, value in settings.to_dict().items()}
 
 
-def log_end(writer: EventWriter | None, settings: Settings, progress: Progress) -> None:
+def log_end(writer: EventWriter | None, progress: Progress) -> None:
     """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
     if writer:
         from torch.utils.tensorboard import summary
 
-        figures = (progress.best["val_accuracy"], progress.best["val_loss"], progress.test["accuracy"])
+        tested = progress.history[progress.test["epoch"] - 1]
+        figures = (tested["val_accuracy"], tested["val_loss"], progress.test["accuracy"])
         for name, value in zip(FINAL, figures, strict=True):
             writer.add_scalar(name, value, progress.step + 1)
         writer.add(summary.hparams({}, {})[2], progress.step + 1)

@@ -404,7 +404,7 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
 
     finish(settings, folder, progress, evaluated, splits["test"], data, device, amp_dtype)
     save(LAST)  # with the test figures: the run has ended
-    log_end(writer, settings, progress)
+    log_end(writer, progress)
     return 0
 
 

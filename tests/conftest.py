@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,28 @@ def start():
     from running import server
 
     return server()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
+    import plots
+    import run_log
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+
+    def call(flags):
+        try:
+            status = train.main(flags.split())
+        except SystemExit as stopped:
+            status = stopped.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+
+    return call
 
 
 def descendants(pid):

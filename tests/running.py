@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from perceiver_model import PerceiverModel
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120  # seconds, after which a process counts as hung
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -108,6 +110,20 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def before_step(monkeypatch, number, act):
+    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's next run."""
+    forward, count = PerceiverModel.forward, -1  # the rehearsal is none
+
+    def counting(self, *args, **kwargs):
+        nonlocal count
+        count += self.training
+        if self.training and count == number:
+            act()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PerceiverModel, "forward", counting)
 
 
 def stamp(file):

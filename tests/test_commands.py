@@ -343,7 +343,7 @@ def test_tensorboard_compares_runs_by_settings_and_figures(tmp_path, call):
         number = int(group.hparams["learning_rate"].number_value == 0.02)
         assert group.hparams["dropout"].number_value == (0.2 if number else 0.1)
         assert group.hparams["num_latents"].string_value == ("8" if number else "4")
-        assert group.hparams["test_path"].string_value == "none"
+        assert group.hparams["test_path"].string_value == "None"
         found = {value.name.tag: value.value for value in group.metric_values if not value.name.group}
         assert found["best/val_accuracy"] == pytest.approx(results[number][1], abs=5e-5)
         assert found["best/test_accuracy"] == pytest.approx(results[number][2], abs=5e-5)

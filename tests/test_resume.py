@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from running import ROOT, end, output, stamp, succeed, wait_until
+from running import ROOT, before_step, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -189,38 +189,6 @@ def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestco
 
 
 # --- In this process -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-
-    def call(flags):
-        try:
-            status = train.main(flags.split())
-        except SystemExit as stopped:
-            status = stopped.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
-
-    return call
-
-
-def before_step(monkeypatch, number, act):
-    """Call `act` in the forward pass of training step `number` (one batch a step) of this process's next run."""
-    forward, count = PerceiverModel.forward, -1  # the rehearsal is none
-
-    def counting(self, *args, **kwargs):
-        nonlocal count
-        count += self.training
-        if self.training and count == number:
-            act()
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(PerceiverModel, "forward", counting)
 
 
 @pytest.fixture(scope="module")

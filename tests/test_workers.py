@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from running import alive, children, end, output, wait_until
-from test_resume import SEQUENCES, before_step, run  # noqa: F401
+from running import alive, before_step, children, end, output, wait_until
+from test_resume import SEQUENCES
 
 import data_utils
 import evaluation
@@ -172,7 +172,7 @@ def test_a_killed_run_leaves_neither_workers_nor_a_lock(start, tmp_path):
 # --- Signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_signal_of_another_kind_changes_nothing(run, monkeypatch, tmp_path):  # noqa: F811
+def test_a_second_signal_of_another_kind_changes_nothing(run, monkeypatch, tmp_path):
     """Systems send SIGTERM and SIGHUP in a row, a closing terminal SIGHUP twice: the run still saves."""
     pairs = ((signal.SIGTERM, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP), (signal.SIGTERM, signal.SIGHUP))
     for first, second in pairs:
@@ -193,7 +193,7 @@ def test_a_second_signal_of_another_kind_changes_nothing(run, monkeypatch, tmp_p
         assert before == {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 
-def test_an_ignored_hang_up_stays_ignored(run, monkeypatch, tmp_path):  # noqa: F811
+def test_an_ignored_hang_up_stays_ignored(run, monkeypatch, tmp_path):
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -223,7 +223,7 @@ def test_a_terminal_that_is_closed(start, tmp_path):
     assert f"{epoch} of {epoch + 1} epochs done, batch {batch} of the next" in output(folder)
 
 
-def test_training_in_a_thread(run, tmp_path, capsys):  # noqa: F811
+def test_training_in_a_thread(run, tmp_path, capsys):
     """Python handles signals in the main thread alone; workers included."""
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     results = []
