@@ -490,6 +490,9 @@ class Outer(TypedDict):
     table: NotRequired[dict[str, dict[int, bool]]]
 
 
+FIVE_THOUSAND = "not a number of 5001 bits"
+
+
 def test_plain_data_are_read_as_their_type():
     value = {"names": ["a"], "inner": {"size": 2}, "pair": [1, 2], "table": {"x": {1: True}}, "more": object()}
     found = read(value, Outer, "the file")
@@ -508,7 +511,7 @@ def test_plain_data_are_read_as_their_type():
         ({"inner": {"size": 2, "share": 0}}, "the file.inner.share must be a finite number above 0, not 0"),
         ({"inner": {"size": 2, "share": math.inf}}, "the file.inner.share must be a finite number, not inf"),
         ({"inner": {"size": 2, "colour": "red"}}, "the file.inner: unknown 'colour'"),
-        ({"inner": {"size": 2, "share": 2**5000}}, "the file.inner.share must be a finite number, not a number of 5001"),
+        ({"inner": {"size": 2, "share": 2**5000}}, f"the file.inner.share must be a finite number, {FIVE_THOUSAND}"),
         ({"inner": {"size": 2, "share": math.nan}}, "the file.inner.share must be a finite number, not nan"),
         ({"pair": [1]}, "the file.pair must be a list of 2, not a list"),
         ({"pair": [1, "\x1b[1m"]}, r"the file.pair[1] must be a finite number, not '\x1b[1m'"),
@@ -521,4 +524,4 @@ def test_plain_data_are_read_as_their_type():
 def test_what_is_wrong_is_said_with_its_place(change, says):
     value = {"names": ["a"], "inner": {"size": 2}} | change
     value = {name: part for name, part in value.items() if part is not GONE}
-    assert refusal(read, value, Outer, "the file").removesuffix(" bits") == says.removesuffix(" bits")
+    assert refusal(read, value, Outer, "the file") == says
