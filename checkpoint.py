@@ -13,10 +13,11 @@ A checkpoint is a torch file that holds tensors and plain Python values only, so
 """
 
 import os
+import pickletools
 import platform
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
@@ -33,6 +34,7 @@ from token_features import TokenFeatures
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
 FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 2  # 2: the data are described by adapters
+CLASSES = ("torch ", "torch.", "collections OrderedDict")  # of tensors; torch lets others pass that may take any memory
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
 SCALARS = (bool, int, float, str, type(None))
@@ -165,8 +167,12 @@ def _read(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
             # torch reads nothing, without a word, from an entry that is marked as a folder
             damaged = damaged or next((entry.filename for entry in entries if entry.external_attr), None)
-        if damaged:
-            raise zipfile.BadZipFile(f"checksum of {damaged}")
+            if damaged:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+            foreign = [name for entry in entries if entry.filename.endswith("/data.pkl")
+                       for name in _classes(archive.read(entry)) if not name.startswith(CLASSES)]  # fmt: skip
+        if foreign:
+            raise UnpicklingError(foreign[0])
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # the checksums are right, so it was made like this
         raise UserError(f"{path} holds other objects than tensors and plain values; refused, none was run") from error
@@ -184,6 +190,11 @@ def _read(path: Path) -> dict[str, Any]:
         return read(contents, Contents, "")
     except UserError as error:
         raise UserError(f"{path} is no whole checkpoint: {error}") from error
+
+
+def _classes(pickled: bytes) -> Iterator[str]:
+    """What the pickle asks for by name, as "module name"."""
+    return (argument for code, argument, _ in pickletools.genops(pickled) if code.name == "GLOBAL")
 
 
 def _alternative(path: Path) -> str:

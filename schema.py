@@ -18,9 +18,10 @@ Nothing is walked deeper than its type says, so a file can neither bury nor mult
 """
 
 import dataclasses
-import math
+import sys
 import types
 import typing
+from collections.abc import Set
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -52,14 +53,7 @@ def read(value: Any, kind: Any, where: str) -> Any:
     if typing.is_typeddict(kind):
         return value | _read_fields(value, kind, kind.__required_keys__, where)
     if dataclasses.is_dataclass(kind):
-        names = {field.name: field.default is field.default_factory for field in dataclasses.fields(kind)}
-        for name in value.keys() - names.keys():
-            raise UserError(f"{where}: unknown {shown(name)}")
-        fields = _read_fields(value, kind, {name for name, required in names.items() if required}, where)
-        try:
-            return kind(**fields)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+        return _read_dataclass(value, kind, where)
     return value
 
 
@@ -76,7 +70,19 @@ def _read_one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     raise problem
 
 
-def _read_fields(value: dict, kind: Any, required: typing.Iterable[str], where: str) -> dict[str, Any]:
+def _read_dataclass(value: dict, kind: Any, where: str) -> Any:
+    fields = dataclasses.fields(kind)
+    for name in value.keys() - {field.name for field in fields}:
+        raise UserError(f"{where}: unknown {shown(name)}")
+    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    values = _read_fields(value, kind, required, where)
+    try:
+        return kind(**values)
+    except ValueError as error:  # of __post_init__
+        raise UserError(f"{where}: {error}") from error
+
+
+def _read_fields(value: dict, kind: Any, required: Set[str], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     places = {name: f"{where}.{name}" if where else name for name in hints}
     for name in sorted(required - value.keys()):
@@ -93,7 +99,7 @@ def _is_one(value: Any, kind: Any) -> bool:
     if kind is int:
         return type(value) is int and 0 <= value <= 2**53
     if kind is float:
-        return type(value) in (int, float) and abs(value) <= 1.8e308 and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if kind is str:
         return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
     if kind in (list, tuple):

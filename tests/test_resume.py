@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import ROOT, before_step, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 import evaluation
@@ -594,9 +595,13 @@ def assert_same_curves(folder, other):
 
 
 def test_the_curves_on_the_disk_are_never_behind_the_checkpoint(monkeypatch, tmp_path):
-    """At the moment at which a checkpoint takes the place of the one before, the points of its steps are all there."""
+    """At the moment at which a checkpoint takes the place of the one before, the points of its steps are all there.
+
+    TensorBoard writes in a thread of its own, which is slowed down here to a disk that is busy.
+    """
     monkeypatch.chdir(tmp_path)
-    replace, compared = os.replace, []
+    replace, write, compared = os.replace, RecordWriter.write, []
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: (time.sleep(0.01), write(*args)))
 
     def watching(source, target):
         replace(source, target)
@@ -605,8 +610,8 @@ def test_the_curves_on_the_disk_are_never_behind_the_checkpoint(monkeypatch, tmp
             compared.append([event.step for event in events.Scalars("step/loss")] == list(range(1, step + 1)))
 
     monkeypatch.setattr(os, "replace", watching)
-    assert train.main(f"{SMALL_BATCHES} --epochs=2 --save_every=2".split()) == 0
-    assert len(compared) == 10 and all(compared)
+    assert train.main(f"{SMALL_BATCHES} --epochs=1 --save_every=3".split()) == 0
+    assert compared == [True] * 3
 
 
 class Killed(BaseException):
@@ -1131,20 +1136,18 @@ def test_accumulation_is_the_larger_batch(run, monkeypatch, saved, whole, accumu
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_loss_is_that_of_smoothed_labels(run, saved, smoothing):
-    """Against the formula in float64, with weights that a rate of almost nothing leaves as they were."""
-    flags = f"{TEN} --batch_size=4 --num_classes=3 --lr=1e-30 --label_smoothing={smoothing}"
+    """Against the formula in float64, with the weights before each epoch of one step."""
+    flags = f"{TEN} --batch_size=64 --epochs=5 --lr=0.03 --label_smoothing={smoothing}"
     assert run(flags).status == 0
-    (line,) = saved[-1]["progress"]["history"]
-    model = build_model(saved[0]).double()
+    before = {state["epoch"]: build_model(state).double() for state in saved}
     train_set = load_splits(Settings.from_dict(saved[0]["settings"]))[0]["train"]
-    losses = []
-    for number in range(len(train_set)):
-        item = train_set[number]
-        log_p = model(torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
-        losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
-    assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
-    assert build_model(saved[-1])  # the kept weights are whole
-    torch.testing.assert_close(flat(saved[-1]["model"]), flat(saved[0]["model"]), rtol=0, atol=1e-9)
+    for line in saved[-1]["progress"]["history"]:
+        losses = []
+        for number in range(len(train_set)):
+            item = train_set[number]
+            log_p = before[line["epoch"] - 1](torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
+            losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
+        assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

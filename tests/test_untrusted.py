@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,7 +154,7 @@ def quick():
         patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
         patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
         patch.setattr(plots, "evaluation_figures", lambda *_: {})
-        patch.setattr(torch, "compile", lambda model: model)
+        patch.setattr(torch, "compile", lambda model, **_: model)
         yield
 
 
@@ -224,7 +225,7 @@ READ_BY_ALL = {"model", "model_args", "settings", "data", "epoch", "step", "best
 OTHER_CLASS = ("data", "class_names")  # another name is another answer
 
 
-def test_load_model(contents, tmp_path, pytestconfig):
+def test_any_forged_entry_is_refused_by_load_model_or_changes_no_answer(contents, tmp_path, pytestconfig):
     path = tmp_path / "forged.pth"
     torch.save(contents, path)
     right = [answer["probabilities"] for answer in predict(load_model(path)[0], ITEMS)]
@@ -245,7 +246,7 @@ def test_load_model(contents, tmp_path, pytestconfig):
     assert refused > 100
 
 
-def test_evaluation(contents, run, pytestconfig):
+def test_any_forged_entry_is_refused_by_inference_or_leaves_it_whole(contents, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, READ_BY_ALL, 7, number_of_forgeries(pytestconfig)):
         torch.save(other, "forged.pth")
@@ -257,7 +258,7 @@ def test_evaluation(contents, run, pytestconfig):
     assert refused > 30
 
 
-def test_resume(contents, folder, run, pytestconfig):
+def test_any_forged_entry_is_refused_on_resume_or_leaves_the_run_whole(contents, folder, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, contents.keys(), 0, number_of_forgeries(pytestconfig)):
         shutil.rmtree("checkpoints")
@@ -459,6 +460,20 @@ def test_a_compressed_file_is_not_unpacked(contents, tmp_path):
     assert "its parts are larger than the file" in refusal(load_model, tmp_path / "packed.pth")
 
 
+class Memory:
+    """Unpickled, it takes a terabyte."""
+
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+@pytest.mark.parametrize("value", [Memory(), bytearray(b"abc"), {1, 2}, 1j, b"bytes", Counter("abc")])
+def test_what_is_neither_tensor_nor_plain_is_refused_before_it_is_made(contents, tmp_path, value, monkeypatch):
+    torch.save(contents | {"more": value}, tmp_path / "forged.pth")
+    monkeypatch.setattr(torch, "load", None)
+    assert "holds other objects than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
+
+
 # --- The reader of plain data -----------------------------------------------------------------------------------------
 
 
@@ -473,6 +488,9 @@ class Outer(TypedDict):
     inner: Inner
     pair: NotRequired[tuple[int, float] | None]
     table: NotRequired[dict[str, dict[int, bool]]]
+
+
+FIVE_THOUSAND = "not a number of 5001 bits"
 
 
 def test_plain_data_are_read_as_their_type():
@@ -493,6 +511,8 @@ def test_plain_data_are_read_as_their_type():
         ({"inner": {"size": 2, "share": 0}}, "the file.inner.share must be a finite number above 0, not 0"),
         ({"inner": {"size": 2, "share": math.inf}}, "the file.inner.share must be a finite number, not inf"),
         ({"inner": {"size": 2, "colour": "red"}}, "the file.inner: unknown 'colour'"),
+        ({"inner": {"size": 2, "share": 2**5000}}, f"the file.inner.share must be a finite number, {FIVE_THOUSAND}"),
+        ({"inner": {"size": 2, "share": math.nan}}, "the file.inner.share must be a finite number, not nan"),
         ({"pair": [1]}, "the file.pair must be a list of 2, not a list"),
         ({"pair": [1, "\x1b[1m"]}, r"the file.pair[1] must be a finite number, not '\x1b[1m'"),
         ({"pair": 10**5000}, "the file.pair must be a list of 2 or none, not a number of 16610 bits"),
