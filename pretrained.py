@@ -19,7 +19,8 @@ it is optional, because the published models come in both formats.
 
 **What becomes of the weights.** The result is a PerceiverModel that computes what transformers' class computes, with
 fewer parameters (perceiver_model.MultiHeadAttention has the derivation): a bias of the keys changes nothing and is
-dropped; a bias b of the values becomes W b, added to the bias of the output projection W.
+dropped; a bias b of the values becomes W b, added to the bias of the output projection W. Training goes on slightly
+otherwise than there, since W has its gradient without the part by b.
 
     model                       transformers has    biases of keys and values    ours has
     vision-perceiver-fourier          48,440,627             7,429 +  7,429    48,425,769
@@ -99,6 +100,14 @@ def load_pretrained(source: str | Path, image_size: int | None = None, **changes
 def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretrained:
     """The parts of a published model, see :func:`load_pretrained`."""
     folder = _folder(source)
+    arguments, data = read_architecture(folder, image_size)
+    with torch.device("meta"):
+        expected = PerceiverModel(**arguments).state_dict()
+    return Pretrained(arguments, _converted(_read_weights(folder), expected, folder), data)
+
+
+def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All but the weights: the arguments of PerceiverModel, and the data, see :class:`Pretrained`."""
     config = _read_json(folder / "config.json")
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
@@ -109,16 +118,15 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
         features = {"image" if images else "text": adapter.features}
         arguments = {"input_dim": features} | _arguments(config, architecture, adapter.features.get("vocab_size"))
         with torch.device("meta"):
-            expected = PerceiverModel(**arguments).state_dict()
+            PerceiverModel(**arguments)  # refuses what does not go together
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'} lacks {error}") from error
     except (TypeError, ValueError) as error:  # UserError is one
         raise UserError(f"{folder}: {error}") from error
-    weights = _converted(_read_weights(folder), expected, folder)
     data = {"features": features, "adapters": {name: describe(adapter) for name in features}}
     if arguments["head"] == "query":
         data |= {"class_names": _class_names(config), "num_classes": arguments["num_classes"]}
-    return Pretrained(arguments, weights, data)
+    return arguments, data
 
 
 # --- Filling in ------------------------------------------------------------------------------------------------------
@@ -434,7 +442,7 @@ def _folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     by_hand = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise UserError(f"{source} is no folder; {by_hand}")
     try:
         from huggingface_hub import snapshot_download
@@ -486,7 +494,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            # Copies: what safetensors gives is the file itself, mapped, and whoever changed it would crash the process
+            return {name: value.clone() for name, value in load_file(path).items()}
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(f"{path} is damaged or holds other objects than tensors; refused, none was run") from error
