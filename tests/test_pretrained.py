@@ -21,33 +21,16 @@ from transformers import PerceiverConfig, PerceiverImageProcessor, PerceiverToke
 from transformers.models.perceiver import modeling_perceiver
 from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import parity
+
 import pretrained
 from config import UserError
 from inference import predict
 from perceiver_model import DECODER, CrossAttentionBlock, PerceiverModel, SelfAttentionBlock
 from pretrained import PretrainedImageAdapter, PretrainedTextAdapter, fill_masks, load_pretrained, read_pretrained
 
-# config.json of the published models, but for what their classes ignore
-VISION = {
-    "num_latents": 512,
-    "d_latents": 1024,
-    "num_blocks": 8,
-    "num_self_attends_per_block": 6,
-    "num_self_attention_heads": 8,
-    "num_cross_attention_heads": 1,
-    "qk_channels": None,
-    "v_channels": None,
-}
-LANGUAGE = {"num_latents": 256, "d_latents": 1280, "d_model": 768, "num_blocks": 1, "num_self_attends_per_block": 26}
-PUBLISHED = {  # name: transformers' class, its configuration, the parameters of both
-    "vision-perceiver-fourier": ("PerceiverForImageClassificationFourier", VISION | {"d_model": 261}),
-    "vision-perceiver-learned": (
-        "PerceiverForImageClassificationLearned",
-        VISION | {"d_model": 512, "image_size": 224},
-    ),
-    "vision-perceiver-conv": ("PerceiverForImageClassificationConvProcessing", VISION | {"d_model": 322}),
-    "language-perceiver": ("PerceiverForMaskedLM", LANGUAGE | {"qk_channels": 256, "v_channels": 1280}),
-}
 TINY = {
     "num_latents": 6,
     "d_latents": 16,
@@ -110,41 +93,12 @@ def theirs_of(folder, name):
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def precision(request, monkeypatch):
-    """The number type of the models, and how far from each other they may be.
-
-    transformers computes the angles of positions in float32; here they are exact in its models, too, and only the sines
-    and cosines are rounded to float32, as ours are.
-    """
-    encoding = modeling_perceiver.PerceiverFourierPositionEncoding
-    forward = encoding.forward
-
-    def exact_positions(index_dims, device=None):
-        axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in index_dims]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-
-    def exact_forward(self, *args, dtype, **kwargs):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            return forward(self, *args, dtype=torch.float64, **kwargs).float().to(dtype)
-        finally:
-            torch.set_default_dtype(default)
-
-    monkeypatch.setattr(modeling_perceiver, "build_linear_positions", exact_positions)
-    monkeypatch.setattr(encoding, "forward", exact_forward)
+def precision(request):
+    """The number type of the models, and how far from each other they may be."""
     torch.set_default_dtype(request.param)
-    yield SimpleNamespace(dtype=request.param, tolerance=1e-10 if request.param is torch.float64 else 1e-5)
+    with parity.exact_positions():
+        yield SimpleNamespace(dtype=request.param, tolerance=1e-10 if request.param is torch.float64 else 1e-5)
     torch.set_default_dtype(torch.float32)
-
-
-def record(module, kinds, output):
-    """What the layers of these kinds give, in the order in which they run."""
-    outputs = []
-    for layer in module.modules():
-        if isinstance(layer, kinds):
-            layer.register_forward_hook(lambda layer, args, result: outputs.append(output(result)))
-    return outputs
 
 
 def assert_close(actual, expected, tolerance):
@@ -188,11 +142,12 @@ def test_every_layer_and_the_logits_are_transformers(folders, name, masked, prec
     theirs = theirs_of(folders, name).to(precision.dtype).eval()
     assert not ours.training and all(parameter.dtype == precision.dtype for parameter in ours.parameters())
     x, mask, their_x, their_mask = inputs_of(name, masked, precision.dtype)
-    found = record(ours, (CrossAttentionBlock, SelfAttentionBlock), lambda result: result)
-    wanted = record(theirs, modeling_perceiver.PerceiverLayer, lambda result: result[0])
-    with torch.no_grad():
-        logits = ours(x, mask)
-        expected = theirs(inputs=their_x, attention_mask=None if their_mask is None else their_mask.long()).logits
+    given = {"inputs": their_x} | ({} if their_mask is None else {"attention_mask": their_mask.long()})
+    blocks = (CrossAttentionBlock, SelfAttentionBlock)
+    found, logits = parity.layers_and_logits(ours, blocks, lambda: ours(x, mask))
+    wanted, expected = parity.layers_and_logits(
+        theirs, modeling_perceiver.PerceiverLayer, lambda: theirs(**given).logits
+    )
     if name == "language":  # transformers answers all of its queries, however long the text is
         expected, wanted[-1] = expected[:, :LENGTH], wanted[-1][:, :LENGTH]
     assert len(found) == len(wanted) == 2 + 3 * ours.encoder.num_blocks
@@ -255,10 +210,10 @@ def test_gradients_are_transformers(folders, name, precision):
 # --- Parameters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", parity.PUBLISHED)
 def test_the_published_models_have_as_many_parameters_as_is_said(name, tmp_path):
-    architecture, changes = PUBLISHED[name]
-    config = PerceiverConfig(**changes, num_labels=1000)
+    architecture, changes = parity.PUBLISHED[name]
+    config = PerceiverConfig(**changes)
     with torch.device("meta"):
         theirs = getattr(modeling_perceiver, architecture)(config)
     config.architectures = [architecture]
@@ -271,8 +226,8 @@ def test_the_published_models_have_as_many_parameters_as_is_said(name, tmp_path)
               for part in ("key", "value")]  # fmt: skip
     counts = [sum(their_sizes.values()), *folded, sum(parameter.numel() for parameter in ours.parameters())]
     assert counts[0] - sum(folded) == counts[3]
-    assert name != "vision-perceiver-fourier" or counts[0] == 48_440_627
-    (row,) = re.findall(rf"    {name} +([\d,]+) +([\d,]+) \+ +([\d,]+) +([\d,]+)\n", pretrained.__doc__)
+    assert name != "fourier" or counts[0] == 48_440_627
+    (row,) = re.findall(rf"    \S*{name}\S* +([\d,]+) +([\d,]+) \+ +([\d,]+) +([\d,]+)\n", pretrained.__doc__)
     assert [int(number.replace(",", "")) for number in row] == counts
 
 
