@@ -28,7 +28,7 @@ import run_log
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
-from config import Settings, UserError
+from config import Settings
 from data_files import read_manifest
 from data_utils import load_splits
 from inference import load_model, predict
