@@ -1,4 +1,4 @@
-"""Raw items as tokens: one adapter for each modality, the same in training, evaluation and prediction.
+"""One class a modality, whole: how its items are read, fitted, turned into tokens, measured, and drawn.
 
 An adapter turns a raw item into the tokens (L, C) that the model reads, and knows what the model has to be told:
 
@@ -6,49 +6,202 @@ An adapter turns a raw item into the tokens (L, C) that the model reads, and kno
     adapter(series)                                       # (L, C), float32
     create_perceiver_model({"series": adapter.features}, num_classes=9)
 
-It is plain data: `describe` gives what a checkpoint stores, `from_description` the adapter again. `UserError` says what
-is wrong with an item; who calls adds which item it is.
+It is plain data, the same in training, evaluation and prediction: `describe` gives what a checkpoint stores,
+`from_description` the adapter again. `UserError` says what is wrong with an item; who calls adds which item it is.
+
+To add a modality, write a subclass of `Adapter` and enter it in ADAPTERS.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from config import FIELDS, UserError, printable
-from image_files import open_image, to_bytes, to_rgb, upright
+import plots
+from batches import Batch, ClassTargets, Item, Targets, as_numbers, random_stream
+from config import FIELDS, Settings, check_memory
+from data_files import Items, OnError, read_series, read_texts
+from image_files import depth, open_image, read_images, to_bytes, to_rgb, upright
+from messages import UserError, naming, printable, refuse_together
 from schema import Positive, Size, read, shown
-from series_files import not_as_trained, read_one_series
-from tables import FileFinder, nfc, repeated
+from series_files import not_as_trained, read_named_series, read_one_series
+from tables import FileFinder, listed, nfc, repeated
 
 LARGEST = FIELDS["image_size"].metadata["at_most"]
 Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
 
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """A UserError within the block says at which place it was, if it does not yet."""
-    try:
-        yield
-    except UserError as error:
-        if place in str(error):
-            raise
-        raise UserError(f"{place}: {error}") from error
+# --- What all modalities have in common -------------------------------------------------------------------------------
 
 
-# -- any tensor -----------------------------------------------------------------------------------------------
+def each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
+    """function(value) of each, in threads (files are read and decoded in C); errors say at which places."""
+
+    def call(value: Any, place: str) -> Any:
+        try:
+            with naming(place):
+                return function(value)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(call, values, places))
+    refuse_together(result for result in results if isinstance(result, UserError))
+    return results
+
+
+def each_of(
+    function: Callable[[Any], Any], values: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
+) -> dict[str, list[Any]]:
+    """`each` of the values of every split, so that the bad ones of all of them are named at once."""
+    pairs = [pair for name in values for pair in zip(values[name], places[name], strict=True)]
+    results = iter(each(function, [value for value, _ in pairs], [place for _, place in pairs]))
+    return {name: [next(results) for _ in part] for name, part in values.items()}
+
+
+def _ids(ids: Sequence[str] | None, count: int) -> np.ndarray:
+    """The names of a data set's samples; without, their numbers."""
+    return np.array([str(number) for number in range(count)] if ids is None else ids, object)
+
+
+class SequenceDataset(Dataset):
+    """Sequences in memory.
+
+    Args:
+        sequences: N arrays (L, C).
+        labels: a label for each, such as its class number.
+        ids: their names; without, their numbers.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[Any], ids: Sequence[str] | None = None):
+        self.sequences, self.labels, self.ids = sequences, np.asarray(labels), _ids(ids, len(sequences))
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, number: int) -> Item:
+        return {"input": self.sequences[number], "label": self.labels[number]}
+
+    def subset(self, numbers: np.ndarray) -> "SequenceDataset":
+        return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers], self.ids[numbers])
+
+
+class MultimodalDataset(Dataset):
+    """Several modalities of the same samples.
+
+    Args:
+        parts: for each modality a data set of the samples that have it, and (N,) each sample's number in it, -1 where
+            it lacks the modality.
+        labels: N labels, such as class numbers.
+        ids: names of the samples; without, their numbers.
+    """
+
+    def __init__(
+        self, parts: dict[str, tuple[Dataset, np.ndarray]], labels: np.ndarray, ids: Sequence[str] | None = None
+    ):
+        self.parts, self.labels, self.ids = parts, labels, _ids(ids, len(labels))
+
+    def set_epoch(self, epoch: int) -> None:
+        for dataset, _ in self.parts.values():
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> Item:
+        there = {name: (data, numbers[number]) for name, (data, numbers) in self.parts.items() if numbers[number] >= 0}
+        inputs = {name: data[place]["input"] for name, (data, place) in there.items()}
+        return {"input": inputs, "label": self.labels[number]}
+
+
+@dataclass
+class Source:
+    """The values of one modality as files hand them on, by split, and what is said about them."""
+
+    values: dict[str, list[Any]]
+    places: dict[str, list[str]]  # for messages, see data_files.Items
+    names: list[str] | None = None  # of the columns of the training data, where the file has them
+    table_rows: str | None = None
+    notes: list[str] = field(default_factory=list)  # for the user; added to
 
 
 @dataclass(frozen=True)
-class TensorAdapter:
+class Adapter:
+    """The base of all adapters. A subclass has `features`, `__call__`, and what else differs from here."""
+
+    modality: ClassVar[str]
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """The arguments of token_features.TokenFeatures."""
+        raise NotImplementedError
+
+    def __call__(self, raw: Any) -> Tensor:
+        """The tokens of a raw item, float32 (L, C). Raises UserError for what is none."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(cls, raw: Sequence[Any], settings: Settings) -> "Adapter":
+        """The adapter of the raw items of the training split."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_items(
+        cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
+    ) -> Items:
+        """The items of a file or folder of this modality; `trained`: the adapter or the items of training, if known."""
+        raise UserError(f"{path}: {cls.__name__} does not say how files are read")
+
+    @classmethod
+    def load(cls, source: Source, settings: Settings, known: "Adapter | None") -> tuple["Adapter", dict[str, Any]]:
+        """(the adapter, fitted on the training split if it is not known; the raw items of each split)."""
+        return known or cls.fit(source.values["train"], settings), source.values
+
+    def datasets(
+        self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
+        settings: Settings, targets: Targets,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        """The data set of each split. Bad items of all of them are named at once."""
+        tokens = each_of(self, raw, source.places)
+        return {split: SequenceDataset(tokens[split], labels[split], ids[split]) for split in raw}
+
+    def length(self, raw: Any) -> int | None:
+        """Tokens of a raw item before it is cut to max_seq_len; None where nothing is cut."""
+        return None
+
+    def about(self, raw: Sequence[Any], source: Source) -> list[str]:
+        """Lines about the training items for the start of a run. Adds notes to those of the source."""
+        limit = getattr(self, "max_seq_len", None)
+        cut = sum((self.length(item) or 0) > (limit or math.inf) for item in raw)
+        if cut:
+            source.notes.append(f"{cut} of {len(raw)} training items are cut to max_seq_len {limit} ({self.modality})")
+        return []
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        """Draw cross-attention to the tokens (B, L, C) of a few items, see plots.plot_sequence_attention."""
+        plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
+
+
+# --- Any tensor -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorAdapter(Adapter):
     """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
+
+    modality = "series"
 
     input_dim: Size
     max_seq_len: Size | None = None
@@ -68,39 +221,29 @@ class TensorAdapter:
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
-    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
-    try:
-        if isinstance(item, Tensor):
-            item = item.detach().cpu()
-            item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
-        table = hasattr(item, "iloc")  # a DataFrame or a Series
-        array = None if table else np.asanyarray(item)
-        kinds = [column.kind for column in np.atleast_1d(item.dtypes)] if table else [array.dtype.kind]
-        for kind, name in {"c": "complex numbers", "M": "dates", "m": "times"}.items():
-            if kind in kinds:
-                raise TypeError(f"it holds {name}")
-        if table:
-            array = item.to_numpy(np.float64, na_value=np.nan)
-        elif isinstance(array, np.ma.MaskedArray):
-            array = array.astype(np.float64).filled(np.nan)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
-            return np.require(array, dtype, ["C", "W"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
-
-
-# -- text -----------------------------------------------------------------------------------------------------
+# --- Text -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TextAdapter:
+class TextAdapter(Adapter):
     """Text as its UTF-8 bytes, one token each, for the model to embed: no tokenizer, any language.
 
     As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
     """
 
+    modality = "text"
+
     max_seq_len: Size | None = None
+
+    @classmethod
+    def read_items(
+        cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
+    ) -> Items:
+        return read_texts(path, settings, labelled, on_error)
+
+    @classmethod
+    def fit(cls, raw: Sequence[str], settings: Settings) -> "TextAdapter":
+        return cls(settings.max_seq_len)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -118,12 +261,20 @@ class TextAdapter:
             raise UserError(f"the text holds {text[error.start]!r}, half a character; it has no UTF-8 form") from error
         return torch.from_numpy(np.frombuffer(data[: self.max_seq_len], np.uint8).astype(np.float32))[:, None]
 
+    def length(self, raw: str) -> int:
+        return len(raw.encode())
 
-# -- series ---------------------------------------------------------------------------------------------------
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
+
+
+# --- Series -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SeriesAdapter:
+class SeriesAdapter(Adapter):
     """A time series (L, C), standardised per channel with the statistics of the training series.
 
     A missing value (NaN) becomes 0, the channel's mean; a channel of which the training series lack values has a flag
@@ -136,6 +287,8 @@ class SeriesAdapter:
             or, where table_rows is 'series', of the steps.
         table_rows: what a row of the table of training data was, 'steps' or 'series'; None where they were no table.
     """
+
+    modality = "series"
 
     mean: list[float]
     std: list[Positive]
@@ -213,6 +366,60 @@ class SeriesAdapter:
             raise UserError("the series holds values too far from those of training for float32; correct them")
         return torch.from_numpy(tokens)
 
+    @classmethod
+    def read_items(
+        cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
+    ) -> Items:
+        """Series whose columns are those of training, see `data_files.read_series`."""
+        options = {"labelled": labelled, "on_error": on_error}
+        names = trained.names if isinstance(trained, SeriesAdapter) else getattr(trained, "features", None)
+        table_rows = getattr(trained, "table_rows", None)
+        if trained is None or (isinstance(trained, SeriesAdapter) and not names and not table_rows):
+            return read_series(path, settings, **options)  # also for an older adapter, which knows neither
+        if table_rows and settings.table_rows == "auto":
+            settings = replace(settings, table_rows=table_rows)
+        items = read_series(path, settings, **options, known=names)
+        if names is None and len(items.features or ()) > 1 and items.table_rows == "steps":
+            items.notes.append(f"{path}: the training data name no columns, so these are taken in their order: "
+                               f"{', '.join(items.features)}")
+        return items
+
+    @classmethod
+    def load(
+        cls, source: Source, settings: Settings, known: "SeriesAdapter | None"
+    ) -> tuple["SeriesAdapter", dict[str, list[np.ndarray]]]:
+        raw, names = source.values, source.names
+        if any(isinstance(value, Path) for values in raw.values() for value in values):  # a file each
+            names = known.channels if known else _series_names(raw["train"])
+            raw = each_of(partial(read_one_series, known=names), raw, source.places)
+        if known:
+            return known, raw
+        series, places = raw["train"], source.places["train"]
+        width = series[0].shape[1]
+        for one, place in zip(series, places, strict=True):
+            if one.shape[1] != width:
+                raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
+                                "all must have the same")
+        with naming(str(settings.data_path)):
+            return cls.fit(series, settings.max_seq_len, names, source.table_rows), raw
+
+    def length(self, raw: np.ndarray) -> int:
+        return len(raw)
+
+    def about(self, raw: Sequence[np.ndarray], source: Source) -> list[str]:
+        lengths, width = [len(one) for one in raw], len(self.mean)
+        low, high, median = min(lengths), max(lengths), int(np.median(lengths))
+        steps, channels = f"{median} step{'s' * (median > 1)}", f"{width} channel{'s' * (width > 1)}"
+        if high == 1 and self.table_rows == "steps":
+            source.notes.append(f"every series has one step, of {channels}; if each row of the table is a whole "
+                                "series, say --table_rows series")
+        elif high == 1 or median < width:
+            source.notes.append(f"the series have {steps} and {channels}; if it is the other way round, transpose "
+                                "them: x of an .npz is (series, steps, channels)")
+        super().about(raw, source)
+        names = f": {listed(self.channels)}" if self.channels else ""
+        return [f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"]
+
     def _in_order(self, frame: Any) -> Any:
         """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
         names = {nfc(str(column)): column for column in frame.columns}
@@ -224,11 +431,17 @@ class SeriesAdapter:
         return frame[[names[name] for name in self.channels]]
 
 
-# -- images ---------------------------------------------------------------------------------------------------
+def _series_names(files: Sequence[Path]) -> list[str] | None:
+    """The names of the channels of series in files of their own: those of the first table."""
+    table = next((file for file in files if file.suffix.lower() in (".csv", ".tsv")), None)
+    return read_named_series(table)[1] if table else None
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ImageAdapter:
+class ImageAdapter(Adapter):
     """An image as a sequence of square patches, normalised per channel.
 
     Args:
@@ -240,6 +453,8 @@ class ImageAdapter:
         bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
             numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
     """
+
+    modality = "image"
 
     image_shape: Annotated[list[Side], lambda shape: len(shape) == 3, "[height, width, channels]"]
     patch_size: Size
@@ -277,6 +492,42 @@ class ImageAdapter:
         """(L, C), float32, of a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
         return self.tokens(self.pixels(image)[None])[0]
 
+    @classmethod
+    def read_items(
+        cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
+    ) -> Items:
+        return read_images(path, labelled)
+
+    @classmethod
+    def load(
+        cls, source: Source, settings: Settings, known: "ImageAdapter | None"
+    ) -> tuple["ImageAdapter", dict[str, np.ndarray]]:
+        """The images are kept in memory as bytes, image_size x image_size x 3 each."""
+        size, bits = (known.image_shape[0], known.bits) if known else (settings.image_size, None)
+        if not known:
+            check_patch_size(settings.patch_size, size, size)
+            bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
+        raw = _read_pixels(source.values, source.places, size, bits)
+        return known or cls.fit(raw["train"], settings.patch_size, any_size=True, bits=bits), raw
+
+    def datasets(
+        self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
+        settings: Settings, targets: Targets,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        made = {}
+        for split, images in raw.items():
+            augmentation = augmentation_of(settings, split, margin=self.image_shape[0] // 8)
+            made[split] = ImageDataset(images, labels[split], self, **augmentation, ids=ids[split], targets=targets)
+        return made
+
+    def about(self, raw: Sequence[Any], source: Source) -> list[str]:
+        return []  # a line about the augmentation follows, see ImageDataset
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        plots.plot_image_attention(self.images(tokens), attention, self.grid_shape, captions, path)
+
     def tokens(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, channels) -> float32 (B, L, C)."""
         return prepare_images(images, self.mean, self.std, self.patch_size)
@@ -294,6 +545,128 @@ class ImageAdapter:
         patches = tokens.unflatten(1, self.grid_shape).unflatten(3, (size, size, -1)).transpose(2, 3)
         pixels = patches.reshape(len(tokens), *self.image_shape).double().numpy()
         return (pixels * np.array(self.std) + self.mean).round()
+
+
+def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, margin: int) -> np.ndarray:
+    """Images uint8 (B, H, W, C), mirrored where `flips` (B,) is true and moved over a black ground.
+
+    offsets: (B, 2), 0..2*margin, row and column of the crop in the image padded by `margin`; (margin, margin) moves
+    nothing.
+    """
+    num, height, width, channels = images.shape
+    pixel = np.dtype((np.void, channels))  # the channels of a pixel, moved as a whole
+    padded = np.zeros((num, height + 2 * margin, width + 2 * margin), pixel)
+    images[flips] = torch.from_numpy(images[flips]).flip(2).numpy()
+    padded[:, margin : margin + height, margin : margin + width] = images.view(pixel)[..., 0]
+    shape = (num, 2 * margin + 1, 2 * margin + 1, height, width)  # every crop, as a view
+    windows = np.ndarray(shape, pixel, padded, strides=padded.strides + padded.strides[1:])
+    return windows[np.arange(num), *offsets.T].view(np.uint8).reshape(images.shape)
+
+
+class ImageDataset(Dataset):
+    """Images kept as bytes; a batch of them is augmented and cut into patches as a whole.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: N labels, such as class numbers.
+        adapter: makes the tokens.
+        margin: training images are moved by up to so many pixels (0: not).
+        flip: half of the training images are mirrored.
+        seed: of margin and flip, which are drawn for each epoch.
+        ids: names of the samples; without, their numbers.
+        targets: what the labels are, where they are no classes.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        adapter: ImageAdapter,
+        margin: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        ids: Sequence[str] | None = None,
+        targets: Targets | None = None,
+    ):
+        self.images = np.ascontiguousarray(images)
+        self.targets = targets or ClassTargets()
+        self.labels = np.array([self.targets.target(label, f"sample {i}") for i, label in enumerate(labels)])
+        self.adapter, self.margin, self.flip, self.seed = adapter, margin, flip, seed
+        self.ids = _ids(ids, len(images))
+        self.lengths = np.full(len(images), math.prod(adapter.grid_shape))
+        self.set_epoch(0)
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to the images, in words, for the first lines of a run."""
+        if not (self.margin or self.flip):
+            return "neither moved nor mirrored"
+        moved = f"moved by up to {self.margin} pixel{'s' * (self.margin > 1)}" if self.margin else "not moved"
+        return f"{moved}, {'half of them mirrored (--no_flip)' if self.flip else 'not mirrored (--flip)'}"
+
+    def set_epoch(self, epoch: int) -> None:
+        rng = random_stream("augmentation", self.seed, epoch)
+        self.offsets = rng.integers(0, 2 * self.margin, (len(self), 2), endpoint=True)
+        self.flips = (rng.random(len(self)) < 0.5) & self.flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        numbers = np.array(numbers)
+        images = self.images[numbers]
+        if self.margin or self.flip:
+            images = shift_and_flip(images, self.offsets[numbers], self.flips[numbers], self.margin)
+        tokens = self.adapter.tokens(images)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return {"input": tokens, "mask": mask, "label": self.targets.stack(self.labels[numbers])}
+
+    def __getitem__(self, number: int) -> Item:
+        return {name: values[0] for name, values in self.__getitems__([number]).items()}
+
+
+def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
+    """What `ImageDataset` is told to do to the images of a split."""
+    if split != "train" or not settings.augment:
+        return {}
+    return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
+
+
+def _read_pixels(
+    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
+) -> dict[str, np.ndarray]:
+    """uint8 (N, size, size, 3) of each split. Raises UserError for more than this machine's memory."""
+    number = sum(map(len, files.values()))
+    check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
+    pixels = {name: np.empty((len(paths), size, size, 3), np.uint8) for name, paths in files.items()}
+
+    def read(place: tuple[np.ndarray, int, Path]) -> None:
+        images, number, file = place
+        images[number] = square_pixels(file, size, bits)
+
+    each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
+    return pixels
+
+
+def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:
+    """The bits in use of the training images' grey, None if it has no more than 8. Adds a note of what is assumed.
+
+    A camera of 10 or 12 bits stores them in files of 16, where they would be all but black.
+    """
+    used = {"grey": [], "colour": []}  # bits of each image
+    for found in each(depth, files, places):
+        if found:
+            used[found[0]].append(found[1])
+    if used["colour"] and max(used["colour"]) <= 14:
+        raise UserError(f"{settings.data_path}: {len(used['colour'])} training images have colours of 16 bits, but use "
+                        f"{max(used['colour'])} of them at most, and only the upper 8 are read; save them as 8 bit")
+    if not used["grey"]:
+        return settings.image_bits
+    most = max(used["grey"])
+    bits = settings.image_bits or next((bits for bits in (8, 10, 12, 14) if bits >= most), 16)
+    notes.append(f"{len(used['grey'])} of {len(files)} training images are grey of 16 bits and use {most} of them: "
+                 f"0 is taken for black, {2**bits - 1} for white (--image_bits {bits})")  # fmt: skip
+    return bits
 
 
 def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -402,21 +775,25 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
 
 
-# -- descriptions ---------------------------------------------------------------------------------------------
+# --- Descriptions -----------------------------------------------------------------------------------------------------
 
-Adapter = TensorAdapter | TextAdapter | SeriesAdapter | ImageAdapter
-KINDS: dict[str, type] = {"tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter,
+}  # fmt: skip
+MODALITIES: dict[str, type[Adapter]] = {"image": ImageAdapter, "text": TextAdapter, "series": SeriesAdapter}  # of files
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
     """Plain values that a checkpoint can store."""
-    kind = next(name for name, cls in KINDS.items() if type(adapter) is cls)
+    kind = next((name for name, cls in ADAPTERS.items() if type(adapter) is cls), None)
+    if kind is None:
+        raise UserError(f"{type(adapter).__name__} is no known adapter; enter it in adapters.ADAPTERS")
     return {"kind": kind, **asdict(adapter)}
 
 
 def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
     """The adapter that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
     kind = description.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(KINDS)}")
-    return read({name: value for name, value in description.items() if name != "kind"}, KINDS[kind], where)
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(ADAPTERS)}")
+    return read({name: value for name, value in description.items() if name != "kind"}, ADAPTERS[kind], where)

@@ -3,7 +3,7 @@
 A checkpoint is a torch file that holds tensors and plain Python values only, so that it loads with
 ``weights_only=True``. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
 
-    format, format_version    "perceiver-checkpoint", 2
+    format, format_version    "perceiver-checkpoint", 3
     model                     the weights (with --ema_decay their average), without any wrapper's prefix
     model_args                the arguments of PerceiverModel
     settings                  every setting of the run (config.py)
@@ -26,14 +26,15 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from config import LAST_CHECKPOINT, Settings, UserError, check_settings
+from config import LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
 from files import remedy, written_whole
+from messages import UserError
 from perceiver_model import MODEL_SIZES, PerceiverEncoder, PerceiverModel
 from schema import read, shown
 from token_features import TokenFeatures
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
-FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 2  # 2: the data are described by adapters
+FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 3  # 3: a task says what is answered; 2 is read as classification
 CLASSES = ("torch ", "torch.", "collections OrderedDict")  # of tensors; torch lets others pass that may take any memory
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
@@ -61,10 +62,11 @@ class SplitSizes(TypedDict):
 class Data(TypedDict):
     """What a checkpoint knows of the data, see data_utils.load_splits."""
 
-    class_names: Annotated[list[str], _are_distinct, "a list of different names"]
+    task: dict[str, Any]
+    num_outputs: int
+    class_names: NotRequired[Annotated[list[str], _are_distinct, "a list of different names"]]
     adapters: dict[Name, dict[str, Any]]
     features: NotRequired[dict[Name, dict[str, int | list[int]]]]
-    num_classes: NotRequired[int]
     dataset_type: NotRequired[str]
     notes: NotRequired[list[str]]
     split_sizes: NotRequired[SplitSizes]
@@ -84,28 +86,13 @@ class Contents(TypedDict):
     best: dict[str, float | str | None]
 
 
-MODEL_SETTINGS = (
-    *MODEL_SIZES["base"],
-    "num_cross_attention_heads",
-    "cross_attention_dim",
-    "mlp_ratio",
-    "dropout",
-    "attention_dropout",
-    "share_weights",
-    "use_positions",
-    "num_frequency_bands",
-    "gradient_checkpointing",
-)
-
-
 def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of PerceiverModel that settings and data ask for: the preset's, and over them what is set."""
-    chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
-    if not settings.use_positions:
-        chosen.pop("num_frequency_bands", None)
-    return MODEL_SIZES[settings.model_size] | chosen | {
+    """The arguments of PerceiverModel that settings and data ask for: the preset's, or what is set instead."""
+    chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if has_effect(settings, name)}
+    return MODEL_SIZES[settings.model_size] | {
+        **{name: value for name, value in chosen.items() if value is not None},
         "input_dim": data["features"],
-        "num_classes": data["num_classes"],
+        "num_classes": data["num_outputs"],
     }
 
 
@@ -181,7 +168,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
     version = contents.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is int and version == 2:
+        _upgrade(contents)
+    elif type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {shown(version)}, this code reads {FORMAT_VERSION}; "
             "use the version of the code that wrote it"
@@ -195,6 +184,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _classes(pickled: bytes) -> Iterator[str]:
     """What the pickle asks for by name, as "module name"."""
     return (argument for code, argument, _ in pickletools.genops(pickled) if code.name == "GLOBAL")
+
+
+def _upgrade(contents: dict[str, Any]) -> None:
+    """Of format 2, which knew no other task than one class of several."""
+    data = contents.get("data")
+    if isinstance(data, dict) and "class_names" in data:
+        data["task"] = {"kind": "classification", "class_names": data["class_names"], "class_weights": None}
+        data["num_outputs"] = data.pop("num_classes", len(data["class_names"]))
 
 
 def _alternative(path: Path) -> str:
@@ -224,10 +221,9 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
             model = PerceiverModel(**arguments)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:  # a taken name; sizes whose product is no int64
         raise UserError(f"the checkpoint's model arguments are refused: {error}".splitlines()[0]) from error
-    classes = len(checkpoint["data"]["class_names"])
-    for number in (arguments["num_classes"], checkpoint["data"].get("num_classes", classes)):
-        if number != classes:
-            raise UserError(f"the checkpoint names {classes} classes, its model tells {number} apart")
+    told, given = checkpoint["data"]["num_outputs"], arguments["num_classes"]
+    if told != given:
+        raise UserError(f"the checkpoint's task has {told} outputs, its model {given}")
     weights = check_weights(model, checkpoint["model"])
     model.to_empty(device="cpu").load_state_dict(weights)  # its first values, which take long to draw, are not needed
     return model.eval()

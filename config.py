@@ -11,26 +11,21 @@ the checkpoint's settings take the place of both defaults. A new setting is one 
 import argparse
 import dataclasses
 import difflib
-import errno
 import functools
-import io
 import json
 import math
 import os
-import re
-import shlex
-import subprocess
 import sys
 import typing
-import warnings
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from messages import UserError, printable
 
 # Defaults that depend on the data set; its keys are the data sets there are.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -69,61 +64,6 @@ _TOO_LARGE = 2**31  # for every whole number
 _NAMED = 20  # unknown names that get a line each, with the nearest valid one; finding it takes time
 
 
-# -- text from files and commands ------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
-    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
-
-
-def as_utf8(text: str) -> str:
-    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
-    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
-
-
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
-
-
-# The first columns of the tables that an evaluation and a prediction write
-OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
-_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-
-
-def spreadsheet_cell(text: str) -> str:
-    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
-    return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
-
-
-def from_spreadsheet_cell(cell: str) -> str:
-    """The text of which `spreadsheet_cell` made the cell."""
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
-
-
-def print_note(text: str) -> None:
-    """Show a line that the user should know of and that stops nothing."""
-    print(f"note: {printable(text)}", flush=True)
-
-
-def quoted(path: str | os.PathLike) -> str:
-    """The path as a word of a command that is offered for copying."""
-    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
-
-
-class UserError(ValueError):
-    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
-
-    What the message quotes of files and names is escaped, see `printable`.
-    """
-
-    def __init__(self, message: str = ""):
-        super().__init__("\n".join(map(printable, message.split("\n"))))
-
-
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
     """A field of `Settings`.
 
@@ -153,6 +93,7 @@ _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
+_CLASSES = {"task": ("classification", "multilabel")}
 
 
 @dataclass(frozen=True)
@@ -170,11 +111,15 @@ class Settings:
     test_fraction: float = _data(
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
+    task: str = _data(
+        "classification", "what is answered: one class, numbers, or several labels at once",
+        choices=("classification", "regression", "multilabel"), applies=_OWN)
     id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
-    label_column: str = _column("label", "column of the label", applies=_TABLES)
+    label_column: str = _column(
+        "label", "column of the label; for regression several: price,weight", applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
     ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
@@ -259,7 +204,17 @@ class Settings:
     warmup_fraction: float = _training(
         0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1, on_resume="fixed")
     label_smoothing: float = _training(
-        0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1)
+        0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1,
+        applies={"task": ("classification",)})
+    class_weights: str = _training(
+        "none", "of the classes in the loss; balanced = the rarer the heavier", choices=("none", "balanced"),
+        applies=_CLASSES, on_resume="fixed")
+    select_by: str | None = _training(
+        None, "score on validation data that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; none = "
+        "the task's own: accuracy, rmse, macro_f1", metavar="SCORE", on_resume="fixed")
+    tune_thresholds: bool = _training(
+        False, "choose on validation data from which probability a label counts as there; else 0.5",
+        applies={"task": ("multilabel",)}, on_resume="fixed")
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
     ema_decay: float = _training(
         0.0, "evaluate and keep a moving average of the weights; 0 = the weights themselves",
@@ -298,6 +253,7 @@ class Settings:
 
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
+MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["group"] == "Model" and name != "model_size"]
 
 
 # -- one value -------------------------------------------------------------------------------------------
@@ -756,74 +712,3 @@ def make_parser(description: str) -> Parser:
                         help=f"go on from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
     parser.add_settings()
     return parser
-
-
-# How torch (on a CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
-_NO_MEMORY = (
-    "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "shared memory", "</torch_",
-    "Storage size calculation overflowed",
-)  # fmt: skip
-
-
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
-
-
-@contextmanager
-def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
-    """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, OSError):
-            ran_out = error.errno == errno.ENOMEM
-        else:
-            ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            ran_out = ran_out or any(words in str(error) for words in _NO_MEMORY)
-        if not ran_out or _LOST_WORKER.match(str(error)):
-            raise
-        wanted = re.search(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
-        if wanted:
-            number, unit = float(wanted[1]), wanted[2]
-            wanted = f"{number / 2**30:,.1f} GiB" if unit == "bytes" else f"{number:g} {unit}"
-        raise UserError(
-            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; in the order that helps: "
-            f"{', '.join(remedies)}{afterwards}"
-        ) from error
-
-
-@contextmanager
-def worker_advice() -> Iterator[None]:
-    """Turn the death of a process that loads data, which torch notices at any moment, into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (lost := _LOST_WORKER.match(str(error))):
-            raise
-        raise UserError(
-            f"{lost[0]}; the system kills processes when memory runs out, or shared memory: fewer --num_workers, a "
-            "smaller --batch_size, more shared memory (docker run --shm-size=8g); a training run goes on with --resume"
-        ) from error
-
-
-def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
-
-    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
-    """
-
-    @functools.wraps(main)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            remedies = ("a smaller --batch_size", "fewer processes", "no other programs")
-            with warnings.catch_warnings(), memory_advice("on this machine", remedies), worker_advice():
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                return main(*args, **kwargs)
-        except UserError as error:
-            for line in str(error).split("\n"):
-                print(f"error: {line}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    return run

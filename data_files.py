@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Settings, UserError
+from config import Settings
+from messages import UserError
 from series_files import (
     Part,
     SeriesFile,

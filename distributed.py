@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from messages import UserError
 
 LONGEST_WAIT = timedelta(minutes=30)  # for another process: longer than any step, validation or save takes
 LONGEST_DOWNLOAD = timedelta(days=1)
@@ -31,7 +31,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 _store: dist.Store | None = None  # torchrun's own: what is written there outlives the processes that it starts anew
 
 
-# --- The group of processes ------------------------------------------------------------------------------------------
+# --- The group of processes -------------------------------------------------------------------------------------------
 
 
 def size() -> int:
@@ -50,8 +50,8 @@ def is_first() -> bool:
 def processes() -> Iterator[None]:
     """Within the block, this is one of the processes that torchrun started, if it did.
 
-    What others than the first one print is not shown. An exception ends them all. It is raised by the process that met
-    it first, to be reported there; in the others, where the same one or a lost connection follows, it is not.
+    Only the first process prints. An exception ends all of them; it is raised, to be reported, in the process that met
+    it first, and not in the others, where the same one or a lost connection follows.
     """
     global _store
     if not (dist.is_available() and dist.is_torchelastic_launched()):
@@ -141,20 +141,20 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
-# --- Waiting for each other ------------------------------------------------------------------------------------------
+# --- Waiting for each other -------------------------------------------------------------------------------------------
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     if size() > 1:
         dist.barrier()
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def first_process_first() -> Iterator[None]:
     """Runs the block in the first process, then in the first one of every other machine, then in all others.
 
-    What is downloaded and unpacked there is so for those that follow, on a shared disk and on one of each machine. They
-    wait as long as it takes, up to LONGEST_DOWNLOAD.
+    So the others find the files that the block downloads, on a shared disk and on a disk of each machine. They wait up
+    to LONGEST_DOWNLOAD.
     """
     if size() == 1:
         yield
@@ -168,27 +168,27 @@ def in_turn() -> Iterator[None]:
         dist.barrier(patient)
 
 
-# --- Exchange --------------------------------------------------------------------------------------------------------
+# --- Exchange ---------------------------------------------------------------------------------------------------------
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """What training calls in place of the model: its backward pass leaves the mean gradient of all processes."""
+    """The model for training: its backward pass leaves the mean of the gradients of all processes."""
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if size() > 1 else model
 
 
-def gradients_stay(model: nn.Module) -> Any:
-    """Within the block the gradients of what `replicate` gave are summed here and not yet exchanged."""
+def no_sync(model: nn.Module) -> Any:
+    """Within the block a model of `replicate` sums gradients in this process and does not exchange them yet."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def add_up(values: Tensor) -> None:
-    """Replace values by their sum over the processes; on CUDA without waiting for it."""
+def all_reduce(values: Tensor) -> None:
+    """Replace the values by their sum over the processes; on CUDA without waiting for it."""
     if size() > 1:
         dist.all_reduce(values)
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks, in the first one; in others, nothing."""
+    """In the first process the values of all, in the order of their ranks; in the others []."""
     if size() == 1:
         return [value]
     values = [None] * size() if is_first() else None
@@ -196,8 +196,8 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
-def from_first(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function, called in the first process alone, returns, in all of them."""
+def broadcast(function: Callable[..., Any], *args: Any) -> Any:
+    """Call the function in the first process only; all processes get what it returns."""
     if size() == 1:
         return function(*args)
     result = [function(*args) if is_first() else None]
@@ -205,11 +205,11 @@ def from_first(function: Callable[..., Any], *args: Any) -> Any:
     return result[0]
 
 
-# --- Starting anew ---------------------------------------------------------------------------------------------------
+# --- Restarts ---------------------------------------------------------------------------------------------------------
 
 
 def remember(name: str, text: str) -> None:
-    """Keep a text for the processes that torchrun starts in place of these, should one of them fail."""
+    """Keep a text for the processes that torchrun starts in the place of these if one of them fails."""
     if _store:
         _store.set(name, text)
 

@@ -8,22 +8,22 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import as_utf8, memory_advice, spreadsheet_cell
+from batches import Batch, Device, inputs_for, token_counts
 from files import PathLike, written_whole
+from messages import as_utf8, memory_advice, spreadsheet_cell
 
-Device = str | torch.device
-Batch = Mapping[str, Any]
+WAITING = 2**22  # outputs that may wait on the device, in numbers
 
-# ------------------------------------------------------------------------------------- one pass over the data
+# --- One pass over the data -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -53,53 +53,33 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval()
 
 
-def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
-    """Input and mask on the device, for each modality if there are several; no mask where a whole batch is real."""
-    if isinstance(batch["input"], dict):
-        names = batch["input"].keys()
-        pairs = [model_inputs({key: batch[key][name] for key in ("input", "mask")}, device) for name in names]
-        return tuple(dict(zip(names, values, strict=True)) for values in zip(*pairs, strict=True))
-    mask = batch["mask"]
-    x = batch["input"].to(device, non_blocking=True)
-    return x, None if mask.all() else mask.to(device, non_blocking=True)
-
-
-def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
-    """`model_inputs` in the precision of the weights; but numbers of tokens stay float32, which keeps them whole."""
-    x, mask = model_inputs(batch, device)
-    dtype = next((weights.dtype for weights in model.parameters()), torch.float32)
-    if dtype == torch.float32:
-        return x, mask
-    features = {name for name, tokens in model.modalities.items() if tokens.embedding is None}
-    if isinstance(x, dict):
-        return {name: values.to(dtype) if name in features else values for name, values in x.items()}, mask
-    return x.to(dtype) if features else x, mask
-
-
-def token_counts(batch: Batch) -> torch.Tensor:
-    """Real tokens of each sample, (B,) int64, of all modalities together."""
-    masks = batch["mask"].values() if isinstance(batch["mask"], dict) else [batch["mask"]]
-    return sum(mask.sum(1) for mask in masks)
-
-
-def collect_predictions(
-    model: nn.Module, loader, device: Device = "cpu", amp_dtype: torch.dtype | None = None
+def collect(
+    model: nn.Module, loader: Iterable[Batch], task: Any, device: Device = "cpu", amp_dtype: torch.dtype | None = None
 ) -> dict[str, np.ndarray]:
     """Run the model, which is on `device`, once over `loader`.
 
-    Returns, in the loader's order, `logits` (N, C) float32, `labels` (N,) int64 and `lengths` (N,) int64, the
+    Returns, in the loader's order, what the task keeps of each sample (`Task.rows`), and `tokens` (N,) int64, the
     numbers of real tokens. Raises ValueError where the loader yields nothing.
     """
-    logits, labels, lengths = [], [], []
+    parts: list[dict[str, np.ndarray]] = []
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # read a few at a time, since reading waits for the device
+
+    def read() -> None:
+        for outputs, targets, tokens in waiting:
+            parts.append({**task.rows(outputs.cpu(), targets), "tokens": tokens.numpy()})
+        waiting.clear()
+
     with evaluating(model, device, amp_dtype):
         for batch in loader:
-            logits.append(model(*inputs_for(model, batch, device)).float())
-            labels.append(batch["label"].clone())  # what a worker sent holds a file descriptor as long as it is kept
-            lengths.append(token_counts(batch))
-    if not logits:
+            outputs = model(*inputs_for(model, batch, device)).float()
+            # A copy: what a worker sent holds a file descriptor as long as it is kept
+            waiting.append((outputs, batch["label"].clone(), token_counts(batch)))
+            if sum(outputs.numel() for outputs, *_ in waiting) > WAITING:
+                read()
+        read()
+    if not parts:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
-    parts = {"logits": logits, "labels": labels, "lengths": lengths}
-    return {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def collect_latents(
@@ -118,32 +98,37 @@ def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") ->
     return [weights.float().cpu().numpy() for weights in maps]
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
+# --- Metrics of classes -----------------------------------------------------------------------------------------------
 
 
-def _log_probabilities(logits: np.ndarray) -> np.ndarray:
-    return torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), dim=-1).numpy()
+def class_rows(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """What the metrics need of each sample, of logits float (N, C) and labels (N,); probabilities in float64.
+
+    `finite`, whether the logits are; `label` and `predicted`, class numbers; `confidence`, the probability of the
+    predicted class, and `probability_of_true`; `ahead`, how many classes have a higher logit than the true one (of
+    equal ones the lower number is ahead); the sample's terms of `negative_log_likelihood` and `brier_score`.
+    """
+    every, labels = np.arange(len(labels)), np.asarray(labels)
+    with np.errstate(invalid="ignore"):
+        log_p = torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), dim=-1).numpy()
+        p, predicted, of_label = np.exp(log_p), logits.argmax(1), logits[every, labels][:, None]
+        before = np.arange(logits.shape[1]) < labels[:, None]
+        return {
+            "finite": np.isfinite(logits).all(1),
+            "label": labels,
+            "predicted": predicted,
+            "confidence": p[every, predicted],
+            "probability_of_true": p[every, labels],
+            "ahead": ((logits > of_label) | ((logits == of_label) & before)).sum(1),
+            "negative_log_likelihood": np.abs(log_p[every, labels]),  # 0.0 instead of -0.0
+            "brier_score": np.square(p - np.eye(logits.shape[1])[labels]).sum(1),
+        }
 
 
-def _ahead(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes have a higher logit than the true one, (N,); of equal ones the lower class number is ahead."""
-    of_label = np.take_along_axis(logits, labels[:, None], 1)
-    return ((logits > of_label) | ((logits == of_label) & (np.arange(logits.shape[1]) < labels[:, None]))).sum(1)
-
-
-def _brier_scores(log_p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.square(np.exp(log_p) - np.eye(log_p.shape[1])[labels]).sum(1)
-
-
-def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the predicted class (N,), and whether that class is the true one (N,)."""
-    return np.exp(_log_probabilities(logits).max(1)), logits.argmax(1) == labels
-
-
-def compute_metrics(
-    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], top_k: Sequence[int] = (3, 5)
+def class_metrics(
+    rows: Mapping[str, np.ndarray], class_names: Sequence[str], top_k: Sequence[int] = (3, 5)
 ) -> dict[str, Any]:
-    """Metrics of logits (N, C) against labels (N,), in float64, as plain data; what is undefined is None.
+    """Metrics of `class_rows`, in float64, as plain data; what is undefined is None.
 
     - `balanced_accuracy`: mean recall over the classes that occur among the labels.
     - `macro_f1`: mean F1 over the classes that occur among the labels or the predictions.
@@ -155,11 +140,48 @@ def compute_metrics(
       confidence, averaged over the samples.
     - `per_class`: one row per class in the order of `class_names`; a class that does not occur has support 0.
     - `confusion_matrix`: counts (C, C); rows are true classes, columns predicted ones.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels, predicted, classes = rows["label"], rows["predicted"], len(class_names)
+    correct = predicted == labels
+    per_class = precision_recall_fscore_support(labels, predicted, labels=range(classes), zero_division=np.nan)
+    _, recall, f1, support = per_class
+    keys = ("class", "precision", "recall", "f1", "support")
+    table = zip(class_names, *per_class, strict=True)
+    return plain(
+        {
+            "num_samples": len(labels),
+            "num_classes": classes,
+            "accuracy": correct.mean(),
+            "balanced_accuracy": np.nanmean(recall),
+            "macro_f1": np.nanmean(f1),
+            **{f"top_{k}_accuracy": (rows["ahead"] < k).mean() for k in top_k if k < classes},
+            "majority_baseline": support.max() / len(labels),
+            "negative_log_likelihood": rows["negative_log_likelihood"].mean(),
+            "brier_score": rows["brier_score"].mean(),
+            "expected_calibration_error": calibration_error(reliability_table(rows["confidence"], correct)),
+            "mean_confidence": rows["confidence"].mean(),
+            "per_class": [dict(zip(keys, row, strict=True)) for row in table],
+            "confusion_matrix": confusion_matrix(rows, classes),
+        }
+    )
+
+
+def confusion_matrix(rows: Mapping[str, np.ndarray], classes: int) -> np.ndarray:
+    """Counts (C, C) of `class_rows`; rows are true classes, columns predicted ones."""
+    import sklearn.metrics
+
+    return sklearn.metrics.confusion_matrix(rows["label"], rows["predicted"], labels=range(classes))
+
+
+def compute_metrics(
+    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], top_k: Sequence[int] = (3, 5)
+) -> dict[str, Any]:
+    """`class_metrics` of logits (N, C) against labels (N,).
 
     Raises ValueError for shapes that do not fit, labels outside 0..C-1 and logits that are not finite.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
     logits, labels, classes = np.asarray(logits), np.asarray(labels), len(class_names)
     if labels.ndim != 1 or len(labels) == 0 or logits.shape != (len(labels), classes):
         raise ValueError(
@@ -168,34 +190,10 @@ def compute_metrics(
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
-    if broken := int((~np.isfinite(logits)).any(1).sum()):
+    rows = class_rows(logits, labels)
+    if broken := int((~rows["finite"]).sum()):
         raise ValueError(f"the logits of {broken} of {len(labels)} samples are not finite")
-
-    log_p = _log_probabilities(logits)
-    confidence, correct = confidences(logits, labels)
-    predicted = logits.argmax(1)
-    ahead, every = _ahead(logits, labels), range(classes)
-    per_class = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=np.nan)
-    _, recall, f1, support = per_class
-    keys = ("class", "precision", "recall", "f1", "support")
-    rows = zip(class_names, *per_class, strict=True)
-    return _plain(
-        {
-            "num_samples": len(labels),
-            "num_classes": classes,
-            "accuracy": correct.mean(),
-            "balanced_accuracy": np.nanmean(recall),
-            "macro_f1": np.nanmean(f1),
-            **{f"top_{k}_accuracy": (ahead < k).mean() for k in top_k if k < classes},
-            "majority_baseline": support.max() / len(labels),
-            "negative_log_likelihood": -np.take_along_axis(log_p, labels[:, None], 1).mean(),
-            "brier_score": _brier_scores(log_p, labels).mean(),
-            "expected_calibration_error": calibration_error(reliability_table(confidence, correct)),
-            "mean_confidence": confidence.mean(),
-            "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
-            "confusion_matrix": confusion_matrix(labels, predicted, labels=every),
-        }
-    )
+    return class_metrics(rows, class_names, top_k)
 
 
 def reliability_table(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> list[dict]:
@@ -207,7 +205,7 @@ def reliability_table(confidence: np.ndarray, correct: np.ndarray, num_bins: int
         row = {"low": i / num_bins, "high": (i + 1) / num_bins, "count": inside.sum()}
         means = (confidence[inside].mean(), correct[inside].mean()) if inside.any() else (None, None)
         rows.append(row | dict(zip(("confidence", "accuracy"), means, strict=True)))
-    return _plain(rows)
+    return plain(rows)
 
 
 def calibration_error(rows: Sequence[dict]) -> float:
@@ -216,92 +214,164 @@ def calibration_error(rows: Sequence[dict]) -> float:
     return sum(gaps) / sum(row["count"] for row in rows)
 
 
-def accuracy_by_length(lengths: np.ndarray, correct: np.ndarray, num_bins: int = 8) -> list[dict]:
-    """Rows `shortest, longest, count, accuracy` of bins of about equal count; [] if there is one length."""
+def by_length(lengths: np.ndarray, num_bins: int = 8, **values: np.ndarray) -> list[dict]:
+    """Rows `shortest, longest, count` and the mean of each of `values` (N,), by name, of bins of about equal count.
+
+    [] if there is one length.
+    """
     if lengths.min() == lengths.max():
         return []
     starts = np.unique(np.quantile(lengths, np.arange(num_bins) / num_bins, method="higher"))
     index = np.searchsorted(starts, lengths, side="right") - 1
     rows = []
     for i in range(len(starts)):
-        inside = lengths[index == i]
-        accuracy = correct[index == i].mean()
-        row = {"shortest": inside.min(), "longest": inside.max(), "count": len(inside), "accuracy": accuracy}
-        rows.append(row)
-    return _plain(rows)
+        inside = index == i
+        row = {"shortest": lengths[inside].min(), "longest": lengths[inside].max(), "count": inside.sum()}
+        rows.append(row | {name: each[inside].mean() for name, each in values.items()})
+    return plain(rows)
 
 
-def item_rows(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    lengths: np.ndarray,
-    class_names: Sequence[str],
-    ids: Sequence[str],
-    split: str = "",
-) -> list[dict[str, Any]]:
-    """A row for each item, in their order, from which every metric and every analysis can be computed again.
+# --- Metrics of numbers -----------------------------------------------------------------------------------------------
 
-    `confidence` is the probability of the predicted class; `rank_of_true` is 1 where that is the true one;
-    `negative_log_likelihood` and `brier_score` are the item's terms of the means of `compute_metrics`; `tokens` is its
-    length.
+
+def regression_metrics(
+    true: np.ndarray, predicted: np.ndarray, mean: Sequence[float], std: Sequence[float], names: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics of numbers (N, K), in float64 and in their own units, as plain data; what is undefined is None.
+
+    For each number: `mae`, `rmse`, `median_absolute_error` and `r2` (against the mean of `true`), beside them
+    `baseline_mae` and `baseline_rmse`, those of always answering `mean`, that of training.
+
+    Of one number these are the metrics. Of several, `mae` and `rmse` are in units of their deviations `std` in
+    training (root mean square and mean over the numbers), where the baseline is about 1, and `r2` is the mean.
     """
-    log_p = _log_probabilities(logits)
-    p, predicted, every = np.exp(log_p), logits.argmax(1), np.arange(len(labels))
+    error, base = predicted - true, np.asarray(mean) - true
+    spread = np.square(true - true.mean(0)).sum(0)
+
+    def figures(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.abs(error).mean(0), np.sqrt(np.square(error).mean(0))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns = {
+            "target": list(names),
+            **dict(zip(("mae", "rmse"), figures(error), strict=True)),
+            "median_absolute_error": np.median(np.abs(error), 0),
+            "r2": 1 - np.square(error).sum(0) / np.where(spread > 0, spread, np.nan),
+            **dict(zip(("baseline_mae", "baseline_rmse"), figures(base), strict=True)),
+        }
+    per_target = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    together = {name: values[0] for name, values in columns.items() if name != "target"}
+    if len(names) > 1:
+        scaled = {prefix: figures(part / std) for prefix, part in (("", error), ("baseline_", base))}
+        together = {f"{prefix}mae": mae.mean() for prefix, (mae, _) in scaled.items()}
+        together |= {f"{prefix}rmse": np.sqrt(np.square(rmse).mean()) for prefix, (_, rmse) in scaled.items()}
+        together["r2"] = np.mean(columns["r2"])
+    return plain(
+        {
+            "num_samples": len(true),
+            "num_targets": len(names),
+            **together,
+            "mean_squared_standardised_error": np.square(error / std).mean(),
+            "per_target": per_target,
+        }
+    )
+
+
+# --- Metrics of several labels ----------------------------------------------------------------------------------------
+
+
+def multilabel_metrics(
+    logits: np.ndarray, true: np.ndarray, thresholds: Sequence[float], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics of logits float64 (N, C) against labels bool (N, C), as plain data; what is undefined is None.
+
+    A label is predicted where its probability reaches its threshold. Means over the labels leave out those that are
+    on no sample (`macro_f1`: neither there nor predicted). `average_precision` looks at no threshold.
+    """
+    from sklearn.metrics import average_precision_score, f1_score, hamming_loss, precision_recall_fscore_support
+
+    probabilities = torch.from_numpy(logits).sigmoid().numpy()
+    predicted = probabilities >= thresholds
+    per_class = precision_recall_fscore_support(true, predicted, average=None, zero_division=np.nan)
+    support = per_class[3]
+    precision = [
+        average_precision_score(true[:, i], probabilities[:, i]) if support[i] else np.nan for i in range(true.shape[1])
+    ]
     columns = {
-        "id": [as_utf8(str(id)) for id in ids],
-        "split": [split] * len(labels),
-        "true": [class_names[label] for label in labels],
-        "predicted": [class_names[number] for number in predicted],
-        "confidence": p[every, predicted],
-        "probability_of_true": p[every, labels],
-        "rank_of_true": 1 + _ahead(logits, labels),
-        "negative_log_likelihood": np.abs(log_p[every, labels]),  # of -0.0
-        "brier_score": _brier_scores(log_p, labels),
-        "tokens": lengths,
-    }
-    rows = zip(*(_plain(list(column)) for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+        "class": class_names, **dict(zip(("precision", "recall", "f1"), per_class, strict=False)),
+        "average_precision": precision, "support": support, "threshold": thresholds,
+    }  # fmt: skip
+    loss = np.logaddexp(0, logits) - logits * true
+    return plain(
+        {
+            "num_samples": len(true),
+            "num_classes": len(class_names),
+            "macro_f1": _mean(per_class[2]),
+            "micro_f1": f1_score(true, predicted, average="micro", zero_division=np.nan),
+            "mean_average_precision": _mean(precision),
+            "subset_accuracy": (predicted == true).all(1).mean(),
+            "hamming_loss": hamming_loss(true, predicted),
+            "baseline_hamming_loss": np.minimum(true.mean(0), 1 - true.mean(0)).mean(),
+            "binary_cross_entropy": loss.mean(),
+            "per_class": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        }
+    )
 
 
-def most_confident_mistakes(logits: np.ndarray, labels: np.ndarray, limit: int = 16) -> np.ndarray:
-    """Places among the `labels` of the wrong predictions of highest confidence, highest first."""
-    p, predicted = np.exp(_log_probabilities(logits)), logits.argmax(1)
-    wrong = np.flatnonzero(predicted != labels)
-    return wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")][:limit]
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are defined."""
+    values = np.asarray(values, np.float64)
+    return np.nan if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def analyze_predictions(
-    logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, items: Sequence[dict[str, Any]]
-) -> dict[str, list[dict]]:
-    """What an analysis adds: `reliability`, `accuracy_by_length` and `most_confident_mistakes`; items: `item_rows`."""
-    confidence, correct = confidences(logits, labels)
-    shown = ("id", "true", "predicted", "confidence", "probability_of_true")
-    return {
-        "reliability": reliability_table(confidence, correct),
-        "accuracy_by_length": accuracy_by_length(lengths, correct),
-        "most_confident_mistakes": [
-            {key: items[place][key] for key in shown} for place in most_confident_mistakes(logits, labels)
-        ],
-    }
+def best_thresholds(probabilities: np.ndarray, true: np.ndarray) -> list[float]:
+    """For each label the threshold of the highest F1 of probabilities (N, C); 0.5 where the label is on no sample.
+
+    It lies half-way between two probabilities, or at 0.5 if that is between them; of several alike it is the one
+    nearest to 0.5.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    thresholds = []
+    for p, there in zip(probabilities.T, true.T, strict=True):
+        best = 0.5
+        if there.any():
+            precision, recall, values = precision_recall_curve(there, p)  # predicted from each of the values on
+            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+            below = np.append(0.0, values[:-1])
+            between = np.where((below < 0.5) & (values >= 0.5), 0.5, (below + values) / 2)
+            highest = between[f1[:-1] >= f1[:-1].max() - 1e-12]
+            best = float(highest[np.abs(highest - 0.5).argmin()])
+        thresholds.append(best)
+    return thresholds
 
 
-# ---------------------------------------------------------------------------------------------- files written
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same in the types of JSON: arrays become lists, NumPy scalars numbers, NaN and infinity None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def item_rows(
+    ids: Sequence[Any], split: str, columns: Mapping[str, Sequence[Any]], tokens: np.ndarray
+) -> list[dict[str, Any]]:
+    """The rows of items.csv, in the order of the items: id, split, what the task says of each, length in tokens."""
+    columns = {"id": [as_utf8(str(id)) for id in ids], "split": [split] * len(ids), **columns, "tokens": tokens}
+    rows = zip(*(plain(list(column)) for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def write_results(path: PathLike, results: Mapping[str, Any]) -> None:
     """Write strict JSON, the whole file or none; numbers stay numbers, NaN and infinity become null."""
-    text = json.dumps(_plain(results), indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\n *", " ", row[0]), text)  # matrix rows
     write_file(path, f"{text}\n".encode())
 

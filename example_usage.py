@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from adapters import ImageAdapter, TensorAdapter, TextAdapter, describe
 from checkpoint import model_arguments, save_checkpoint
-from config import UserError, resolve
+from config import resolve
 from data_utils import (
     collate,
     create_cifar10_sequence_dataset,
@@ -26,6 +26,7 @@ from data_utils import (
     load_splits,
 )
 from inference import evaluate, load_model, predict
+from messages import UserError
 from perceiver_model import MODEL_SIZES, PerceiverModel, create_perceiver_model
 
 

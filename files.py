@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from config import UserError, print_note
+from messages import UserError, print_note
 
 try:
     import fcntl

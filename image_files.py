@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import UserError, as_utf8, printable
 from data_files import Items
+from messages import UserError, as_utf8, printable
 from tables import listed
 
 Image.init()

@@ -30,39 +30,26 @@ from torch.utils.data import Dataset
 
 import evaluation
 import plots
-from adapters import ImageAdapter, TextAdapter, from_description, naming
+import tasks
+from adapters import from_description
+from batches import Item, check_batch_size, collate, create_dataloader, inputs_for
 from checkpoint import build_model, load_checkpoint
 from config import (
     FIELDS,
     OWN_DATA,
     Parser,
     Settings,
-    UserError,
-    as_utf8,
     check_folder,
     choose_device,
     choose_precision,
-    exit_on_user_error,
-    memory_advice,
-    print_note,
-    printable,
     resolve,
     unused_settings,
     usable_device,
 )
-from data_files import Items, read_manifest, read_texts, without_effect
-from data_utils import (
-    CIFAR10_FILES,
-    Item,
-    check_batch_size,
-    collate,
-    create_dataloader,
-    load_splits,
-    read_series_as,
-    reading_advice,
-)
+from data_files import Items, without_effect
+from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
-from image_files import read_images
+from messages import UserError, as_utf8, exit_on_user_error, memory_advice, naming, print_note, printable
 from perceiver_model import PerceiverModel
 from schema import shown
 from tables import FileFinder
@@ -76,10 +63,9 @@ OVERRIDES = (
     "amp", "device",
 )  # fmt: skip
 EXAMPLES = 3  # samples whose attention maps are drawn
-TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
+READING_REMEDIES = ("fewer items", "--max_unpacking", "closing other programs")
 MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
-MANIFESTS = (".csv", ".tsv", ".jsonl")
 NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use float32 (model.float(), --amp off)"
 
 
@@ -90,7 +76,7 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
     """The model of a checkpoint, ready for prediction, and the settings that it was trained with.
 
     ``model.data_info`` describes the data (class names, splits, ...; see data_utils.py), ``model.adapters`` prepares
-    raw items of each modality (see adapters.py).
+    raw items of each modality (see adapters.py), ``model.task`` knows what an answer is (see tasks.py).
     Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project, whatever is
     wrong in it, and for a device that is not there.
     """
@@ -102,6 +88,10 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
 def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
     model = build_model(checkpoint)
     model.data_info = checkpoint["data"]
+    model.task = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task")
+    if model.task.num_outputs != checkpoint["data"]["num_outputs"]:
+        told, names = checkpoint["data"]["num_outputs"], model.task.num_outputs
+        raise UserError(f"the checkpoint's task names {names} outputs, its model has {told}")
     model.adapters = {
         name: from_description(known, f"the checkpoint's adapter of {name}")
         for name, known in checkpoint["data"]["adapters"].items()
@@ -123,7 +113,7 @@ def _as_list(value: Any) -> Any:
 
 
 def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
-    """Classify raw items with a model from :func:`load_model`.
+    """Answer raw items with a model from :func:`load_model`.
 
     Args:
         items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN or
@@ -138,8 +128,12 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     of it is changed. Any number of threads may call this at once.
 
     Returns:
-        for each item {'label': class number, 'class': its name, 'confidence': its probability,
-        'probabilities': {class name: probability}}.
+        for each item a dict, by the task that the model was trained for:
+
+        classification  {'label': class number, 'class': its name, 'confidence': its probability,
+                        'probabilities': {class name: probability}}
+        regression      {'value': the first number, 'values': {name: number}}, in the units of the training data
+        multilabel      {'labels': [names], 'probabilities': {name: probability}}
 
     Raises:
         UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
@@ -151,7 +145,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     check_batch_size(batch_size)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
-    return list(_classify(model, prepared, batch_size))
+    return list(_answers(model, prepared, batch_size))
 
 
 def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
@@ -169,22 +163,15 @@ def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
     return {"input": tokens}
 
 
-def _classify(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> Iterator[dict[str, Any]]:
-    names, model = model.data_info["class_names"], evaluation.in_evaluation_mode(model)
+def _answers(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> Iterator[dict[str, Any]]:
+    task, model = model.task, evaluation.in_evaluation_mode(model)
     device = next(model.parameters()).device
     while batch := list(islice(items, batch_size)):
         with evaluation.evaluating(model, device, None):
-            logits = model(*evaluation.inputs_for(model, collate(batch), device)).cpu().double()
-        if not logits.isfinite().all():
+            outputs = model(*inputs_for(model, collate(batch), device)).cpu().double()
+        if not outputs.isfinite().all():
             raise UserError(NOT_FINITE)
-        for row in logits.softmax(1):
-            label, probabilities = int(row.argmax()), row.tolist()
-            yield {
-                "label": label,
-                "class": names[label],
-                "confidence": probabilities[label],
-                "probabilities": dict(zip(names, probabilities, strict=True)),
-            }
+        yield from map(task.answer, outputs)
 
 
 def evaluate(
@@ -206,35 +193,33 @@ def evaluate(
         about: put first into the results.
     """
     model = evaluation.in_evaluation_mode(model)
-    names, device = model.data_info["class_names"], next(model.parameters()).device
-    loader = create_dataloader(dataset, batch_size, num_classes=len(names), num_workers=num_workers)
-    found = evaluation.collect_predictions(model, loader, device, amp_dtype)
-    logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
-    if not np.isfinite(logits).all():
+    task, device, about = model.task, next(model.parameters()).device, about or {}
+    loader = create_dataloader(dataset, batch_size, targets=task, num_workers=num_workers)
+    rows = evaluation.collect(model, loader, task, device, amp_dtype)
+    if not rows["finite"].all():
         raise UserError(NOT_FINITE)
-    about = about or {}
-    results = {**about, **evaluation.compute_metrics(logits, labels, names)}
-    ids = getattr(dataset, "ids", range(len(labels)))
-    items = evaluation.item_rows(logits, labels, lengths, names, ids, about.get("split", ""))
-    figures = plots.evaluation_figures(logits, labels, names)
+    results = {**about, **task.metrics(rows)}
+    ids = getattr(dataset, "ids", range(len(rows["tokens"])))
+    items = evaluation.item_rows(ids, about.get("split", ""), task.items(rows), rows["tokens"])
+    figures = task.figures(rows)
     if analyze:
-        results["analysis"] = evaluation.analyze_predictions(logits, labels, lengths, items)
+        results["analysis"] = task.analysis(rows, items)
     if output_dir is not None:
         if analyze:
-            figures |= _analysis_figures(model, dataset, loader, found, results["analysis"], amp_dtype)
+            figures |= _analysis_figures(model, dataset, loader, rows, results["analysis"], amp_dtype)
         results["figures"] = list(figures)
         evaluation.save_evaluation(output_dir, results, items, figures)
     return results
 
 
 def _analysis_figures(
-    model: PerceiverModel, dataset: Dataset, loader: Any, found: dict, analysis: dict, amp_dtype: torch.dtype | None
-) -> dict[str, Callable[[Path], None]]:
-    """The figures of an analysis; what they need beyond the predictions is computed when they are drawn."""
-    data, device = model.data_info, next(model.parameters()).device
-    adapters = model.adapters
-    names, labels, predicted = data["class_names"], found["labels"], found["logits"].argmax(1)
+    model: PerceiverModel, dataset: Dataset, loader: Any, rows: dict[str, np.ndarray], analysis: dict[str, list[dict]],
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Callable[[Path], None]]:  # fmt: skip
+    """The figures of an analysis; what they need beyond the rows is computed when they are drawn."""
+    task, device, adapters = model.task, next(model.parameters()).device, model.adapters
     only = next(iter(adapters)) if len(adapters) == 1 else None
+    samples, (colours, names) = range(len(rows["tokens"])), task.colours(rows)
 
     def by_modality(number: int) -> dict[str, Any]:
         tokens = dataset[number]["input"]
@@ -242,45 +227,40 @@ def _analysis_figures(
 
     def latents(path: Path) -> None:
         pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
-        plots.plot_latent_projection(pooled, labels, names, path)
+        plots.plot_latent_projection(pooled, colours, names, path)
 
     def attention(modality: str, path: Path) -> None:
-        examples = {}  # class -> its first sample with the modality
-        for number, label in enumerate(labels):
-            if label not in examples and modality in by_modality(number):
-                examples[label] = number
+        examples = {}  # colour -> its first sample with the modality
+        for number in samples:
+            if colours[number] not in examples and modality in by_modality(number):
+                examples[colours[number]] = number
             if len(examples) == EXAMPLES:
                 break
         chosen = list(examples.values())
         batch = collate([{"input": by_modality(i)} for i in chosen])
         maps, tokens = evaluation.collect_attention(model, batch, device), batch["input"][modality]
         maps = [weights[..., model.token_ranges(batch["input"])[modality]] for weights in maps]
-        short = [plots.short(name) for name in names]
-        captions = [f"true {short[labels[i]]}, predicted {short[predicted[i]]}" for i in chosen]
+        captions = [task.caption(rows, i) for i in chosen]
         if not only:
             shares = [np.mean([weights[i].sum(-1).mean() for weights in maps]) for i in range(len(chosen))]
             captions = [f"{text}, {share:.0%} of the attention" for text, share in zip(captions, shares, strict=True)]
             maps = [weights / weights.sum(-1, keepdims=True) for weights in maps]
-        mask, adapter = batch["mask"][modality].numpy(), adapters[modality]
-        if isinstance(adapter, ImageAdapter):
-            plots.plot_image_attention(adapter.images(tokens), maps, adapter.grid_shape, captions, path)
-        elif isinstance(adapter, TextAdapter):
-            plots.plot_text_attention(tokens[..., 0].numpy(), mask, maps, captions, path)
-        else:
-            plots.plot_sequence_attention(tokens.numpy(), mask, maps, captions, path)
+        adapters[modality].draw_attention(tokens, batch["mask"][modality].numpy(), maps, captions, path)
 
     def mistakes(path: Path) -> None:
-        tokens = [dataset[place]["input"] for place in evaluation.most_confident_mistakes(found["logits"], labels)]
+        worst = task.worst(rows)
+        tokens = [dataset[place]["input"] for place in worst]
         images = adapters["image"].images(torch.stack(tokens)) if tokens else []
-        plots.plot_mistakes(analysis["most_confident_mistakes"], images, path)
+        ids = getattr(dataset, "ids", samples)
+        titles = [[plots.short(printable(str(ids[i])), 28), *task.mistake(rows, i)] for i in worst]
+        plots.plot_mistakes(images, titles, path)
 
-    there = [name for name in adapters if any(name in by_modality(number) for number in range(len(labels)))]
+    there = [name for name in adapters if any(name in by_modality(number) for number in samples)]
     figures = {f"attention_{name}.png": partial(attention, name) for name in there}
     if only:
         figures = {"attention.png": partial(attention, only)}
     figures["latents.png"] = latents
-    if analysis["accuracy_by_length"]:
-        figures["accuracy_by_length.png"] = partial(plots.plot_accuracy_by_length, analysis["accuracy_by_length"])
+    figures |= task.analysis_figures(analysis)
     if only == "image":
         figures["mistakes.png"] = mistakes
     return figures
@@ -289,34 +269,10 @@ def _analysis_figures(
 # --- New items -------------------------------------------------------------------------------------------------------
 
 
-def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: Callable[[UserError], None]) -> Items:
-    """The items of a file or folder, without labels: what training took, or one image, text or series."""
-    modalities = list(model.adapters)
-    options = {"labelled": False, "on_error": on_error}
-    if settings.dataset_type == "multimodal" and path.suffix.lower() in MANIFESTS:
-        columns = {name: getattr(settings, f"{name}_column") for name in modalities}
-        items = read_manifest(path, columns, settings, **options)
-        lacking = [name for name in modalities if not any(name in value for value in items.values)]
-        items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
-        return items
-    if len(modalities) > 1:
-        modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
-    else:
-        (modality,) = modalities
-    if modality == "image":
-        items = read_images(path, labelled=False)
-    elif modality == "text":
-        items = read_texts(path, settings, **options)
-    else:
-        items = read_series_as(model.adapters[modality], path, settings, **options)
-    items.values = [{modality: value} for value in items.values]
-    return items
-
-
 def write_predictions(
     model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
 ) -> int:
-    """Write a table of id, class, confidence and the next best classes; returns its number of rows.
+    """Write a table of ids and answers; returns its number of rows.
 
     An item that the model cannot take goes to on_error and is left out.
     """
@@ -333,13 +289,8 @@ def write_predictions(
             yield item
 
     rows = []
-    for answer in _classify(model, prepared(), batch_size):
-        row = {"id": done[len(rows)]}
-        best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:TOP]
-        for rank, (name, share) in enumerate(best, 1):
-            suffix = f"_{rank}" if rank > 1 else ""
-            row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
-        rows.append(row)
+    for answer in _answers(model, prepared(), batch_size):
+        rows.append({"id": done[len(rows)], **model.task.cells(answer)})
     if rows:
         evaluation.write_rows(path, rows)
     return len(rows)
@@ -349,19 +300,27 @@ def write_predictions(
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The metrics, and a line per class where they are few enough to read."""
+    """The metrics, and a line per class or target where they are few enough to read."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.6g}"
+        return "-" if value is None else printable(str(value))
+
     for name, value in results.items():
-        if type(value) in (int, float) and name not in ("epoch", "split_seed", "num_classes"):
-            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            print(f"{name.replace('_', ' '):<28}{shown:>8}")
-    rows = results["per_class"]
-    if len(rows) <= 20:
-        rows = [row | {"class": printable(row["class"])} for row in rows]
-        width = max(len("class"), *(len(row["class"]) for row in rows))
-        print(f"\n{'class':<{width}}  precision  recall      f1  support")
-        for row in rows:
-            figures = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
-            print(f"{row['class']:<{width}}  {figures[0]:>9}  {figures[1]:>6}  {figures[2]:>6}  {row['support']:>7}")
+        if type(value) in (int, float) and name not in ("epoch", "split_seed", "num_classes", "num_targets"):
+            print(f"{name.replace('_', ' '):<33}{shown(value):>10}")
+    for rows in (value for name, value in results.items() if name.startswith("per_")):
+        if len(rows) > 20:
+            continue
+        header = list(rows[0])
+        cells = [[shown(row[name]) for name in header] for row in rows]
+        titles = [name.replace("_", " ") for name in header]
+        widths = [max(6 * (i > 0), *(len(line[i]) for line in [titles, *cells])) for i in range(len(header))]
+        print()
+        for first, *others in [titles, *cells]:
+            more = "  ".join(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+            print(f"{first:<{widths[0]}}  {more}")
 
 
 def predict_files(
@@ -382,8 +341,8 @@ def predict_files(
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise UserError(f"cannot write into {output_dir}: it is a file; take another --output_dir")
     source = FileFinder()(Path(path))
-    with reading_advice():
-        items = read_input(source, model, settings, report)
+    with memory_advice("while reading the data", READING_REMEDIES):
+        items = read_items(source, settings, False, report, model.adapters)
     for note in [*items.notes, *without_effect([source], given)]:
         print_note(note)
     try:
@@ -443,7 +402,8 @@ def main(argv: list[str] | None = None) -> int:
         amp_dtype = choose_precision(settings.amp, device)
     model = _model(checkpoint, device)
     check_folder("data_dir", settings, sources, *CIFAR10_FILES)
-    splits, data = load_splits(settings, model.data_info, split)
+    with memory_advice("while reading the data", READING_REMEDIES):
+        splits, data = load_splits(settings, model.data_info, split)
     for note in data["notes"]:
         print_note(note)
     about = {

@@ -15,7 +15,7 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from config import UserError
+from messages import UserError
 from tables import nfc, shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # that is written as no whole one is
@@ -63,6 +63,17 @@ def class_name(cell: Any, where: str) -> str:
             f"{where}: label {shown(name)} holds half a surrogate pair; write the whole character"
         ) from error
     return name
+
+
+def class_names_of(cell: Any, where: str) -> list[str]:
+    """The names in a cell of several labels: a list, or text with ';' between them; nothing is none.
+
+    Raises UserError for what is no class.
+    """
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return []
+    parts = cell.split(";") if isinstance(cell, str) else cell if isinstance(cell, (list, tuple)) else [cell]
+    return [class_name(part, where) for part in parts if not (isinstance(part, str) and not part.strip())]
 
 
 def same_class(one: Any, other: Any) -> bool:

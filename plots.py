@@ -8,17 +8,16 @@ Letters: N samples, C classes, B batch, L tokens, D latent width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import print_note, printable
-from evaluation import calibration_error, confidences, reliability_table
 from files import PathLike, written_whole
+from messages import print_note, printable
 
 if TYPE_CHECKING:  # plotting libraries are imported where they are used: importing this module is quick
     from matplotlib.axes import Axes
@@ -39,7 +38,7 @@ OTHER_FONTS = (
 FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
-# -------------------------------------------------------------------------------------------- drawing: basics
+# --- Drawing: basics --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -126,33 +125,20 @@ def _interval(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np
     return np.minimum(centre - half, share), np.maximum(centre + half, share)
 
 
-def _bars(axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width: float, at=None) -> None:
-    """Bars of accuracies with their 95 % intervals, which stand at `at` (by default in the middle)."""
+def _bars(
+    axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width: float, at=None, of: str = "accuracy"
+) -> None:
+    """Bars of shares with their 95 % intervals, which stand at `at` (by default in the middle)."""
     low, high = _interval(share, count)
     axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
     dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
-    label = "accuracy with 95 % interval"
+    label = f"{of} with 95 % interval"
     reach = [(share - low).tolist(), (high - share).tolist()]
     axes.errorbar(x if at is None else at, share, reach, label=label, **dots)
-    axes.set(ylabel="accuracy", ylim=(0, 1))
+    axes.set(ylabel=of, ylim=(0, 1))
 
 
-# -------------------------------------------------------------------------------- figures of every evaluation
-
-
-def evaluation_figures(
-    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
-) -> dict[str, Callable[[Path], None]]:
-    """The three figures of every evaluation: file name -> function that draws it to a path."""
-    from sklearn.metrics import confusion_matrix
-
-    matrix = confusion_matrix(labels, logits.argmax(1), labels=range(len(class_names)))
-    confidence, correct = confidences(logits, labels)
-    return {
-        "confusion_matrix.png": partial(plot_confusion_matrix, matrix, class_names),
-        "confidence_histogram.png": partial(plot_confidence_histogram, confidence, correct),
-        "confidence_analysis.png": partial(plot_confidence_analysis, confidence, correct),
-    }
+# --- Figures of every evaluation --------------------------------------------------------------------------------------
 
 
 def confusion_matrix_figure(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
@@ -212,9 +198,15 @@ def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path:
         lower.set_xlabel("confidence (probability of the predicted class)")
 
 
-def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: PathLike) -> None:
-    """Reliability diagram with the count of each bin; accuracy if only the most confident are answered."""
-    table = reliability_table(confidence, correct)
+def plot_confidence_analysis(
+    table: Sequence[Mapping[str, Any]], error: float, confidence: np.ndarray, correct: np.ndarray, path: PathLike
+) -> None:
+    """Reliability diagram with the count of each bin; accuracy if only the most confident are answered.
+
+    Args:
+        table, error: `evaluation.reliability_table` and `calibration_error` of the predictions.
+        confidence, correct: of each prediction, (N,).
+    """
     rows = [row for row in table if row["count"]]
     start, count, mean, accuracy = _columns(rows, "low", "count", "confidence", "accuracy")
     width = 1 / len(table)
@@ -232,7 +224,7 @@ def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: 
         diagram, counts = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         _bars(diagram, centre, accuracy, count, width, at=mean)
         diagram.plot([0, 1], [0, 1], "--", color=VERMILION, linewidth=1, label="perfectly calibrated")
-        diagram.set_title(f"Reliability: expected calibration error {calibration_error(table):.3f}")
+        diagram.set_title(f"Reliability: expected calibration error {error:.3f}")
         counts.bar(centre, count, width, color=GREY, edgecolor="white")
         for x, number in zip(centre, count, strict=True):
             counts.text(x, number, f"{number}", ha="center", va="bottom", fontsize=6.5)
@@ -250,11 +242,20 @@ def plot_confidence_analysis(confidence: np.ndarray, correct: np.ndarray, path: 
         right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-# ------------------------------------------------------------------------------------- figures of an analysis
+# --- Figures of an analysis -------------------------------------------------------------------------------------------
+
+
+def _length_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Under each bar of `evaluation.by_length` its lengths and its number of samples."""
+    ranges = ["–".join(dict.fromkeys((str(row["shortest"]), str(row["longest"])))) for row in rows]
+    labels = [f"{span}\nn = {row['count']}" for span, row in zip(ranges, rows, strict=True)]
+    axes.set_xticks(np.arange(len(rows)), labels)
+    axes.set(xlabel="length (real tokens)")
+    axes.grid(axis="x", visible=False)
 
 
 def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
-    """The rows of `accuracy_by_length` as bars."""
+    """The rows of `evaluation.by_length` of accuracies as bars."""
     count, accuracy = _columns(rows, "count", "accuracy")
     x = np.arange(len(rows))
     with _page(path, 7, 3.6) as figure:
@@ -262,12 +263,151 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
         _bars(axes, x, accuracy, count, width=0.8)
         mean = accuracy @ count / count.sum()
         axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3f}")
-        ranges = ["–".join(dict.fromkeys((str(row["shortest"]), str(row["longest"])))) for row in rows]
-        axes.set_xticks(x, [f"{span}\nn = {row['count']}" for span, row in zip(ranges, rows, strict=True)])
-        axes.set(xlabel="length (real tokens)")
+        _length_ticks(axes, rows)
         axes.set_title("Accuracy by sequence length")
-        axes.grid(axis="x", visible=False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+# --- Figures of numbers -----------------------------------------------------------------------------------------------
+
+
+def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
+    """A panel for each of the numbers, up to four to a row."""
+    columns = min(4, len(names))
+    grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid, names, strict=False):
+        axes.set_title(short(str(name), 30))
+    return list(grid[: len(names)])
+
+
+def _page_of_numbers(path: PathLike, names: Sequence[str]) -> Any:
+    return _page(path, 4.4 * min(4, len(names)), 4 * -(-len(names) // 4))
+
+
+def _dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    axes.scatter(x, y, s=np.clip(4000 / len(x), 3, 25), color=BLUE, alpha=0.55, linewidths=0)
+
+
+def plot_predicted_against_true(
+    true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike
+) -> None:
+    """Numbers (N, K) against what was predicted, a panel each, with the diagonal on which they would be equal."""
+    with _page_of_numbers(path, names) as figure:
+        for axes, x, y in zip(_panels(figure, names), true.T, predicted.T, strict=True):
+            _dots(axes, x, y)
+            low, high = min(x.min(), y.min()), max(x.max(), y.max())
+            margin = 0.03 * ((high - low) or 1)
+            ends = (low - margin, high + margin)
+            axes.plot(ends, ends, "--", color=VERMILION, linewidth=1, label="equal")
+            axes.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect="equal")
+            axes.legend()
+
+
+def plot_residuals(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
+    """Residuals (predicted - true) against what was predicted, (N, K) each."""
+    with _page_of_numbers(path, names) as figure:
+        for axes, x, y in zip(_panels(figure, names), predicted.T, (predicted - true).T, strict=True):
+            _dots(axes, x, y)
+            axes.axhline(0, color=VERMILION, linestyle="--", linewidth=1)
+            axes.set(xlabel="predicted", ylabel="predicted - true")
+
+
+def plot_residual_histogram(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
+    """How often each residual (predicted - true) occurs, of numbers (N, K)."""
+    with _page_of_numbers(path, names) as figure:
+        for axes, residuals in zip(_panels(figure, names), (predicted - true).T, strict=True):
+            axes.hist(residuals, bins=min(40, max(8, int(len(residuals) ** 0.5))), color=BLUE, edgecolor="white")
+            axes.axvline(0, color="black", linewidth=1)
+            median = np.median(residuals)
+            axes.axvline(median, color=VERMILION, linestyle="--", linewidth=1, label=f"median {median:.3g}")
+            axes.set(xlabel="predicted - true", ylabel="samples")
+            axes.legend()
+
+
+def plot_error_by_length(rows: Sequence[dict], path: PathLike) -> None:
+    """The rows of `evaluation.by_length` of mean errors as bars."""
+    count, error = _columns(rows, "count", "mean_error")
+    with _page(path, 7, 3.6) as figure:
+        axes = figure.subplots()
+        axes.bar(np.arange(len(rows)), error, 0.8, color=BLUE, alpha=0.55, edgecolor="white")
+        mean = error @ count / count.sum()
+        axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3g}")
+        _length_ticks(axes, rows)
+        axes.set(ylabel="mean error")
+        axes.set_title("Error by sequence length")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
+
+
+# --- Figures of several labels ----------------------------------------------------------------------------------------
+
+
+def plot_precision_recall_bars(per_class: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+    """Precision, recall and F1 of each label, the rows `per_class` of `evaluation.multilabel_metrics`."""
+    ticks, names = _tick_names([row["class"] for row in per_class], most=40)
+    y = np.arange(len(per_class))
+    with _page(path, 7, float(np.clip(0.32 * len(per_class), 2, 12)) + 1.2) as figure:
+        axes = figure.subplots()
+        for offset, (key, colour) in enumerate({"precision": BLUE, "recall": VERMILION, "f1": GREY}.items()):
+            values = [row[key] or 0 for row in per_class]
+            axes.barh(y + 0.25 * (offset - 1), values, 0.25, color=colour, alpha=0.75, label=key.replace("f1", "F1"))
+        axes.set_yticks(ticks, names)
+        axes.set_ylim(len(per_class) - 0.5, -0.5)
+        axes.set(xlim=(0, 1), xlabel="share")
+        axes.grid(axis="y", visible=False)
+        axes.set_title("Precision and recall of each label")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def plot_precision_recall_curves(
+    probabilities: np.ndarray, true: np.ndarray, thresholds: Sequence[float], class_names: Sequence[str], path: PathLike
+) -> None:
+    """Precision against recall of each label as its threshold moves; a dot where the threshold is.
+
+    Args:
+        probabilities: (N, C).
+        true: bool (N, C). Labels that are on no sample are left out; of many the 12 most frequent are drawn.
+    """
+    import seaborn
+    from sklearn.metrics import precision_recall_curve
+
+    support = true.sum(0)
+    shown = [i for i in np.argsort(-support, kind="stable")[:12] if support[i]]
+    with _page(path, 7.5, 4.6) as figure:
+        axes = figure.subplots()
+        for colour, i in zip(seaborn.color_palette("husl", max(1, len(shown))), sorted(shown), strict=False):
+            precision, recall, _ = precision_recall_curve(true[:, i], probabilities[:, i])
+            axes.plot(recall, precision, color=colour, drawstyle="steps-post", label=short(str(class_names[i])))
+            predicted = probabilities[:, i] >= thresholds[i]
+            if predicted.any():
+                hits = (predicted & true[:, i]).sum()
+                axes.plot(hits / support[i], hits / predicted.sum(), "o", color=colour, markersize=5, clip_on=False)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        axes.set_title("Precision and recall; the dots are at the thresholds")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+
+
+def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+    """How often a label is there, against the probability that was answered, over all labels.
+
+    table: rows `low, high, count, confidence, accuracy` of bins of probability, as of `evaluation.reliability_table`.
+    """
+    rows = [row for row in table if row["count"]]
+    start, count, mean, share = _columns(rows, "low", "count", "confidence", "accuracy")
+    width = 1 / len(table)
+    with _page(path, 5.5, 5) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        _bars(upper, start + width / 2, share, count, width, at=mean, of="share")
+        upper.plot([0, 1], [0, 1], "--", color=VERMILION, linewidth=1, label="perfectly calibrated")
+        upper.set(ylabel="share with the label", xlim=(0, 1))
+        upper.set_title("Calibration over all labels")
+        lower.bar(start + width / 2, count, width, color=GREY, edgecolor="white")
+        lower.set(xlabel="probability of a label", ylabel="answers", yscale="log")
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+# --- Figures of images, series and texts ------------------------------------------------------------------------------
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
@@ -283,22 +423,22 @@ def _show_image(axes: Axes, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) -> None:
-    """The images (M, H, W, 1 or 3), before normalisation, of M `most_confident_mistakes`, in their order."""
-    rows = -(-len(mistakes) // 4)
+def plot_mistakes(images: np.ndarray, titles: Sequence[Sequence[str]], path: PathLike) -> None:
+    """The images (M, H, W, 1 or 3), before normalisation, of the M worst answers, the worst first.
+
+    titles: for each image the lines above it.
+    """
+    rows = -(-len(titles) // 4)
     with _page(path, 7.6, 2.4 * rows + 0.4) as figure:
-        figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
-        if not mistakes:
+        figure.suptitle("Worst answers" if titles else "No mistakes")
+        if not titles:
             return
         grid = figure.subplots(rows, 4, squeeze=False).ravel()
-        for axes in grid[len(mistakes) :]:
+        for axes in grid[len(titles) :]:
             axes.set_axis_off()
-        for axes, mistake, image in zip(grid[: len(mistakes)], mistakes, _unit_range(images), strict=True):
+        for axes, lines, image in zip(grid[: len(titles)], titles, _unit_range(images), strict=True):
             _show_image(axes, image)
-            true, predicted = short(mistake["true"]), short(mistake["predicted"])
-            name = short(mistake["id"], 28)
-            title = f"{name}\ntrue {true}\npredicted {predicted}\nconfidence {mistake['confidence']:.1%}"
-            axes.set_title(title, fontsize=7.5, weight="normal")
+            axes.set_title("\n".join(lines), fontsize=7.5, weight="normal")
 
 
 def _distinct_rows(rows: np.ndarray, number: int) -> list[int]:
@@ -424,15 +564,18 @@ def plot_text_attention(
 
 
 def plot_latent_projection(
-    latents: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: PathLike
+    latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike
 ) -> None:
-    """Pooled latents (N, D) of classes (N,) on their first four principal components, two to a panel."""
+    """Pooled latents (N, D) on their first four principal components, two to a panel.
+
+    values: class numbers (N,) that colour them, or other numbers where class_names is None.
+    """
     import seaborn
     from matplotlib.colors import ListedColormap
     from matplotlib.patheffects import withStroke
     from sklearn.decomposition import PCA
 
-    latents, classes = np.asarray(latents, dtype=np.float64), len(class_names)
+    latents = np.asarray(latents, dtype=np.float64)
     pca = PCA(min(4, *latents.shape), svd_solver="full")
     with np.errstate(invalid="ignore", divide="ignore"):  # equal latents have no variance to share out
         points = pca.fit_transform(latents)
@@ -440,66 +583,70 @@ def plot_latent_projection(
     missing = max(0, 2 - len(share))
     points, share = np.pad(points, ((0, 0), (0, missing))), np.pad(share, (0, missing))
     pairs = [(0, 1), (2, 3)][: len(share) // 2]
-    colours = ListedColormap(seaborn.color_palette("colorblind" if classes <= 10 else "husl", classes))
-    ticks, names = _tick_names(class_names, most=25)
+    classes = len(class_names or ())
+    look = {"cmap": "viridis"}
+    if class_names:
+        palette = seaborn.color_palette("colorblind" if classes <= 10 else "husl", classes)
+        look = {"cmap": ListedColormap(palette), "vmin": -0.5, "vmax": classes - 0.5}
     with _page(path, 4.4 * len(pairs) + 1.6, 4.6) as figure:
         figure.suptitle(f"Pooled latents of {len(points):,} samples, projected by PCA")
         panels = figure.subplots(1, len(pairs), squeeze=False)[0]
         for axes, (a, b) in zip(panels, pairs, strict=True):
-            dots = axes.scatter(
-                points[:, a], points[:, b], c=labels, cmap=colours, vmin=-0.5, vmax=classes - 0.5,
-                s=np.clip(6000 / len(points), 3, 30), alpha=0.7, linewidths=0,
-            )  # fmt: skip
+            size = np.clip(6000 / len(points), 3, 30)
+            dots = axes.scatter(points[:, a], points[:, b], c=values, s=size, alpha=0.7, linewidths=0, **look)
             axes.set_xlabel(f"component {a + 1} ({share[a]:.1%} of the variance)")
             axes.set_ylabel(f"component {b + 1} ({share[b]:.1%})")
-            for number in np.unique(labels) if classes <= 10 else ():
-                x, y = np.median(points[labels == number][:, [a, b]], axis=0)
+            for number in np.unique(values) if 0 < classes <= 10 else ():
+                x, y = np.median(points[values == number][:, [a, b]], axis=0)
                 outline = [withStroke(linewidth=2.5, foreground="white")]
                 name = short(str(class_names[number]), 12)
                 axes.text(x, y, name, ha="center", va="center", path_effects=outline)
-        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class")
+        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class" if classes else "truth")
         bar.solids.set_alpha(1)
-        bar.set_ticks(ticks, labels=names)
-        bar.ax.invert_yaxis()
+        if class_names:
+            ticks, names = _tick_names(class_names, most=25)
+            bar.set_ticks(ticks, labels=names)
+            bar.ax.invert_yaxis()
         bar.ax.minorticks_off()
 
 
-# --------------------------------------------------------------------------------------------------- training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def plot_training_curves(
-    history: Sequence[Mapping[str, Any]], path: PathLike, best_epoch: int | None = None
+    history: Sequence[Mapping[str, Any]], path: PathLike, best_epoch: int, headline: str = "accuracy"
 ) -> None:
-    """Loss, accuracy and learning rate over the epochs.
+    """Loss, another figure and learning rate over the epochs.
 
     Args:
-        history: a dict per epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate.
-        best_epoch: the epoch to mark; by default the first with the highest val_accuracy.
+        history: a dict per epoch: epoch, train_loss, val_loss, val_<headline> and, if there is one,
+            train_<headline>, learning_rate.
+        best_epoch: the epoch to mark.
     """
     from matplotlib.ticker import MaxNLocator
 
-    keys = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
-    series = {key: [entry[key] for entry in history] for key in keys}
-    epochs = series["epoch"]
-    best = epochs.index(best_epoch) if best_epoch is not None else int(np.argmax(series["val_accuracy"]))
-    marker = "o" if len(epochs) <= 20 else None
+    epochs = [line["epoch"] for line in history]
+    best, marker = epochs.index(best_epoch), "o" if len(epochs) <= 20 else None
+    labels = {"train": ("training, with dropout", GREY), "val": ("validation", BLUE)}
     with _page(path, 11, 3.4) as figure:
-        loss, accuracy, rate = figure.subplots(1, 3)
-        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-            for part, label, colour in (("train", "training", GREY), ("val", "validation", BLUE)):
-                values = series[f"{part}_{name}"]
-                axes.plot(epochs, values, color=colour, marker=marker, markersize=3, label=label)
-            value = series[f"val_{name}"][best]
+        loss, headlines, rate = figure.subplots(1, 3)
+        for axes, name in ((loss, "loss"), (headlines, headline)):
+            for part, (label, colour) in labels.items():
+                if f"{part}_{name}" in history[0]:
+                    values = [line[f"{part}_{name}"] for line in history]
+                    axes.plot(epochs, values, color=colour, marker=marker, markersize=3, label=label)
+            value = history[best][f"val_{name}"]
             label = f"best epoch {epochs[best]}: {value:.4f}"
             axes.plot(epochs[best], value, "*", color=VERMILION, markersize=11, label=label)
-            axes.set_title(name.capitalize())
+            axes.set_title(name.replace("_", " ").capitalize())
             axes.legend()
-        rate.plot(epochs, series["learning_rate"], color=BLUE, marker=marker, markersize=3)
+        rates = [line["learning_rate"] for line in history]
+        rate.plot(epochs, rates, color=BLUE, marker=marker, markersize=3)
         rate.set_title("Learning rate")
         rate.yaxis.set_major_formatter("{x:.3g}")
         for axes in (loss, rate):
             axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
-        for axes in (loss, accuracy, rate):
+        for axes in (loss, headlines, rate):
             axes.axvline(epochs[best], color=VERMILION, linewidth=0.8, linestyle=":")
             axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

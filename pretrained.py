@@ -50,8 +50,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from adapters import ImageAdapter, TextAdapter
-from config import UserError
 from data_files import open_image, to_rgb
+from messages import UserError
 from perceiver_model import PerceiverModel
 
 # --- Loading ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
-"""How far a training run is: learning rate, epochs, steps, best score, history, random numbers, a request to stop.
+"""All that a training run is made of, and how it goes into a checkpoint and out of it.
 
-Together with weights, optimizer and scaler this is all that a run is made of, and what a checkpoint holds of it.
+    RunState        model, average of its weights, optimizer, gradient scaler, progress, random numbers
+    Progress        how far it is: epochs, steps, sums of the epoch, best epoch, history
+    Schedule        the learning rate of a step
+    StepSums        the figures of the steps, read from the device a few at a time; what is not finite ends the run
+    StopRequest     signals that stop a run between two steps
 """
 
 import ctypes
@@ -9,7 +13,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
@@ -17,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import distributed
-from checkpoint import Contents, Data, SplitSizes, listed, tensor_problems
-from config import UserError
+from batches import random_stream
+from checkpoint import Contents, Data, SplitSizes, listed, load_weights, tensor_problems
+from messages import UserError
 from schema import Positive, read, shown
 
 FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run that is prolonged still learns
@@ -74,8 +80,9 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     return average
 
 
-NOTHING_YET = {"loss": 0.0, "correct": 0, "samples": 0, "norm": 0.0, "steps": 0}
-IN_A_LINE = ("epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+# --- Progress ---------------------------------------------------------------------------------------------------------
+
+IN_A_LINE = ("epoch", "step", "train_loss", "val_loss", "learning_rate")
 
 
 def _is_whole_line(line: dict[str, Any]) -> bool:
@@ -92,21 +99,19 @@ WholeLine = Annotated[Line, _is_whole_line, f"a line of the log with {', '.join(
 
 @dataclass
 class Progress:
-    """How far a run is. Weights, optimizer, scaler, random state and this are all that a run is made of."""
+    """How far a run is."""
 
     run_name: Annotated[str, _is_file_name, "the name of a folder, without the way to it"]
     schedule: Schedule
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the current epoch done
     step: int = 0  # optimizer steps done
-    totals: dict[str, float] = field(default_factory=lambda: dict(NOTHING_YET))  # sums over the current epoch
+    totals: dict[str, float] = field(default_factory=dict)  # sums over the steps of the current epoch
     best: Line = field(default_factory=dict)  # the log's line of the best epoch
     history: list[WholeLine] = field(default_factory=list)  # the log: a line per epoch
     test: dict[str, Any] = field(default_factory=dict)  # the test figures: the run has ended, its figures are drawn
 
     def __post_init__(self) -> None:
-        if self.totals.keys() != NOTHING_YET.keys():
-            raise UserError(f"totals must have {', '.join(NOTHING_YET)}")
         epochs = range(1, self.epoch + 1)  # compared line by line: a forged one may be endless
         if len(self.history) != self.epoch or any(line["epoch"] != epochs[i] for i, line in enumerate(self.history)):
             raise UserError(f"the lines of the history must be those of the {self.epoch} epochs")
@@ -118,19 +123,81 @@ class Progress:
         """Raises UserError for what no run has written."""
         return read(values, cls, "the checkpoint's progress")
 
-    def end_epoch(self, record: dict[str, Any]) -> bool:
-        """Count an epoch, whose line in the log is `record`. Returns whether it is the best so far: the highest
-        validation accuracy, or the same at a lower loss."""
-        self.epoch, self.batch, self.totals = self.epoch + 1, 0, dict(NOTHING_YET)
-        self.history.append(record)
-        score = lambda line: (line["val_accuracy"], -line["val_loss"])  # noqa: E731
-        better = not self.best or score(record) > score(self.best)
+    def add(self, **sums: float) -> None:
+        """Add to the sums over the epoch."""
+        for name, value in sums.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+
+    def end_epoch(self, line: dict[str, Any], score: Callable[[dict[str, Any]], tuple]) -> bool:
+        """Count an epoch, of which `line` is the log's. Returns whether its score is the highest so far."""
+        self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
+        self.history.append(line)
+        better = not self.best or score(line) > score(self.best)
         if better:
-            self.best = record
+            self.best = line
         return better
 
+    def is_finished(self, num_epochs: int, patience: int) -> bool:
+        """Whether all epochs are done, or none was better for as long as early stopping waits (0: for ever).
 
-# --- What else a run is made of, out of a checkpoint ------------------------------------------------------------------
+        Patience counts from the end of the warm-up: before it the rate still rises.
+        """
+        if self.epoch >= num_epochs or not patience:
+            return self.epoch >= num_epochs
+        warming = sum(line["step"] <= self.schedule.warmup_steps for line in self.history)
+        return self.epoch - max(self.best.get("epoch", 0), warming) >= patience
+
+
+class StepSums:
+    """Figures of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
+
+    Args:
+        names: of the figures that `add` is given first: sums over the samples of a step, the first one its objective.
+        scaled: whether there is a gradient scaler. It leaves steps with an infinite gradient out, now and then.
+    """
+
+    def __init__(self, progress: Progress, names: Sequence[str], scaled: bool, stop: "StopRequest"):
+        self.progress, self.names, self.scaled, self.stop = progress, names, scaled, stop
+        self.pending: list[tuple[int, float, list[int], Tensor]] = []
+
+    def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
+        """The figures of a step on these samples: (named sums, a count for each of STOP_SIGNALS, gradient norm)."""
+        self.pending.append((self.progress.step, rate, samples, figures))
+
+    def read(self) -> list[dict[str, float]]:
+        """Add what is pending to the totals of the epoch, and return it: step, rate, samples, norm and the sums each.
+
+        All processes read the same figures after the same steps.
+
+        Raises:
+            UserError: the first objective or gradient that is not finite.
+        """
+        if not self.pending:
+            return []
+        values, steps = torch.stack([figures for *_, figures in self.pending]).tolist(), []
+        for (step, rate, samples, _), (*sums, norm) in zip(self.pending, values, strict=True):
+            sums, told = sums[: len(self.names)], sums[len(self.names) :]
+            if not math.isfinite(sums[0]) or not (self.scaled or math.isfinite(norm)):
+                shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
+                what = "gradient" if math.isfinite(sums[0]) else "loss"
+                raise UserError(
+                    f"the {what} of step {step} is not finite (learning rate {rate:.3g}, training samples {shown}); "
+                    "the saved checkpoints are still good: look at these samples, lower --lr, keep --grad_clip 1, "
+                    "or use --amp off"
+                )
+            for number, count in zip(STOP_SIGNALS, told, strict=True):
+                if count:
+                    self.stop.agreed = number
+            named = dict(zip(self.names, sums, strict=True))
+            self.progress.add(**named, samples=len(samples))
+            if math.isfinite(norm):
+                self.progress.add(norm=norm, steps=1)
+            steps.append({"step": step, "rate": rate, "samples": len(samples), "norm": norm, **named})
+        self.pending.clear()
+        return steps
+
+
+# --- Out of a checkpoint ----------------------------------------------------------------------------------------------
 # A checkpoint may come from anybody. Its optimizer state above all is not to be loaded as it stands: the fused kernels
 # write where its shapes lead them.
 
@@ -240,6 +307,100 @@ def set_random_state(state: dict[str, Any]) -> None:
             raise UserError(f"the checkpoint's random state of CUDA is refused: {error}".splitlines()[0]) from error
 
 
+# --- The whole --------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: the weight matrices of linear layers decay; biases, norms and the latents do not."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+
+
+class RunState:
+    """All that a run is made of. `state` is what a checkpoint holds of it, `restore` takes it back.
+
+    Args:
+        model: on its device; what the optimizer moves.
+        decay: of the moving average of the weights; 0 for none.
+        scaled: whether gradients are scaled, as float16 needs it.
+    """
+
+    def __init__(
+        self, model: nn.Module, progress: Progress, rate: float, weight_decay: float, decay: float, scaled: bool
+    ):
+        self.model, self.progress = model, progress
+        self.average = moving_average(model, decay) if decay else None
+        self.groups = parameter_groups(model, weight_decay)
+        self.optimizer = torch.optim.AdamW(self.groups, lr=rate, fused=True)
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=scaled)
+
+    @property
+    def kept(self) -> nn.Module:
+        """What is evaluated and kept: the moving average of the weights, which steps over the noise of a high rate, or
+        the weights themselves."""
+        return self.average.module if self.average else self.model
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of a run. Called in all processes, since each has a part of it."""
+        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+            rate = self.progress.schedule(self.progress.step - 1)
+            raise UserError(
+                f"the weights after step {self.progress.step} are not finite (learning rate {rate:.3g}); the saved "
+                "checkpoints are still good: lower --lr"
+            )
+        random_states = distributed.gather(random_state()) or [{}]
+        return {
+            "model": dict(self.kept.state_dict()),
+            **({"trained_model": dict(self.model.state_dict())} if self.average else {}),
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "best": self.progress.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "random_state": random_states[0],
+            "other_random_states": random_states[1:],
+            "threads": torch.get_num_threads(),
+        }
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of a checkpoint, but for the random numbers: see `restore_random_numbers`.
+
+        Raises:
+            UserError: something does not fit; nothing of the optimizer is loaded then.
+        """
+        load_weights(self.model, checkpoint.get("trained_model", checkpoint["model"]))
+        if self.average:
+            load_weights(self.average.module, checkpoint["model"])
+            self.average.n_averaged.fill_(self.progress.step)
+        restore_optimizer(self.optimizer, checkpoint)
+        restore_scaler(self.scaler, checkpoint["scaler"])
+
+
+def restore_random_numbers(checkpoint: dict[str, Any] | None, seed: int, step: int) -> None:
+    """The random numbers of this process from here on, which are dropout's.
+
+    The first process draws those of a run of a single one, the others draw their own.
+    """
+    states = [checkpoint["random_state"], *checkpoint.get("other_random_states", [])] if checkpoint else []
+    rank = distributed.rank()
+    if rank < len(states):
+        set_random_state(states[rank])
+    elif rank > 0:
+        torch.manual_seed(int(random_stream("process", seed, rank, step).integers(2**63)))
+
+
+# --- Requests to stop -------------------------------------------------------------------------------------------------
+
 STOP_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
 
@@ -250,9 +411,9 @@ class StopRequest:
     The same signal a second time ends the run at once, but for SIGHUP: a terminal that closes may send several. Where
     SIGHUP is ignored (nohup), it stays so. Outside the main thread Python allows no handlers, and there are none.
 
-    With several processes any of them may get a signal, at any moment. Each adds what it was sent to the figures of
-    its step, so that all see the same sum after the same step and end together, whatever else they are sent: torchrun
-    signals the others as soon as one has ended, and kills what does not end within 30 seconds.
+    With several processes any of them may get a signal, at any moment. Signals are summed with the loss of a step, so
+    all processes see the same ones after the same step and end together, whatever else they are sent: torchrun signals
+    the others as soon as one has ended, and kills what does not end within 30 seconds.
     """
 
     def __init__(self) -> None:

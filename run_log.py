@@ -1,115 +1,243 @@
-"""What a training run shows and writes beside its checkpoints: the screen, log.jsonl, TensorBoard, its folders."""
+"""What a training run shows and writes beside its checkpoints: the screen, log.jsonl, TensorBoard, its folders.
+
+Nothing is decided here: `RunLog` is told what happens.
+"""
 
 import json
-import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, load_checkpoint
-from config import FIELDS, Settings, UserError, print_note, printable
+from config import FIELDS, Settings
 from files import disk_advice, make_folder, new_folder, replace, written_whole
-from progress import STOP_SIGNALS, Progress, StopRequest
+from messages import UserError, print_note, printable, quoted
+from progress import Progress
+from tasks import Task
 
 CURVES = "training_curves.png"
 RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
 
 
-# --- Steps ------------------------------------------------------------------------------------------------------------
+class RunLog:
+    """The screen, log.jsonl and TensorBoard of a run. Only the first process shows and writes."""
 
+    def __init__(self, settings: Settings, task: Task, progress: Progress):
+        self.settings, self.task, self.progress = settings, task, progress
+        self.folder = Path(settings.checkpoint_dir)
+        self.writer: EventWriter | None = None
+        self.bar: tqdm | None = None
 
-class StepLog:
-    """Figures of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
+    # --- Before the first step ---
 
-    A step's figures are the sum of its losses, the number of right answers, the numbers of processes that each of
-    STOP_SIGNALS was sent to, and the norm of its gradient.
-    """
+    def start(
+        self, data: dict[str, Any], model_args: dict[str, Any], parameters: list[int], device: torch.device,
+        precision: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Data, model and device in a few lines; `parameters` with weight decay and without."""
+        settings, sizes = self.settings, data["split_sizes"]
+        decayed, plain = parameters
+        print(
+            f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} "
+            f"test samples; {self.task.about()}; {describe_tokens(data['features'])}\n"
+            + "".join(f"{line}\n" for line in data.get("about", [])) +
+            "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
+            "{num_self_attention_layers} self-attention layers; ".format(**model_args)
+            + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
+            f"device  {device}, {str(precision).removeprefix('torch.')}"
+            + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
+        )
+        if "augmentation" in data:
+            print(f"images  in training {data['augmentation']}")
+        for note in data["notes"]:
+            print_note(note)
 
-    def __init__(self, progress: Progress, writer: Any, scaled: bool, stop: StopRequest):
-        self.progress, self.writer, self.scaled, self.stop = progress, writer, scaled, stop
-        self.pending: list[tuple[int, float, list[int], Tensor]] = []
+    def open(self, resumed: Path | None) -> None:
+        """Make the folders and first files of a run, or bring them to where it continues.
 
-    def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
-        self.pending.append((self.progress.step, rate, samples, figures))
-
-    @disk_advice()
-    def read(self) -> None:
-        """Add what is pending to the epoch's totals. Raises UserError at the first loss or gradient not finite.
-
-        All processes read the same figures after the same steps."""
-        if not self.pending:
+        Args:
+            resumed: the checkpoint, in the run's folder, from which it continues; None for a new run.
+        """
+        if not distributed.is_first():
             return
-        values = torch.stack([figures for *_, figures in self.pending]).tolist()
-        for (step, rate, samples, _), (loss, correct, *stops, norm) in zip(self.pending, values, strict=True):
-            # With a gradient scaler, an infinite gradient is a matter of course: the step is left out.
-            if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
-                shown = ", ".join(map(str, samples[:16])) + (", ..." if len(samples) > 16 else "")
-                what = "gradient" if math.isfinite(loss) else "loss"
-                raise UserError(
-                    f"the {what} of step {step} is not finite (learning rate {rate:.3g}, training samples {shown}); "
-                    "the saved checkpoints are still good: look at these samples, lower --lr, keep --grad_clip 1, "
-                    "or use --amp off"
-                )
-            for number, told in zip(STOP_SIGNALS, stops, strict=True):
-                if told:
-                    self.stop.agreed = number
-            totals = self.progress.totals
-            totals["loss"] += loss
-            totals["correct"] += correct
-            totals["samples"] += len(samples)
-            if math.isfinite(norm):
-                totals["norm"] += norm
-                totals["steps"] += 1
-            if self.writer:
-                for name, value in {"loss": loss / len(samples), "gradient_norm": norm, "learning_rate": rate}.items():
-                    self.writer.add_scalar(f"step/{name}", value, step)
-        self.pending.clear()
+        progress, folder = self.progress, make_folder(self.folder)
+        log_dir = make_folder(self.settings.log_dir)
+        import seaborn  # noqa: F401 (what an epoch's figures need breaks now, before anything is moved)
 
-    def summary(self) -> str:
-        """The epoch so far, for the progress bar."""
-        totals = self.progress.totals
-        return (
-            f"loss {totals['loss'] / totals['samples']:.3f}, acc {totals['correct'] / totals['samples']:.3f}, "
-            f"lr {self.progress.schedule(self.progress.step - 1):.1e}"
+        with suppress(ImportError):  # see tensorboard_writer
+            import torch.utils.tensorboard  # noqa: F401
+        for name in RUN_FILES:
+            for left in folder.glob(f"{name}*.tmp"):  # by a killed process
+                left.unlink(missing_ok=True)
+        if resumed is None:
+            if kept := set_aside(folder, RUN_FILES):
+                print_note(f"the earlier run in {folder} was moved to {kept}")
+            progress.run_name = new_folder(log_dir, progress.run_name).name
+        else:
+            if kept := set_aside(folder, files_beyond(folder, resumed, progress)):
+                print_note(
+                    f"the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
+                    f"held beyond that, or of another run, was moved to {kept}"
+                )
+            with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end
+                (folder / CURVES).unlink(missing_ok=True)  # it shows fewer epochs than there will be
+            write_log(folder, progress)
+        with disk_advice():
+            evaluation.write_results(folder / "settings.json", self.settings.to_dict())
+        step = None if resumed is None else progress.step
+        self.writer = tensorboard_writer(log_dir / progress.run_name, self.settings, step)
+
+    # --- While it trains ---
+
+    def begin_epoch(self, batches: int) -> None:
+        """An epoch, of which so many batches are left: a bar on a terminal, nothing elsewhere."""
+        progress = self.progress
+        self.started, self.samples_before = time.perf_counter(), progress.totals.get("samples", 0)
+        self.bar = tqdm(
+            desc=f"epoch {progress.epoch + 1}/{self.settings.num_epochs}",
+            initial=progress.batch,
+            total=progress.batch + batches,
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (distributed.is_first() and sys.stderr.isatty()),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",  # all of it fits into 80 columns
         )
 
+    @disk_advice()
+    def steps(self, steps: Iterable[Mapping[str, float]]) -> None:
+        """Steps whose figures were read from the device."""
+        steps = list(steps)
+        if self.writer:
+            for step in steps:
+                loss = step["loss"] / step["samples"]
+                shown = {"loss": loss, "gradient_norm": step["norm"], "learning_rate": step["rate"]}
+                for name, value in shown.items():
+                    self.writer.add_scalar(f"step/{name}", value, step["step"])
+        if steps and self.bar is not None and not self.bar.disable:
+            totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
+            figures = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
+            shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in figures.items())
+            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {self._speed():,.0f} samples/s")
 
-# --- What a person sees -----------------------------------------------------------------------------------------------
+    def advance(self, batches: int) -> None:
+        self.bar.update(batches)
+
+    def end_steps(self) -> None:
+        self.bar.close()
+        self.bar, self.seconds = None, time.perf_counter() - self.started
+        self.speed = self._speed()
+
+    def _speed(self) -> float:
+        return (self.progress.totals.get("samples", 0) - self.samples_before) / (time.perf_counter() - self.started)
+
+    def line(self, validation: Mapping[str, float]) -> dict[str, float]:
+        """The line of the epoch that ends, for log.jsonl: of its steps, and of its validation."""
+        progress, totals = self.progress, self.progress.totals
+        line = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": totals["loss"] / totals["samples"]}
+        objective = totals["objective"] / totals["samples"]
+        if objective != line["train_loss"]:  # smoothed labels or weighted classes
+            line["train_objective"] = objective
+        return {
+            **line,
+            **self.task.train_figures(totals),
+            **validation,
+            "learning_rate": progress.schedule(progress.step - 1),
+            "gradient_norm": totals.get("norm", 0) / max(1, totals.get("steps", 0)),
+            "samples_per_second": self.speed,
+            "seconds": self.seconds,
+        }
+
+    @disk_advice()
+    def epoch(self, metrics: Mapping[str, Any], is_best: bool) -> None:
+        """The epoch that has ended: on the screen, in log.jsonl, and in TensorBoard with what is drawn of the best."""
+        if not distributed.is_first():
+            return
+        line, headline, epochs = self.progress.history[-1], self.task.headline, self.settings.num_epochs
+
+        def part(name: str) -> str:
+            value = line.get(f"{name}_{headline}")
+            label = headline.replace("_", " ")
+            return f"{name} loss {line[f'{name}_loss']:.4f}" + (f" {label} {value:.4f}" if value is not None else "")
+
+        say(
+            f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}  "
+            f"lr {line['learning_rate']:.2e}  {line['samples_per_second']:,.0f} samples/s  {line['seconds']:.1f} s"
+            + ("  best" if is_best else "")
+        )
+        write_log(self.folder, self.progress)
+        if not self.writer:
+            return
+        for name, value in line.items():
+            group, _, figure = name.partition("_")
+            if group in ("train", "val"):
+                self.writer.add_scalar(f"epoch/{figure}", value, line["step"], group)
+        self.writer.add_scalar("step/samples_per_second", line["samples_per_second"], line["step"])
+        if is_best and "confusion_matrix" in metrics:
+            from torch.utils.tensorboard import summary
+
+            figure = plots.confusion_matrix_figure(metrics["confusion_matrix"], self.task.class_names)
+            with plots.missing_glyphs_noted():
+                figure.canvas.draw()
+            picture = np.asarray(figure.canvas.buffer_rgba())  # (H, W, 4)
+            self.writer.add(summary.image("val/confusion_matrix", picture, dataformats="HWC"), line["step"])
+        self.writer.flush()
+
+    def flush(self) -> None:
+        if self.writer:
+            with disk_advice():
+                self.writer.flush()
+
+    # --- After the last step ---
+
+    def draw_curves(self) -> None:
+        if distributed.is_first():
+            with disk_advice():
+                history, best = self.progress.history, self.progress.best["epoch"]
+                plots.plot_training_curves(history, self.folder / CURVES, best, self.task.headline)
+
+    def end(self, tested: Mapping[str, Any], model: Path, is_best: bool) -> None:
+        """The closing lines: of the epoch whose model was tested, and its file."""
+        progress, headline = self.progress, self.task.headline
+        label, test = headline.replace("_", " "), progress.test
+        if progress.epoch < self.settings.num_epochs:
+            print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
+        print(
+            f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
+            f"{tested[f'val_{headline}']:.4f}, test {label} {test[headline]:.4f} ({test['num_samples']} samples, "
+            f"touched only now)\n"
+            f"curves: {printable(str(self.folder / CURVES))}\n"
+            f"next:   python inference.py --model_path {quoted(model)} --analyze --output_dir results/"
+        )
+
+    def close(self) -> None:
+        """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
+        if not self.writer:
+            return
+        from torch.utils.tensorboard import summary
+
+        progress, headline = self.progress, self.task.headline
+        tested = progress.history[progress.test["epoch"] - 1]
+        figures = {f"val_{headline}": tested[f"val_{headline}"], "val_loss": tested["val_loss"]}
+        for name, value in {**figures, f"test_{headline}": progress.test[headline]}.items():
+            self.writer.add_scalar(f"best/{name}", value, progress.step + 1)
+        self.writer.add(summary.hparams({}, {})[2], progress.step + 1)
+        self.writer.close()
 
 
-def print_run(
-    settings: Settings, data: dict[str, Any], model_args: dict[str, Any], groups: list[dict], device: torch.device,
-    amp_dtype: torch.dtype | None,
-) -> None:  # fmt: skip
-    sizes = data["split_sizes"]
-    decayed, plain = (sum(p.numel() for p in group["params"]) for group in groups)
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    print(
-        f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
-        f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
-        + "".join(f"{line}\n" for line in data.get("about", [])) +
-        "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
-        "{num_self_attention_layers} self-attention layers; ".format(**model_args)
-        + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
-        f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
-    )
-    if "augmentation" in data:
-        print(f"images  in training {data['augmentation']}")
-    for note in data["notes"]:
-        print_note(note)
+# --- Lines on the screen ----------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -139,50 +267,6 @@ def share_of_a_batch(settings: Settings) -> str:
     return f"; {size} processes, {each} of the {batch} samples of a batch each"
 
 
-def progress_bar(settings: Settings, progress: Progress, batches_left: int) -> tqdm:
-    """A bar of the epoch's batches on a terminal; nothing elsewhere."""
-    return tqdm(
-        desc=f"epoch {progress.epoch + 1}/{settings.num_epochs}",
-        initial=progress.batch,
-        total=progress.batch + batches_left,
-        unit="batch",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (distributed.is_first() and sys.stderr.isatty()),
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",  # all of it fits into 80 columns
-    )
-
-
-@disk_advice()
-def log_epoch(
-    folder: Path, writer: Any, settings: Settings, progress: Progress, matrix: Any, class_names: list[str]
-) -> None:
-    """The epoch on the screen, in log.jsonl and in TensorBoard (with the confusion matrix where it is given)."""
-    record = progress.history[-1]
-    say(
-        f"epoch {record['epoch']:>{len(str(settings.num_epochs))}}/{settings.num_epochs}  "
-        f"train loss {record['train_loss']:.4f} accuracy {record['train_accuracy']:.4f}  "
-        f"val loss {record['val_loss']:.4f} accuracy {record['val_accuracy']:.4f}  "
-        f"lr {record['learning_rate']:.2e}  {record['samples_per_second']:,.0f} samples/s  {record['seconds']:.1f} s"
-        + ("  best" if progress.best["epoch"] == record["epoch"] else "")
-    )
-    write_log(folder, progress)
-    if writer:
-        for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "val_balanced_accuracy"):
-            part, _, figure = name.partition("_")
-            writer.add_scalar(f"epoch/{figure}", record[name], record["step"], part)
-        writer.add_scalar("step/samples_per_second", record["samples_per_second"], record["step"])
-        if matrix:
-            from torch.utils.tensorboard import summary
-
-            figure = plots.confusion_matrix_figure(matrix, class_names)
-            with plots.missing_glyphs_noted():
-                figure.canvas.draw()
-            picture = np.asarray(figure.canvas.buffer_rgba())  # (H, W, 4)
-            writer.add(summary.image("val/confusion_matrix", picture, dataformats="HWC"), record["step"])
-        writer.flush()
-
-
 @disk_advice()
 def write_log(folder: Path, progress: Progress) -> None:
     """Write log.jsonl from the whole history, so that a resumed run leaves neither gaps nor doubles.
@@ -200,7 +284,6 @@ def write_log(folder: Path, progress: Progress) -> None:
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 PARTS = ("", "train", "val")  # folders of a run: TensorBoard draws what has one name in several of them as one chart
-FINAL = ("best/val_accuracy", "best/val_loss", "best/test_accuracy")  # of the best epoch; the first ones in HPARAMS
 
 
 class EventWriter:
@@ -278,53 +361,7 @@ def _hyperparameters(settings: Settings) -> dict[str, float | str]:
     return {name: value if name in numbers else str(value) for name, value in settings.to_dict().items()}
 
 
-def log_end(writer: EventWriter | None, progress: Progress) -> None:
-    """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
-    if writer:
-        from torch.utils.tensorboard import summary
-
-        tested = progress.history[progress.test["epoch"] - 1]
-        figures = (tested["val_accuracy"], tested["val_loss"], progress.test["accuracy"])
-        for name, value in zip(FINAL, figures, strict=True):
-            writer.add_scalar(name, value, progress.step + 1)
-        writer.add(summary.hparams({}, {})[2], progress.step + 1)
-        writer.close()
-
-
 # --- Files ------------------------------------------------------------------------------------------------------------
-
-
-def open_run(settings: Settings, folder: Path, progress: Progress, resumed: Path | None) -> Any:
-    """Make the folders and first files of a run, or bring them to where it goes on; TensorBoard's writer or None.
-
-    Args:
-        resumed: the checkpoint, in `folder`, from which the run goes on; None for a new run.
-    """
-    make_folder(folder)
-    log_dir = make_folder(settings.log_dir)
-    import seaborn  # noqa: F401 (what an epoch's figures need breaks now, before anything is moved)
-
-    with suppress(ImportError):  # see tensorboard_writer
-        import torch.utils.tensorboard  # noqa: F401
-    for name in RUN_FILES:
-        for left in folder.glob(f"{name}*.tmp"):  # by a killed process
-            left.unlink(missing_ok=True)
-    if resumed is None:
-        if kept := set_aside(folder, RUN_FILES):
-            print_note(f"the earlier run in {folder} was moved to {kept}")
-        progress.run_name = new_folder(log_dir, progress.run_name).name
-    else:
-        if kept := set_aside(folder, files_beyond(folder, resumed, progress)):
-            print_note(
-                f"the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
-                f"held beyond that, or of another run, was moved to {kept}"
-            )
-        with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end
-            (folder / CURVES).unlink(missing_ok=True)  # it shows fewer epochs than there will be
-        write_log(folder, progress)
-    with disk_advice():
-        evaluation.write_results(folder / "settings.json", settings.to_dict())
-    return tensorboard_writer(log_dir / progress.run_name, settings, None if resumed is None else progress.step)
 
 
 def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from config import UserError
+from messages import UserError
 
 Size = Annotated[int, lambda number: 1 <= number < 2**31, "a whole number of 1 or more"]
 Positive = Annotated[float, lambda number: number > 0, "a finite number above 0"]

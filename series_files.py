@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from config import Settings, UserError
+from config import Settings
 from labels import class_name, same_class
+from messages import UserError
 from tables import (
     DEFAULTS,
     Cells,

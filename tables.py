@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import OUR_TABLES, Settings, UserError, from_spreadsheet_cell
+from config import Settings
+from messages import OUR_TABLES, UserError, from_spreadsheet_cell
 
 DEFAULTS = Settings()
 DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "pipes", ",": "commas"}  # those that are looked for

@@ -3,8 +3,8 @@
     python train.py --dataset digits                                    # real 8x8 images, minutes on a laptop CPU
     python train.py --dataset synthetic --epochs 10 --batch_size 16     # sequences of different lengths
     python train.py --dataset cifar10 --model_size small --epochs 100 --lr 1e-4
-    python train.py --dataset cifar10 --config config.json --lr 2e-4    # a flag goes over the file
-    python train.py --resume                                            # go on from checkpoints/last_model.pth
+    python train.py --dataset cifar10 --config config.json --lr 2e-4    # flags override the file
+    python train.py --resume                                            # continue from checkpoints/last_model.pth
     torchrun --standalone --nproc_per_node=2 train.py --dataset digits  # the same run on two devices (distributed.py)
 
 A run writes into --checkpoint_dir: best_model.pth (best on validation data), last_model.pth (for --resume),
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
 import distributed
 import evaluation
-import plots
+import tasks
+from batches import (
+    create_dataloader,
+    loaded_of,
+    model_inputs,
+    set_epoch,
+    share_of,
+    token_counts,
+    unshared,
+)
 from checkpoint import (
     BEST,
     LAST,
@@ -41,7 +49,6 @@ from checkpoint import (
     check_model_arguments,
     check_weights,
     load_checkpoint,
-    load_weights,
     model_arguments,
     save_checkpoint,
 )
@@ -49,70 +56,50 @@ from config import (
     FIELDS,
     OWN_DATA,
     Settings,
-    UserError,
     changed_settings,
     check_folder,
     check_memory,
     choose_device,
     choose_precision,
-    exit_on_user_error,
     flag_of,
     format_settings,
     has_effect,
     make_parser,
-    memory_advice,
-    print_note,
-    printable,
-    quoted,
     resolve,
     unused_settings,
 )
-from data_utils import (
-    CIFAR10_FILES,
-    create_dataloader,
-    load_splits,
-    loaded_of,
-    random_stream,
-    set_epoch,
-    share_of,
-    unshared,
-)
-from files import disk_advice, owned
+from data_utils import CIFAR10_FILES, load_splits
+from files import owned
+from messages import UserError, exit_on_user_error, memory_advice, print_note, printable, quoted
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
     Progress,
+    RunState,
     Schedule,
+    StepSums,
     StopRequest,
     begin_worker,
     check_run,
-    moving_average,
-    random_state,
-    restore_optimizer,
-    restore_scaler,
-    set_random_state,
+    restore_random_numbers,
 )
-from run_log import CURVES, StepLog, log_end, log_epoch, open_run, print_run, progress_bar, say
+from run_log import CURVES, RunLog, say
 from schema import shown
+from tasks import Task
 
-CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
-READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
-
-
-# --- Weight decay and memory ------------------------------------------------------------------------------------------
+CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
+READ_EVERY = 20  # steps between two copies of their figures from a CUDA device, which wait for it; on a CPU, 1
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: the weight matrices of linear layers decay; biases, norms and the latents do not."""
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
-    ]
+# --- What helps when memory runs out ----------------------------------------------------------------------------------
 
-
-GO_ON = "; the last checkpoint is whole, go on from it with --resume"
+GO_ON = "; the last checkpoint is whole, continue from it with --resume"
+MODEL_REMEDIES = (
+    "a smaller --model_size",
+    "a smaller --d_model, --num_latents, --mlp_ratio or --cross_attention_dim",
+    "fewer --num_self_attention_layers",
+    "another --device",
+)
 
 
 def step_remedies(settings: Settings) -> list[str]:
@@ -138,14 +125,6 @@ def data_remedies(settings: Settings) -> list[str]:
     ]
 
 
-MODEL_REMEDIES = (
-    "a smaller --model_size",
-    "a smaller --d_model, --num_latents, --mlp_ratio or --cross_attention_dim",
-    "fewer --num_self_attention_layers",
-    "another --device",
-)
-
-
 @contextmanager
 def compiler_advice() -> Iterator[None]:
     """Turn what torch.compile cannot do on this machine, mostly for lack of a compiler, into a UserError."""
@@ -160,264 +139,166 @@ def compiler_advice() -> Iterator[None]:
         raise UserError(f"--compile: {reason}; install what is missing, or train with --no_compile") from error
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
+# --- A run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What `prepare` makes of settings and data, for `fit` and `finish`."""
+
+    settings: Settings
+    data: dict[str, Any]  # its description, see data_utils.load_splits
+    task: Task
+    splits: dict[str, Any]
+    loaders: dict[str, Any]  # of 'train' and 'val'
+    device: torch.device
+    amp_dtype: torch.dtype | None  # of autocast; None for float32 throughout
+    model_args: dict[str, Any]
+    state: RunState
+    replica: nn.Module  # the model as a step calls it: compiled, and with several processes in DistributedDataParallel
+    evaluated: nn.Module  # what is validated
+    sums: StepSums
+    log: RunLog
+    stop: StopRequest
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.checkpoint_dir)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def read_sums(self) -> None:
+        """Read the figures of the steps from the device; what is not finite ends the run here."""
+        self.log.steps(self.sums.read())
+
+    def save(self, name: str) -> None:
+        """Called in all processes, since each has a part of the state; the first one writes."""
+        self.read_sums()  # nothing is saved before it is known to be finite
+        state = self.state.state()
+        self.log.flush()  # the curves are never behind the checkpoint
+        if distributed.is_first():
+            about = {"model_args": self.model_args, "settings": self.settings.to_dict(), "data": self.data}
+            save_checkpoint(self.folder / name, about | state)
+            if name == LAST:
+                distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.folder / LAST))
 
 
 def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> int:
-    """Run, or go on with, a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
+    """Run, or continue, a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     Args:
-        checkpoint: what to go on from, and `resumed` its file; neither for a new run.
+        checkpoint: what to continue from, and `resumed` its file; neither for a new run.
 
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
     """
-    rank, size = distributed.rank(), distributed.size()
+    run = prepare(settings, checkpoint, resumed)
+    if checkpoint is None:
+        run.save(LAST)
+    with run.stop:
+        fit(run)
+        if run.stop.agreed:
+            return stopped(run)
+    finish(run)
+    return 0
+
+
+# --- Before the first step --------------------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> Run:
+    """Read the data, make the model and all else, and try out what can fail before any file is written or moved."""
     device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
-    batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
-
-    # A model that cannot be is refused before any data is read or downloaded
-    with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
-        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
-    number = sum(parameter.numel() for parameter in sketch.parameters())
-    check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
-
-    # Data, model, optimizer
-    with distributed.in_turn(), memory_advice("while reading the data", data_remedies(settings)):
+    check_size(settings, device)
+    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint and checkpoint["data"])
-    if checkpoint:
-        for what in ("split_sizes", "fingerprints"):
-            if data[what] != checkpoint["data"][what]:
-                raise UserError(
-                    f"the data have changed ({what} were {checkpoint['data'][what]}, now {data[what]}); bring the old "
-                    "data back in their old order, or start a new run without --resume"
-                )
+    task = tasks.from_description(data["task"])
+    if settings.select_by not in (None, *task.higher_is_better):
+        raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
+                        f"{', '.join(task.higher_is_better)}")  # fmt: skip
     loaders = {
         name: create_dataloader(
             splits[name],
             settings.batch_size,
-            num_classes=data["num_classes"],
+            targets=task,
             shuffle=name == "train",
             bucket_by_length=settings.bucket_by_length and name == "train",
             seed=settings.seed,
             num_workers=settings.num_workers,
             pin_memory=device.type == "cuda",
-            share=(rank, size),
+            share=(distributed.rank(), distributed.size()),
         )
         for name in ("train", "val")
     }
-    model_args = model_arguments(settings, data)
     if checkpoint:
+        check_data(checkpoint, data)
         check_model(checkpoint, settings, data, len(loaders["train"]))
+
+    steps_per_epoch = math.ceil(len(loaders["train"]) / settings.accumulation_steps)
+    progress = progress_of(checkpoint) if checkpoint else new_progress(settings, steps_per_epoch)
     with memory_advice("for a model of this size", MODEL_REMEDIES):
         model = new_model(settings, data).to(device)
-        # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
-        average = moving_average(model, settings.ema_decay) if settings.ema_decay else None
+        scaled = amp_dtype == torch.float16
+        decay = settings.ema_decay
+        state = RunState(model, progress, settings.learning_rate, settings.weight_decay, decay, scaled)
     run_model = model
     if settings.compile:
         with compiler_advice():
             run_model = compiled(model, device, settings.accumulation_steps)
-    evaluated = average.module if average else run_model
-    groups = parameter_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    print_run(settings, data, model_args, groups, device, amp_dtype)
+    model_args, precision = model_arguments(settings, data), amp_dtype or torch.float32
+    log = RunLog(settings, task, progress)
+    log.start(data, model_args, [sum(p.numel() for p in group["params"]) for group in state.groups], device, precision)
+    if checkpoint:
+        state.restore(checkpoint)
+        left = (settings.num_epochs - progress.epoch) * steps_per_epoch
+        left -= math.ceil(progress.batch / settings.accumulation_steps)
+        progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + left)
 
-    # How far the run is
-    steps_per_epoch = math.ceil(len(loaders["train"]) / settings.accumulation_steps)
-    if checkpoint is None:
-        total_steps = settings.num_epochs * steps_per_epoch
-        warmup_steps = round(settings.warmup_fraction * total_steps)
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{settings.model_size}"
-        progress = Progress(name, Schedule(settings.learning_rate, warmup_steps, total_steps))
-    else:
-        progress = Progress.from_dict(checkpoint["progress"])
-        progress.test = {}  # until it has ended again
-        load_weights(model, checkpoint.get("trained_model", checkpoint["model"]))
-        if average:
-            load_weights(average.module, checkpoint["model"])
-            average.n_averaged.fill_(progress.step)
-        restore_optimizer(optimizer, checkpoint)
-        restore_scaler(scaler, checkpoint["scaler"])
-        steps_left = (settings.num_epochs - progress.epoch) * steps_per_epoch
-        steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
-        progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
-
+    stop = StopRequest()
+    evaluated = state.kept if state.average else run_model
+    sums = StepSums(progress, ("objective", *task.step_names), scaled, stop)
+    run = Run(settings, data, task, splits, loaders, device, amp_dtype, model_args, state, run_model, evaluated, sums,
+              log, stop)  # fmt: skip
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
     with compiler_advice() if settings.compile else nullcontext():
         if settings.compile:
             print("compiling the model, which may take minutes", flush=True)
-        validate(evaluated, loaders["val"], settings, data, device, amp_dtype, 2)
-        rehearse(run_model, loaders["train"], progress.epoch, settings, device, amp_dtype)
+        validate(run, batches=2)
+        rehearse(run)
     with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
-        replica = distributed.replicate(run_model)
-    folder = Path(settings.checkpoint_dir)
-    writer = open_run(settings, folder, progress, resumed) if rank == 0 else None
-    stop = StopRequest()
+        run.replica = distributed.replicate(run_model)
+    log.open(resumed)
     for loader in loaders.values():
         loader.worker_init_fn = partial(begin_worker, stop.over)
-    log = StepLog(progress, writer, scaler.is_enabled(), stop)
-
-    # Random numbers from here on are dropout's. Each process draws its own, the first one those of a single process
-    states = [checkpoint["random_state"], *checkpoint.get("other_random_states", [])] if checkpoint else []
-    if rank < len(states):
-        set_random_state(states[rank])
-    elif rank > 0:
-        torch.manual_seed(int(random_stream("process", settings.seed, rank, progress.step).integers(2**63)))
-
-    def save(name: str) -> None:
-        """Called in all processes, since each has a part of the state; the first one writes."""
-        log.read()  # nothing is saved before it is known to be finite
-        if not all(weights.isfinite().all() for weights in model.parameters()):
-            raise UserError(
-                f"the weights after step {progress.step} are not finite (learning rate "
-                f"{progress.schedule(progress.step - 1):.3g}); the saved checkpoints are still good: lower --lr"
-            )
-        states = distributed.gather(random_state())
-        if rank > 0:
-            return
-        if writer:
-            with disk_advice():
-                writer.flush()  # the curves are never behind the checkpoint
-        contents = {
-            "model": dict((average.module if average else model).state_dict()),
-            **({"trained_model": dict(model.state_dict())} if average else {}),
-            "model_args": model_args,
-            "settings": settings.to_dict(),
-            "data": data,
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "best": progress.best,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "progress": asdict(progress),
-            "random_state": states[0],
-            "other_random_states": states[1:],
-            "threads": torch.get_num_threads(),
-        }
-        save_checkpoint(folder / name, contents)
-        if name == LAST:
-            distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(folder / LAST))
-
-    if checkpoint is None:
-        save(LAST)
-
-    with stop:
-        while not (stop.agreed or is_finished(settings, progress)):
-            # One epoch; its order and augmentation depend on seed and epoch alone
-            model.train()
-            set_epoch(loaders["train"], progress.epoch, progress.batch)
-            # The sample numbers of every batch still to come, of which each process computes its share
-            order = loaders["train"].batch_sampler.batches(progress.epoch)[progress.batch :]
-            batches = iter(loaders["train"])
-            started, samples_before = time.perf_counter(), progress.totals["samples"]
-            bar = progress_bar(settings, progress, len(order))
-            for first in range(0, len(order), settings.accumulation_steps):
-                # One optimizer step, on the mean loss of the samples of one or more batches
-                group = order[first : first + settings.accumulation_steps]
-                samples = [number for batch in group for number in batch]
-                rate = progress.schedule(progress.step)
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                figures = torch.zeros(2 + len(STOP_SIGNALS), device=device)  # see StepLog
-                for numbers in group:
-                    batch = next(batches)
-                    own = len(share_of(numbers, rank, size))  # 0: the batch is a stand-in, of which nothing counts
-                    exchange = nullcontext() if numbers is group[-1] else distributed.gradients_stay(replica)
-                    tokens = f"{batch_size} and samples of up to {evaluation.token_counts(batch).max()} tokens"
-                    with memory_advice(tokens, remedies, GO_ON), exchange:
-                        x, mask = evaluation.model_inputs(batch, device)
-                        label = batch["label"][:own].to(device, non_blocking=True)
-                        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                            logits = replica(x, mask)[:own]  # (own, num_classes)
-                            loss = F.cross_entropy(
-                                logits, label, label_smoothing=settings.label_smoothing, reduction="sum"
-                            )
-                        scaler.scale(loss * size / len(samples)).backward()  # the processes' mean is the step's
-                    figures[:2] += torch.stack([loss.detach(), (logits.detach().argmax(1) == label).sum()])
-                if stop.signal:
-                    figures[2 + STOP_SIGNALS.index(stop.signal)] = 1
-                distributed.add_up(figures)
-                scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
-                norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-                with memory_advice(f"{batch_size} and the optimizer's state", remedies, GO_ON):
-                    scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                if average:
-                    average.update_parameters(model)
-
-                progress.step += 1
-                progress.batch += len(group)
-                log.add(rate, samples, torch.cat([figures, norm[None]]))
-                bar.update(len(group))
-                if device.type == "cpu" or progress.step % READ_EVERY == 0:
-                    log.read()
-                    seconds = time.perf_counter() - started
-                    speed = (progress.totals["samples"] - samples_before) / seconds
-                    bar.set_postfix_str(f"{log.summary()}, {speed:,.0f} samples/s")
-                if settings.save_every and progress.step % settings.save_every == 0 and group[-1] is not order[-1]:
-                    save(LAST)
-                if stop.agreed:
-                    break
-            del batches  # and the processes that loaded them
-            bar.close()
-            log.read()
-            seconds = time.perf_counter() - started
-            if stop.agreed:
-                break
-
-            # Validation, and the epoch's line in the log
-            metrics, matrix = validate(evaluated, loaders["val"], settings, data, device, amp_dtype)
-            totals = progress.totals
-            record = {
-                "epoch": progress.epoch + 1,
-                "step": progress.step,
-                "train_loss": totals["loss"] / totals["samples"],
-                "train_accuracy": totals["correct"] / totals["samples"],
-                **metrics,
-                "learning_rate": progress.schedule(progress.step - 1),
-                "gradient_norm": totals["norm"] / max(1, totals["steps"]),
-                "samples_per_second": (totals["samples"] - samples_before) / seconds,
-                "seconds": seconds,
-            }
-            better = progress.end_epoch(record)
-            if rank == 0:
-                log_epoch(folder, writer, settings, progress, matrix if better else None, data["class_names"])
-            if better:
-                save(BEST)
-            save(LAST)
-
-        if stop.agreed:
-            save(LAST)
-            say(
-                f"{signal.Signals(stop.agreed).name}: saved {printable(str(folder / LAST))} at step {progress.step}. "
-                f"Go on with: {distributed.launcher()} train.py --resume {quoted(folder / LAST)}"
-            )
-            distributed.wait_for_all()
-            return 0 if distributed.is_started_again() else 128 + stop.agreed
-
-    finish(settings, folder, progress, evaluated, splits["test"], data, device, amp_dtype)
-    save(LAST)  # with the test figures: the run has ended
-    log_end(writer, progress)
-    return 0
+    restore_random_numbers(checkpoint, settings.seed, progress.step)
+    return run
 
 
-def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
-    """The model, compiled, with the random numbers of the plain one. On CUDA batches of one shape run as CUDA graphs,
-    one launch instead of hundreds.
+def check_size(settings: Settings, device: torch.device) -> None:
+    """Refuse a model that cannot be, or is too large for the device, before any data is read or downloaded."""
+    with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2})
+    number = sum(parameter.numel() for parameter in sketch.parameters())
+    check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
 
-    A graph leaves its gradients in memory that its next run uses again, so they cannot be accumulated or exchanged.
-    """
-    options = {"fallback_random": True}  # torch's own kernel for dropout, which also makes 4 numbers at a time
-    if device.type == "cuda" and accumulation_steps == 1 and distributed.size() == 1:
-        options |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-    return torch.compile(model, options=options)
+
+def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
+    total_steps = settings.num_epochs * steps_per_epoch
+    schedule = Schedule(settings.learning_rate, round(settings.warmup_fraction * total_steps), total_steps)
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{settings.model_size}"
+    return Progress(name, schedule)
+
+
+def progress_of(checkpoint: dict[str, Any]) -> Progress:
+    progress = Progress.from_dict(checkpoint["progress"])
+    progress.test = {}  # until it has ended again
+    return progress
 
 
 def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
@@ -427,21 +308,14 @@ def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
         raise UserError(str(error)) from error
 
 
-def rehearse(
-    model: nn.Module, loader: Any, epoch: int, settings: Settings, device: torch.device, amp_dtype: Any
-) -> None:
-    """The passes of a training step over the first batch of an epoch, which leave no trace: neither in the gradients
-    nor in the random numbers."""
-    numbers = loaded_of(loader.batch_sampler.batches(epoch)[0], distributed.rank(), distributed.size())
-    cards = [torch.cuda.current_device()] if device.type == "cuda" else []
-    advice = memory_advice(f"with batch_size {settings.batch_size}", step_remedies(settings))
-    with torch.random.fork_rng(cards), advice:
-        (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
-        model.train()
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(*evaluation.model_inputs(batch, device))
-            F.cross_entropy(logits, batch["label"].to(device)).backward()
-    model.zero_grad(set_to_none=True)
+def check_data(checkpoint: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise UserError unless the data are those of the run so far."""
+    for what in ("split_sizes", "fingerprints"):
+        if data[what] != checkpoint["data"][what]:
+            raise UserError(
+                f"the data have changed ({what} were {checkpoint['data'][what]}, now {data[what]}); bring the old data "
+                "back in their old order, or start a new run without --resume"
+            )
 
 
 def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
@@ -460,79 +334,186 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
         raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
 
 
-def collect(
-    model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
-) -> dict[str, np.ndarray]:
-    """evaluation.collect_predictions over the first `batches` of a loader, of all processes; to be had in the first."""
-    parts = distributed.gather(evaluation.collect_predictions(model, islice(loader, batches), device, amp_dtype))
+def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
+    """The model, compiled, with the random numbers of the plain one. On CUDA batches of one shape run as CUDA graphs,
+    one launch instead of hundreds.
+
+    A graph leaves its gradients in memory that its next run uses again, so they cannot be accumulated or exchanged.
+    """
+    options = {"fallback_random": True}  # torch's own kernel for dropout, which also makes 4 numbers at a time
+    if device.type == "cuda" and accumulation_steps == 1 and distributed.size() == 1:
+        options |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+    return torch.compile(model, options=options)
+
+
+def rehearse(run: Run) -> None:
+    """The passes of a training step over the first batch of the epoch, which leave no trace: neither in the gradients
+    nor in the random numbers."""
+    model, loader, device = run.replica, run.loaders["train"], run.device
+    first = loader.batch_sampler.batches(run.state.progress.epoch)[0]
+    numbers = loaded_of(first, distributed.rank(), distributed.size())
+    cards = [torch.cuda.current_device()] if device.type == "cuda" else []
+    advice = memory_advice(f"with batch_size {run.settings.batch_size}", step_remedies(run.settings))
+    with torch.random.fork_rng(cards), advice:
+        (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
+        model.train()
+        with run.autocast():
+            outputs = model(*model_inputs(batch, device))
+            run.task.objective(outputs, batch["label"].to(device), run.settings).backward()
+    model.zero_grad(set_to_none=True)
+
+
+# --- The loop ---------------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run) -> None:
+    """Train until all epochs are done, early stopping ends it, or a signal asks to stop."""
+    settings, task, device = run.settings, run.task, run.device
+    state, progress, stop = run.state, run.state.progress, run.stop
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    rank, size = distributed.rank(), distributed.size()
+    batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
+
+    while not (stop.agreed or progress.is_finished(settings.num_epochs, settings.early_stopping_patience)):
+        # One epoch; its order and augmentation depend on seed and epoch alone
+        model.train()
+        set_epoch(run.loaders["train"], progress.epoch, progress.batch)
+        # The sample numbers of every batch still to come, of which each process computes its share
+        order = run.loaders["train"].batch_sampler.batches(progress.epoch)[progress.batch :]
+        batches = iter(run.loaders["train"])
+        run.log.begin_epoch(len(order))
+        for first in range(0, len(order), settings.accumulation_steps):
+            # One optimizer step, on the mean loss of the samples of one or more batches
+            group = order[first : first + settings.accumulation_steps]
+            samples = [number for batch in group for number in batch]
+            rate = progress.schedule(progress.step)
+            state.set_rate(rate)
+            sums = torch.zeros(1 + len(task.step_names), device=device)
+            for numbers in group:
+                batch = next(batches)
+                # 0 where a short last batch leaves this process none: it computes a dummy sample, of which nothing
+                # counts, so that all processes call backward
+                own = len(share_of(numbers, rank, size))
+                exchange = nullcontext() if numbers is group[-1] else distributed.no_sync(run.replica)
+                longest = f"samples of up to {token_counts(batch).max()} tokens"
+                with memory_advice(f"{batch_size} and {longest}", remedies, GO_ON), exchange:
+                    x, mask = model_inputs(batch, device)
+                    targets = batch["label"][:own].to(device, non_blocking=True)
+                    with run.autocast():
+                        outputs = run.replica(x, mask)[:own]  # (own, num_outputs)
+                        objective = task.objective(outputs, targets, settings)  # summed over the samples
+                    # DistributedDataParallel takes the mean over the processes, so scale by their number
+                    scaler.scale(objective * size / len(samples)).backward()
+                    with torch.no_grad():
+                        sums += torch.cat([objective.detach()[None], task.step_sums(outputs.detach(), targets)])
+            signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS], device=device)
+            sums = torch.cat([sums, signals])
+            distributed.all_reduce(sums)
+            scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            with memory_advice(f"{batch_size} and the optimizer's state", remedies, GO_ON):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if state.average:
+                state.average.update_parameters(model)
+
+            progress.step += 1
+            progress.batch += len(group)
+            run.sums.add(rate, samples, torch.cat([sums, norm[None]]))
+            if device.type == "cpu" or progress.step % READ_EVERY == 0:
+                run.read_sums()
+            run.log.advance(len(group))
+            if settings.save_every and progress.step % settings.save_every == 0 and group[-1] is not order[-1]:
+                run.save(LAST)
+            if stop.agreed:
+                break
+        del batches  # and the processes that loaded them
+        run.read_sums()
+        run.log.end_steps()
+        if stop.agreed:
+            break
+
+        # Validation, and the epoch's line in the log
+        metrics, figures = validate(run)
+        line = run.log.line(figures)
+        better = progress.end_epoch(line, partial(task.score, select_by=settings.select_by))
+        run.log.epoch(metrics, better)
+        if better:
+            run.save(BEST)
+        run.save(LAST)
+
+
+def stopped(run: Run) -> int:
+    """Save, say how to continue, and return the exit status of a run that a signal stopped."""
+    run.save(LAST)
+    last = run.folder / LAST
+    say(
+        f"{signal.Signals(run.stop.agreed).name}: saved {printable(str(last))} at step {run.state.progress.step}. "
+        f"Go on with: {distributed.launcher()} train.py --resume {quoted(last)}"
+    )
+    distributed.barrier()
+    return 0 if distributed.is_started_again() else 128 + run.stop.agreed
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def collect(run: Run, model: nn.Module, loader: Any, batches: int | None = None) -> dict[str, np.ndarray]:
+    """The rows of `evaluation.collect` over the first `batches` of a loader, in the first process; in others {}."""
+    found = evaluation.collect(model, islice(loader, batches), run.task, run.device, run.amp_dtype)
+    parts = distributed.gather(found)
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
 
-def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any], split: str) -> dict[str, Any]:
-    """The metrics of what `collect` found, in all processes. Raises UserError where the logits are not finite."""
-    compute = evaluation.compute_metrics
+def metrics_of(task: Task, rows: dict[str, np.ndarray], split: str) -> dict[str, Any]:
+    """The metrics of what `collect` found, in all processes. Raises UserError where outputs are not finite."""
     try:
-        return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+        return distributed.broadcast(lambda: task.metrics(rows))
     except ValueError as error:
-        raise UserError(f"{split}: {error}; lower --lr or use --amp off, then go on with --resume") from error
+        raise UserError(f"{split}: {error}; lower --lr or use --amp off, then continue with --resume") from error
 
 
-def validate(
-    model: nn.Module, loader: Any, settings: Settings, data: dict[str, Any], device: torch.device, amp_dtype: Any,
-    batches: int | None = None,
-) -> tuple[dict[str, float], list[list[int]]]:  # fmt: skip
-    """Loss, accuracy and balanced accuracy over a loader, named val_..., and the confusion matrix."""
+def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+    """(the metrics of the validation split or of its first batches, those that the log keeps)."""
+    settings = run.settings
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
-        found = collect(model, loader, device, amp_dtype, batches)
-    metrics = metrics_of(found, data, "validation")
-    names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
-    return {f"val_{name}": metrics[key] for name, key in names.items()}, metrics["confusion_matrix"]
+        rows = collect(run, run.evaluated, run.loaders["val"], batches)
+    if settings.tune_thresholds:
+        run.task = distributed.broadcast(lambda: run.task.tuned(rows))
+        run.data["task"] = tasks.describe(run.task)
+    metrics = metrics_of(run.task, rows, "validation")
+    return metrics, run.task.epoch_figures(metrics, settings.select_by)
 
 
-def is_finished(settings: Settings, progress: Progress) -> bool:
-    """Whether all epochs are done, or none was better for as long as early stopping waits.
-
-    Patience counts from the end of the warm-up: before it the rate still rises.
-    """
-    if progress.epoch >= settings.num_epochs or not settings.early_stopping_patience:
-        return progress.epoch >= settings.num_epochs
-    warming = sum(line["step"] <= progress.schedule.warmup_steps for line in progress.history)
-    return progress.epoch - max(progress.best.get("epoch", 0), warming) >= settings.early_stopping_patience
+# --- After the last step ----------------------------------------------------------------------------------------------
 
 
-def finish(
-    settings: Settings, folder: Path, progress: Progress, model: nn.Module, test_set: Any, data: dict[str, Any],
-    device: torch.device, amp_dtype: Any,
-) -> None:  # fmt: skip
-    """Draw the curves, test the best model, and say what to do next. `model` is that of the last epoch."""
-    best, tested, name = progress.best, progress.best, BEST
+def finish(run: Run) -> None:
+    """Draw the curves, test the best model, save that the run has ended, and say what to do next."""
+    progress, folder, device = run.state.progress, run.folder, run.device
+    tested, name, task = progress.best, BEST, run.task
     with memory_advice("at the end", ("a smaller --batch_size", "closing other programs"), GO_ON):
-        if distributed.is_first():
-            with disk_advice():
-                plots.plot_training_curves(progress.history, folder / CURVES, best["epoch"])
-        checkpoint = distributed.from_first(best_checkpoint, folder, progress)
+        run.log.draw_curves()
+        checkpoint = distributed.broadcast(best_checkpoint, folder, progress)
         if checkpoint:
             model = build_model(checkpoint).to(device)
+            task = tasks.from_description(checkpoint["data"]["task"])
         else:
-            tested, name = progress.history[-1], LAST
+            model, tested, name = run.state.kept, progress.history[-1], LAST
             print_note(
-                f"{folder / BEST} does not hold this run's best model (epoch {best['epoch']}) any more; what "
+                f"{folder / BEST} does not hold this run's best model (epoch {progress.best['epoch']}) any more; what "
                 f"follows is about the last one, {folder / LAST}"
             )
         share = distributed.rank(), distributed.size()
-        loader = create_dataloader(test_set, settings.batch_size, share=share)
-        metrics = metrics_of(collect(model, loader, device, amp_dtype), data, "test")
-    progress.test = {"epoch": tested["epoch"], "accuracy": metrics["accuracy"], "num_samples": metrics["num_samples"]}
-    if progress.epoch < settings.num_epochs:
-        print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
-    print(
-        f"{'best' if checkpoint else 'last'} epoch {tested['epoch']}: "
-        f"validation accuracy {tested['val_accuracy']:.4f}, test accuracy {metrics['accuracy']:.4f} "
-        f"({metrics['num_samples']} samples, touched only now)\n"
-        f"curves: {printable(str(folder / CURVES))}\n"
-        f"next:   python inference.py --model_path {quoted(folder / name)} --analyze --output_dir results/"
-    )
+        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=task)
+        metrics = metrics_of(task, collect(run, model, loader), "test")
+    progress.test = {"epoch": tested["epoch"], task.headline: metrics[task.headline],
+                     "num_samples": metrics["num_samples"]}  # fmt: skip
+    run.log.end(tested, folder / name, is_best=checkpoint is not None)
+    run.save(LAST)  # with the test figures: the run has ended
+    run.log.close()
 
 
 def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
@@ -567,7 +548,7 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
 def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
-    checkpoint = distributed.from_first(load_checkpoint, path)
+    checkpoint = distributed.broadcast(load_checkpoint, path)
     check_run(checkpoint, path)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
@@ -615,7 +596,7 @@ def command(argv: list[str] | None) -> int:
             return resume(args)
     settings, sources = resolve(args.flags, args.file)
     with owned_by_first(settings.checkpoint_dir):
-        return run(settings, sources)
+        return show_and_train(settings, sources)
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
@@ -628,22 +609,24 @@ def resume(args: Any) -> int:
     settings, sources, checkpoint = resumed(args)
     progress = Progress.from_dict(checkpoint["progress"])
     curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
-    if is_finished(settings, progress) and progress.test and distributed.from_first(curves.exists):
+    finished = progress.is_finished(settings.num_epochs, settings.early_stopping_patience)
+    if finished and progress.test and distributed.broadcast(curves.exists):
         more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
         print(
             f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
             f"epochs; to go on, raise {more}"
         )
         return 0
+    headline = tasks.TASKS[checkpoint["data"]["task"]["kind"]].headline
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
-        f"{progress.batch} of the next, step {progress.step}, best validation accuracy "
-        + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
+        f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "
+        + (f"{progress.best[f'val_{headline}']:.4f}" if progress.best else "none yet")
     )
-    return run(settings, sources, checkpoint, Path(args.resume))
+    return show_and_train(settings, sources, checkpoint, Path(args.resume))
 
 
-def run(
+def show_and_train(
     settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None = None, resumed: Path | None = None
 ) -> int:
     """Show the settings and train."""

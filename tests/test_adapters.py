@@ -20,8 +20,9 @@ from adapters import (
     from_description,
     square_pixels,
 )
-from config import Settings, UserError
+from config import Settings
 from data_utils import load_splits
+from messages import UserError
 from perceiver_model import create_perceiver_model
 
 quick = settings(

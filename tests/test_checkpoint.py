@@ -20,8 +20,9 @@ import files
 import run_log
 import train
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, save_checkpoint
-from config import Settings, UserError
+from config import Settings
 from inference import load_model
+from messages import UserError
 from perceiver_model import PerceiverModel
 
 MODEL_ARGS = {

@@ -33,9 +33,10 @@ import run_log
 import train
 from adapters import ImageAdapter, SeriesAdapter, TensorAdapter, TextAdapter, describe, from_description
 from checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from config import Settings, UserError
+from config import Settings
 from data_utils import collate, create_dataloader, load_splits
 from inference import evaluate, load_model, predict
+from messages import UserError
 from perceiver_model import PerceiverModel
 
 ROOT = Path(train.__file__).parent

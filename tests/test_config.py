@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
-from config import DATASET_DEFAULTS, FIELDS, Settings, UserError, flag_of, make_parser, resolve
+from config import DATASET_DEFAULTS, FIELDS, Settings, flag_of, make_parser, resolve
+from messages import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = st.sampled_from(sorted(FIELDS))

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from config import Settings, UserError
+from config import Settings
 from data_files import (
     read_manifest,
     read_series,
     read_texts,
     without_effect,
 )
+from messages import UserError
 from series_files import read_one_series
 from tables import read_table
 

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10
 
 import data_utils
 from adapters import ImageAdapter, from_description, prepare_images
-from config import DATASET_DEFAULTS, Settings, UserError
+from config import DATASET_DEFAULTS, Settings
 from data_utils import (
     EpochBatchSampler,
     ImageDataset,
@@ -37,6 +37,7 @@ from data_utils import (
     shift_and_flip,
     stratified_split,
 )
+from messages import UserError
 
 quick = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SMALL = {"num_samples": 60, "seq_len_range": (3, 9), "feature_dim": 4}

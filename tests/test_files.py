@@ -15,8 +15,8 @@ from PIL import Image
 import evaluation
 import files
 import plots
-from config import UserError
 from files import LOCK, disk_advice, new_folder, owned, remedy, written_whole
+from messages import UserError
 
 # --- Written whole ---------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import image_files
 from adapters import square_pixels
-from config import UserError
 from image_files import depth, find_splits, open_image, read_images, to_rgb
+from messages import UserError
 
 ROOT = Path(image_files.__file__).parent
 quick = settings(

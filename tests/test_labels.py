@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from labels import ClassNumbers, class_name, class_order, read_labels, slips
+from messages import UserError
 
 
 def message(cell):

@@ -26,8 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import parity
 
 import pretrained
-from config import UserError
 from inference import predict
+from messages import UserError
 from perceiver_model import DECODER, CrossAttentionBlock, PerceiverModel, SelfAttentionBlock
 from pretrained import PretrainedImageAdapter, PretrainedTextAdapter, fill_masks, load_pretrained, read_pretrained
 

@@ -41,9 +41,10 @@ import plots
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
-from config import Settings, UserError, printable
+from config import Settings
 from data_utils import grouped_split, load_splits
 from inference import evaluate, load_model, predict
+from messages import UserError, printable
 from run_log import tensorboard_writer
 from tables import read_table
 

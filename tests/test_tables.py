@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Settings, UserError
+from config import Settings
+from messages import UserError
 from tables import FileFinder, nfc, read_cells, read_table, read_text
 
 quick = settings(

@@ -25,8 +25,8 @@ import plots
 import run_log
 import train
 from checkpoint import LAST, load_checkpoint
-from config import UserError
 from inference import load_model, predict
+from messages import UserError
 from perceiver_model import PerceiverModel
 from schema import Positive, Size, read
 

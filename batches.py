@@ -1,0 +1,458 @@
+"""Items and the batches made of them: tokens, padding, masks, targets; their order, and the shares of processes.
+
+An item of a data set is {'input': (L, C), 'label': ...} with an optional 'mask': (L,); every loader yields
+
+    {'input': float32 (B, L, C), 'mask': bool (B, L), 'label': ...}
+
+with B samples, L tokens (of the longest sample) and C channels. The mask is True at real tokens and False at padding,
+which is zero. With several modalities, 'input' and 'mask' are dicts of these by modality, in items and in batches; an
+item leaves out a modality that it lacks. What a label is, and how labels are stacked, is the task's (tasks.py): int64
+(B,) for classes. Any `torch.utils.data.Dataset` of such items can be used:
+
+    loader = create_dataloader(my_dataset, batch_size=32, shuffle=True, num_classes=10)
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from messages import UserError, naming
+
+Batch = dict[str, Any]
+Item = dict[str, Any]
+Device = str | torch.device
+
+
+def random_stream(purpose: str, *key: int) -> np.random.Generator:
+    """Random numbers that depend on the purpose and the key (whole numbers >= 0) alone."""
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
+
+
+# --- Targets ----------------------------------------------------------------------------------------------------------
+
+
+class Targets(Protocol):
+    """What a loader has to know of the labels of its items; every task is one (tasks.py)."""
+
+    def target(self, label: Any, where: str) -> Any:
+        """The label of an item as the loss wants it. Raises UserError that begins with `where`."""
+
+    def stack(self, targets: Sequence[Any]) -> Tensor:
+        """The targets of a batch."""
+
+    def check(self, targets: Sequence[Any], for_training: bool) -> None:
+        """Raise UserError that names the first sample whose target cannot be, or says why nothing could be learnt."""
+
+
+class ClassTargets:
+    """One class an item, a whole number from 0 to num_classes - 1.
+
+    Args:
+        num_classes: None for as many as there are.
+    """
+
+    def __init__(self, num_classes: int | None = None):
+        self.num_classes = num_classes
+
+    def target(self, label: Any, where: str) -> int:
+        value = np.asarray(label)
+        with np.errstate(invalid="ignore"):  # NaN, infinity and what int64 cannot hold come out different
+            whole = value.ndim == 0 and value.dtype.kind in "biuf" and value.astype(np.int64) == value
+        if not whole:
+            raise UserError(f"{where}: label {label!r} is not a whole number; number the classes 0, 1, 2, ...")
+        return int(value)
+
+    def stack(self, targets: Sequence[int]) -> Tensor:
+        """int64 (B,)"""
+        return torch.as_tensor(np.asarray(targets, np.int64))
+
+    def check(self, targets: Sequence[int], for_training: bool) -> None:
+        labels = np.asarray(targets)
+        classes = self.num_classes or max(2, labels.max() + 1)
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if wrong.size:
+            from_one = labels.min() == 1 and labels.max() == classes
+            hint = "they seem to count from 1, subtract 1" if from_one else "correct it, or the number of classes"
+            raise UserError(f"sample {wrong[0]}: label {labels[wrong[0]]} is not in 0..{classes - 1}; {hint}")
+        if for_training and len(labels) < (self.num_classes or 0):
+            raise UserError(f"{len(labels)} training samples are fewer than the {classes} classes; add samples")
+        if for_training and (labels == labels[0]).all():
+            raise UserError(f"all {len(labels)} training samples have label {labels[0]}; give at least two classes")
+
+
+# --- Items and batches ------------------------------------------------------------------------------------------------
+
+
+def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
+    try:
+        if isinstance(item, Tensor):
+            item = item.detach().cpu()
+            item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
+        table = hasattr(item, "iloc")  # a DataFrame or a Series
+        array = None if table else np.asanyarray(item)
+        kinds = [column.kind for column in np.atleast_1d(item.dtypes)] if table else [array.dtype.kind]
+        for kind, name in {"c": "complex numbers", "M": "dates", "m": "times"}.items():
+            if kind in kinds:
+                raise TypeError(f"it holds {name}")
+        if table:
+            array = item.to_numpy(np.float64, na_value=np.nan)
+        elif isinstance(array, np.ma.MaskedArray):
+            array = array.astype(np.float64).filled(np.nan)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
+            return np.require(array, dtype, ["C", "W"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
+
+
+def _to_mask(value: Any, length: int, where: str) -> Tensor:
+    if value is None:
+        return torch.ones(length, dtype=torch.bool)
+    mask = torch.as_tensor(value)
+    if mask.shape != (length,):
+        raise UserError(f"{where}: the mask has shape {tuple(mask.shape)}, it must be ({length},), one value per token")
+    real = mask.bool()
+    if not torch.equal(real.double(), mask.double()):
+        raise UserError(f"{where}: the mask holds other values than 1 (real token) and 0 (padding)")
+    return real
+
+
+def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
+    """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
+    with naming(where):
+        tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or not shape[1]:
+        raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
+    real = _to_mask(mask, len(tokens), where)
+    tokens, real = tokens[:max_seq_len], real[:max_seq_len]
+    if mask is not None:
+        tokens = tokens.masked_fill(~real[:, None], 0)
+    if tokens.numel():
+        lowest, highest = tokens.aminmax()  # NaN if one is
+        if not -math.inf < lowest <= highest < math.inf:
+            raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
+    return tokens, real
+
+
+Sample = tuple[dict[str, tuple[Tensor, Tensor]], Any]
+ONLY = "input"  # the key of the only modality
+
+
+def to_sample(item: Item, where: str, max_seq_len: int | None, targets: Targets) -> Sample:
+    """An item, checked: ({modality: (input float32 (L, C), mask bool (L,))}, target or None).
+
+    `where` names it in an error. A modality without a real token counts as missing; one at least must have some.
+    """
+    if not isinstance(item, dict) or "input" not in item:
+        found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
+        raise UserError(f"{where}: an item must be a dict with 'input' and 'label', this is {found}")
+    inputs, masks = item["input"], item.get("mask")
+    if not isinstance(inputs, dict):
+        inputs, masks = {ONLY: inputs}, {ONLY: masks}
+    elif masks is not None and not isinstance(masks, dict):
+        raise UserError(f"{where}: the input is a dict of modalities, so the mask must be one too")
+    parts = {}
+    for name, tokens in inputs.items():
+        place = where if name == ONLY else f"{where}, {name}"
+        tokens, mask = _to_tokens(tokens, (masks or {}).get(name), place, max_seq_len)
+        if mask.any():
+            parts[name] = tokens, mask
+    if not parts:
+        shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
+        raise UserError(f"{where}: empty, no real token (input {shapes}); remove the sample")
+    return parts, targets.target(item["label"], where) if "label" in item else None
+
+
+def collate(
+    items: Sequence[Item] | Batch, max_seq_len: int | None = None, targets: Targets | None = None
+) -> Batch:
+    """The batch of a list of items; sequences longer than max_seq_len are cut to it.
+
+    A batch that the data set assembled itself (`__getitems__`) is passed on. Items without a label give a batch without
+    one. Tokens hidden by an item's mask become zeros, as padding is. A modality that no item has is not in the batch.
+    Raises UserError for an item that cannot be used.
+    """
+    if isinstance(items, dict):
+        return items
+    targets = targets or ClassTargets()
+    samples = [to_sample(item, f"item {i} of the batch", max_seq_len, targets) for i, item in enumerate(items)]
+    inputs, masks = {}, {}
+    for name in dict.fromkeys(name for parts, _ in samples for name in parts):
+        widths = {parts[name][0].size(1) for parts, _ in samples if name in parts}
+        if len(widths) > 1:
+            raise UserError(f"the batch mixes sequences of {sorted(widths)} channels; all must have the same number")
+        missing = torch.zeros(0, *widths), torch.zeros(0, dtype=torch.bool)
+        tokens, real = zip(*(parts.get(name, missing) for parts, _ in samples), strict=True)
+        masks[name] = pad_sequence(real, batch_first=True)
+        inputs[name] = pad_sequence(tokens, batch_first=True)
+    several = isinstance(items[0]["input"], dict)
+    batch = {"input": inputs, "mask": masks} if several else {"input": inputs[ONLY], "mask": masks[ONLY]}
+    labels = [label for _, label in samples]
+    if all(label is not None for label in labels):
+        batch["label"] = targets.stack(labels)
+    return batch
+
+
+def check_items(dataset: Dataset, max_seq_len: int | None, targets: Targets) -> tuple[np.ndarray, list[Any]]:
+    """Read every item once. Returns (lengths in tokens int64, targets); raises UserError that names a bad sample."""
+    lengths, labels, widths = [], [], {}
+    for number in range(len(dataset)):
+        where = f"sample {number}"
+        parts, label = to_sample(dataset[number], where, max_seq_len, targets)
+        if label is None:
+            raise UserError(f"{where}: it has no 'label'")
+        for name, (tokens, _) in parts.items():
+            width = widths.setdefault(name, tokens.size(1))
+            if tokens.size(1) != width:
+                raise UserError(
+                    f"{where}: {tokens.size(1)} channels, the samples before it have {width}; make them equal"
+                )
+        lengths.append(sum(len(tokens) for tokens, _ in parts.values()))
+        labels.append(label)
+    return np.array(lengths, np.int64), labels
+
+
+def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
+    """Input and mask on the device, for each modality if there are several; no mask where a whole batch is real."""
+    if isinstance(batch["input"], dict):
+        names = batch["input"].keys()
+        pairs = [model_inputs({key: batch[key][name] for key in ("input", "mask")}, device) for name in names]
+        return tuple(dict(zip(names, values, strict=True)) for values in zip(*pairs, strict=True))
+    mask = batch["mask"]
+    x = batch["input"].to(device, non_blocking=True)
+    return x, None if mask.all() else mask.to(device, non_blocking=True)
+
+
+def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
+    """`model_inputs` in the precision of the weights; but numbers of tokens stay float32, which keeps them whole."""
+    x, mask = model_inputs(batch, device)
+    dtype = next((weights.dtype for weights in model.parameters()), torch.float32)
+    if dtype == torch.float32:
+        return x, mask
+    features = {name for name, tokens in model.modalities.items() if tokens.embedding is None}
+    if isinstance(x, dict):
+        return {name: values.to(dtype) if name in features else values for name, values in x.items()}, mask
+    return x.to(dtype) if features else x, mask
+
+
+def token_counts(batch: Batch) -> torch.Tensor:
+    """Real tokens of each sample, (B,) int64, of all modalities together."""
+    masks = batch["mask"].values() if isinstance(batch["mask"], dict) else [batch["mask"]]
+    return sum(mask.sum(1) for mask in masks)
+
+
+# --- Shares of processes ----------------------------------------------------------------------------------------------
+
+
+def share_of(batch: list[int], rank: int, size: int) -> list[int]:
+    """The samples of a batch that process `rank` of `size` computes: disjoint parts, equal in size within one."""
+    return batch[rank::size]
+
+
+def loaded_of(batch: list[int], rank: int, size: int) -> list[int]:
+    """The samples that this process loads: its share. Where a short batch leaves it none, the first sample of the
+    batch, as a dummy of which nothing counts, so that all processes make the same steps."""
+    return share_of(batch, rank, size) or batch[:1]
+
+
+def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]]) -> dict[str, np.ndarray]:
+    """Results of the shares that the processes computed of `batches`, in the order of the sample numbers.
+
+    parts: of each process, arrays with a row for each sample that it loaded. Rows of dummies are left out.
+
+    With 3 processes and batches [0, 1, 2], [3], the processes load 0, 3 and 1, 3 and 2, 3. Of the three rows for
+    sample 3 the first is kept: process 0 computes the first sample of every batch, so that one is no dummy's.
+    """
+    ranks, size = range(len(parts)), len(parts)
+    loaded = [number for rank in ranks for batch in batches for number in loaded_of(batch, rank, size)]
+    _, rows = np.unique(loaded, return_index=True)  # the first row of each number
+    return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
+
+
+# --- Loaders ----------------------------------------------------------------------------------------------------------
+
+
+def check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be a whole number of at least 1")
+
+
+class EpochBatchSampler(Sampler[list[int]]):
+    """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
+
+    Args:
+        shuffle: a new random order each epoch; without it, the order of the data set.
+        lengths: tokens per sample. If given, batches hold samples of similar length: within every POOL batches of the
+            epoch's order the samples are sorted by length, and the batches are shuffled.
+        share: (rank, size), to yield of each batch what one of several processes loads, see `loaded_of`; all of them
+            make the same number of steps.
+    """
+
+    POOL = 50
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        share: tuple[int, int] = (0, 1),
+    ):
+        if num_samples < 1:
+            raise UserError("the data set is empty; it must hold at least one sample")
+        check_batch_size(batch_size)
+        if lengths is not None and len(lengths) != num_samples:
+            raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
+        self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.share = share
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Yield the batches of `epoch` from now on, without its first `first_batch` ones."""
+        if not 0 <= first_batch <= len(self):
+            raise ValueError(f"first_batch {first_batch} is not in 0..{len(self)}, the batches of an epoch")
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.batches(self.epoch)[self.first_batch :]
+        return iter([loaded_of(batch, *self.share) for batch in batches])
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The sample numbers of every batch of an epoch, those of all processes."""
+        rng = random_stream("order", self.seed, epoch)
+        order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
+        if self.lengths is not None:
+            pool = np.arange(self.num_samples) // (self.POOL * self.batch_size)
+            order = order[np.lexsort((self.lengths[order], pool))]
+        batches = [order[i : i + self.batch_size].tolist() for i in range(0, self.num_samples, self.batch_size)]
+        if self.lengths is not None and self.shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+
+class EpochDataLoader(DataLoader):
+    """A DataLoader over an `EpochBatchSampler`: every pass is the next epoch.
+
+    The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes start anew with each
+    pass, so they never hold an older epoch. Iterating takes nothing from torch's global random numbers, and those of
+    the workers depend on (seed, epoch, worker) alone. Batches for a CUDA device that no worker makes are made by a
+    thread, one ahead, while the device computes.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = self.batch_sampler
+        self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(sampler.epoch)
+        batches = super().__iter__()
+        sampler.set_epoch(sampler.epoch + 1)
+        if self.num_workers:
+            return _with_plain_errors(batches)
+        by_thread = self.pin_memory and torch.cuda.is_available()
+        return _one_ahead(batches) if by_thread else batches
+
+
+def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; while one is used, a thread makes and pins the next."""
+    device = torch.cuda.current_device()  # a new thread starts with device 0
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        coming = thread.submit(next, iterator, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, iterator, None)
+            yield batch
+
+
+def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, of workers. A UserError has its own message again, which torch hides in the traceback of the
+    worker; and a worker that died while it handed over a batch is said to have died, as at any other moment."""
+    try:
+        yield from batches
+    except UserError as error:
+        name = f"{UserError.__module__}.{UserError.__qualname__}: "
+        raise UserError(str(error).rpartition(name)[2].strip()) from None
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught "):  # by torch, in the data set
+            raise
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
+
+
+def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
+    """Let the loader's next pass be that of `epoch` (order and augmentation), from batch `first_batch` on.
+
+    Nothing of the batches before is read. Without this call every pass is the next epoch.
+    """
+    loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def create_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    num_classes: int | None = None,
+    max_seq_len: int | None = None,
+    bucket_by_length: bool = False,
+    pin_memory: bool = False,
+    share: tuple[int, int] = (0, 1),
+    targets: Targets | None = None,
+) -> DataLoader:
+    """A loader of the batches described above; the last one may be short. Same batches for any num_workers.
+
+    Every item is read and checked once, here. A data set with an attribute `lengths` (tokens per sample, or None if
+    they are not known) is taken at its word and not read: for data too large to be read twice. Its items are then
+    checked when their batch is made.
+
+    Args:
+        shuffle: for training: a new order each epoch, and data from which nothing can be learnt is refused.
+        seed: of the order.
+        num_classes: labels must be in 0..num_classes-1.
+        targets: what labels are, where they are no classes: a task (tasks.py).
+        max_seq_len: longer sequences are cut to this many tokens.
+        bucket_by_length: batches of samples of similar length, see `EpochBatchSampler`.
+        pin_memory: for fast copies to a CUDA device.
+        share: (rank, size), for one of several processes that share each batch, see `EpochBatchSampler`.
+
+    A data set that draws random numbers of its own should draw them from (seed, epoch, sample number); if it has a
+    method `set_epoch(epoch)`, it is called before each pass.
+
+    Raises UserError that names the sample, what is wrong with it and the remedy.
+    """
+    if max_seq_len is not None and max_seq_len < 1:
+        raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 1, or None for no limit")
+    targets = targets or ClassTargets(num_classes)
+    if hasattr(dataset, "lengths"):
+        lengths, labels = dataset.lengths, getattr(dataset, "labels", None)
+        lengths = lengths if lengths is None else np.minimum(lengths, max_seq_len or np.inf)
+    else:
+        lengths, labels = check_items(dataset, max_seq_len, targets)
+    if bucket_by_length and lengths is None:
+        raise UserError("bucket_by_length needs the lengths of the samples; give the data set an attribute `lengths`")
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None, share)
+    if labels is not None:
+        targets.check(labels, for_training=shuffle)
+    return EpochDataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, max_seq_len=max_seq_len, targets=targets),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,166 @@
+"""What is said to a person: mistakes in a line, notes, and text of files that a screen or spreadsheet would obey."""
+
+import errno
+import functools
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# --- Text from files --------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
+    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
+
+
+def as_utf8(text: str) -> str:
+    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
+    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# The first columns of the tables that an evaluation and a prediction write
+OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
+_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
+    return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text of which `spreadsheet_cell` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
+
+
+# --- Notes and mistakes -----------------------------------------------------------------------------------------------
+
+
+def print_note(text: str) -> None:
+    """Show a line that the user should know of and that stops nothing."""
+    print(f"note: {printable(text)}", flush=True)
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """The path as a word of a command that is offered for copying."""
+    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
+
+
+class UserError(ValueError):
+    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
+
+    What the message quotes of files and names is escaped, see `printable`.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """A UserError within the block says at which place it was, if it does not yet."""
+    try:
+        yield
+    except UserError as error:
+        if place in str(error):
+            raise
+        raise UserError(f"{place}: {error}") from error
+
+
+def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
+    """Raise one UserError with a line for each of the first errors and the number of the others; nothing for none."""
+    lines = [str(error) for error in errors]
+    if lines:
+        more = [f"and {len(lines) - most} more like these"] if len(lines) > most else []
+        raise UserError("\n".join(lines[:most] + more))
+
+
+# --- What becomes of errors -------------------------------------------------------------------------------------------
+
+
+# How torch (on a CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
+_NO_MEMORY = (
+    "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "shared memory", "</torch_",
+    "Storage size calculation overflowed",
+)  # fmt: skip
+
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+
+
+@contextmanager
+def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
+    """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            ran_out = error.errno == errno.ENOMEM
+        else:
+            ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            ran_out = ran_out or any(words in str(error) for words in _NO_MEMORY)
+        if not ran_out or _LOST_WORKER.match(str(error)):
+            raise
+        wanted = re.search(r"allocate ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
+        if wanted:
+            number, unit = float(wanted[1]), wanted[2]
+            wanted = f"{number / 2**30:,.1f} GiB" if unit == "bytes" else f"{number:g} {unit}"
+        raise UserError(
+            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; in the order that helps: "
+            f"{', '.join(remedies)}{afterwards}"
+        ) from error
+
+
+@contextmanager
+def worker_advice() -> Iterator[None]:
+    """Turn the death of a process that loads data, which torch notices at any moment, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (lost := _LOST_WORKER.match(str(error))):
+            raise
+        raise UserError(
+            f"{lost[0]}; the system kills processes when memory runs out, or shared memory: fewer --num_workers, a "
+            "smaller --batch_size, more shared memory (docker run --shm-size=8g); a training run goes on with --resume"
+        ) from error
+
+
+def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
+
+    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
+    """
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            remedies = ("a smaller --batch_size", "fewer processes", "no other programs")
+            with warnings.catch_warnings(), memory_advice("on this machine", remedies), worker_advice():
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                return main(*args, **kwargs)
+        except UserError as error:
+            for line in str(error).split("\n"):
+                print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run

@@ -1,0 +1,792 @@
+"""What a model answers: one class of several, numbers, or several labels at once. A class a task; nothing else knows.
+
+A task is made of the labels of the training data and says everything that depends on what an answer is:
+
+    targets    what a label means, and what is wrong with one; how targets are stacked and split (`Targets`, batches.py)
+    outputs    how many numbers the model's head gives
+    training   what is minimised, and what is summed up of a step
+    rows       what an evaluation keeps of each sample: no list of all outputs, and the shares of processes just add up
+    metrics    figures of these rows, which of them decides which epoch is best, and the baseline that it must beat
+    answers    what `predict` returns and the columns of predictions.csv and items.csv
+    figures    what inference.py draws
+
+It is plain data: `describe` gives what a checkpoint stores, `from_description` the task again. To add one, write a
+subclass of `Task` and enter it in TASKS.
+
+Letters: B samples of a batch, N samples, C classes, K numbers of an answer.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import evaluation
+import plots
+from batches import ClassTargets
+from config import Settings
+from labels import ClassNumbers, class_names_of, class_order, read_labels, slips
+from messages import UserError
+from schema import Positive, read, shown
+
+Rows = dict[str, np.ndarray]
+Figures = dict[str, Callable[[Path], None]]  # file name -> function that draws it
+TOP = 3  # classes of an item in predictions.csv
+
+
+@dataclass(frozen=True)
+class Task:
+    """The base of all tasks. What it does itself is what most have in common."""
+
+    kind: ClassVar[str]
+    headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
+    step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
+    higher_is_better: ClassVar[dict[str, bool]]  # what --select_by may name; the first one is the default
+
+    # --- Targets (see batches.Targets) ---
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Task", list[str]]:
+        """(the task of the labels of the training data, as they stand in the file; notes for the user).
+
+        Labels that cannot be are left out: `read` says what is wrong with them.
+        """
+        raise NotImplementedError
+
+    def check_names(self, path: str | None) -> None:
+        """Raise UserError where the labels of the training data at `path` are not enough for this task."""
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        """(the targets of labels as they stand in a file, (N, ...); what is wrong with which of them)."""
+        raise NotImplementedError
+
+    def texts(self, targets: np.ndarray) -> list[str]:
+        """Of each target, by which data are recognised."""
+        return [str(target.tolist()) for target in targets]
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """(N,) int: the parts of which a split takes the same share each."""
+        raise NotImplementedError
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        """What does not occur among the targets of a split and should; None where nothing is missing."""
+        return None
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Task":
+        """The task with what it takes from the targets of the training split."""
+        return self
+
+    # --- Training ---
+
+    @property
+    def num_outputs(self) -> int:
+        raise NotImplementedError
+
+    def about(self) -> str:
+        """For the first lines of a run: '10 classes'."""
+        raise NotImplementedError
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        """What is minimised, summed over the samples: outputs (B, num_outputs), targets of `stack` -> ()."""
+        raise NotImplementedError
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The sums over the samples that `step_names` names, (len(step_names),), on the device of the outputs."""
+        raise NotImplementedError
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """The figures of an epoch, named train_..., of the sums of its steps and their number of samples."""
+        raise NotImplementedError
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        """What an evaluation keeps, a row for each sample: of outputs float32 (B, num_outputs) and targets, on the CPU.
+
+        'finite' (B,) bool says whether the outputs are finite numbers; the other columns are the task's.
+        """
+        raise NotImplementedError
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        """Metrics as plain data, float64. Raises ValueError where outputs are not finite."""
+        raise NotImplementedError
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        """What the log keeps of the validation of an epoch, named val_..."""
+        raise NotImplementedError
+
+    def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
+        """Of a line of the log; the highest is the best epoch. A tie is decided by the lower loss."""
+        name = select_by or next(iter(self.higher_is_better))
+        value = line[f"val_{name}"]
+        return value if self.higher_is_better[name] else -value, -line["val_loss"]
+
+    def tuned(self, rows: Rows) -> "Task":
+        """The task with what it chooses on validation data; `rows` are those of the validation split."""
+        return self
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        """Columns of items.csv, from which every metric can be computed again."""
+        raise NotImplementedError
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        """What --analyze adds to the results; `items` are the rows of items.csv."""
+        raise NotImplementedError
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        """Places of the samples whose answers are most wrong, the worst first."""
+        raise NotImplementedError
+
+    def figures(self, rows: Rows) -> Figures:
+        raise NotImplementedError
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        return {}
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        """(the truth, the answer) of a sample, as text."""
+        raise NotImplementedError
+
+    def caption(self, rows: Rows, place: int) -> str:
+        true, predicted = self.sides(rows, place)
+        return f"true {true}, predicted {predicted}"
+
+    def mistake(self, rows: Rows, place: int) -> list[str]:
+        """Lines about a wrong answer."""
+        true, predicted = self.sides(rows, place)
+        return [f"true {true}", f"predicted {predicted}"]
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        """What colours a sample among others: (class numbers (N,), their names), or (numbers (N,), None)."""
+        raise NotImplementedError
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        """What `predict` returns of an item: of its output, float64 (num_outputs,)."""
+        raise NotImplementedError
+
+    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of predictions.csv after the item's id."""
+        raise NotImplementedError
+
+
+def _refuse_infinite(rows: Rows) -> None:
+    if broken := int((~rows["finite"]).sum()):
+        raise ValueError(f"the outputs of {broken} of {len(rows['finite'])} samples are not finite")
+
+
+# --- One class of several ---------------------------------------------------------------------------------------------
+
+
+def _are_distinct(names: list[str]) -> bool:
+    return len(set(names)) == len(names) > 0
+
+
+Names = Annotated[list[str], _are_distinct, "a list of different names"]
+
+
+@dataclass(frozen=True)
+class Classification(Task, ClassTargets):
+    """One class an item.
+
+    Args:
+        class_names: in the order of the class numbers.
+        class_weights: of each class in the loss; None = all alike.
+    """
+
+    kind = "classification"
+    headline = "accuracy"
+    step_names = ("loss", "correct")
+    higher_is_better = {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
+
+    class_names: Names
+    class_weights: list[Positive] | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and len(self.class_weights) != len(self.class_names):
+            raise UserError(f"{len(self.class_weights)} class weights of {len(self.class_names)} classes")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    num_outputs = num_classes
+
+    def about(self) -> str:
+        return f"{self.num_classes} classes"
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Classification", list[str]]:
+        names, _ = read_labels(cells, places)
+        good = [(cell, name) for cell, name in zip(cells, names, strict=True) if name is not None]
+        if not good:
+            return cls([]), []
+        cells, names = zip(*good, strict=True)
+        return cls(class_order(names)), slips(cells, names)
+
+    def check_names(self, path: str | None) -> None:
+        if len(self.class_names) < 2:
+            only = self.class_names[0]
+            raise UserError(f"{path}: every item has the label {only!r}; at least two classes are needed")
+
+    def texts(self, targets: np.ndarray) -> list[str]:
+        return [self.class_names[number] for number in targets]
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        names, errors = read_labels(cells, places, self.class_names)
+        numbers = ClassNumbers(self.class_names)
+        targets = [None if name is None else numbers.get(name) for name in names]
+        errors += [
+            UserError(
+                f"{place}: label {name!r} does not occur in the training data{numbers.nearest(name)}; correct or "
+                "remove it"
+            )
+            for name, number, place in zip(names, targets, places, strict=True)
+            if name is not None and number is None
+        ]
+        return (None if errors else np.array(targets, np.int64)), errors
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        return targets
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        absent = np.setdiff1d(np.arange(self.num_classes), targets)
+        if not len(absent):
+            return None
+        first = self.class_names[absent[0]]
+        return f"{len(absent)} of {self.num_classes} classes have no {{}} sample, the first is {first}"
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Classification":
+        if settings.class_weights == "none":
+            return replace(self, class_weights=None)
+        from sklearn.utils.class_weight import compute_class_weight
+
+        there = np.unique(targets)
+        weights = np.ones(self.num_classes)
+        weights[there] = compute_class_weight("balanced", classes=there, y=targets)
+        return replace(self, class_weights=weights.tolist())
+
+    # --- Training ---
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+        smoothing = settings.label_smoothing
+        return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing, reduction="sum")
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
+        return torch.stack([loss, (outputs.argmax(1) == targets).sum()])
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"train_accuracy": totals["correct"] / totals["samples"]}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        return evaluation.class_rows(outputs.numpy(), targets.numpy())
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        return evaluation.class_metrics(rows, self.class_names)
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
+        if select_by == "macro_f1":
+            names["macro_f1"] = "macro_f1"
+        return {f"val_{name}": metrics[key] for name, key in names.items()}
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        return {
+            "true": [self.class_names[number] for number in rows["label"]],
+            "predicted": [self.class_names[number] for number in rows["predicted"]],
+            "confidence": rows["confidence"],
+            "probability_of_true": rows["probability_of_true"],
+            "rank_of_true": 1 + rows["ahead"],
+            "negative_log_likelihood": rows["negative_log_likelihood"],
+            "brier_score": rows["brier_score"],
+        }
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        correct = rows["predicted"] == rows["label"]
+        keys = ("id", "true", "predicted", "confidence", "probability_of_true")
+        return {
+            "reliability": evaluation.reliability_table(rows["confidence"], correct),
+            "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=correct),
+            "most_confident_mistakes": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        wrong = np.flatnonzero(rows["predicted"] != rows["label"])
+        return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")][:limit]
+
+    def figures(self, rows: Rows) -> Figures:
+        confidence, correct = rows["confidence"], rows["predicted"] == rows["label"]
+        matrix = evaluation.confusion_matrix(rows, self.num_classes)
+        table = evaluation.reliability_table(confidence, correct)
+        return {
+            "confusion_matrix.png": partial(plots.plot_confusion_matrix, matrix, self.class_names),
+            "confidence_histogram.png": partial(plots.plot_confidence_histogram, confidence, correct),
+            "confidence_analysis.png": partial(
+                plots.plot_confidence_analysis, table, evaluation.calibration_error(table), confidence, correct
+            ),
+        }
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["accuracy_by_length"]
+        return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        return tuple(plots.short(self.class_names[rows[name][place]]) for name in ("label", "predicted"))
+
+    def mistake(self, rows: Rows, place: int) -> list[str]:
+        return [*super().mistake(rows, place), f"confidence {rows['confidence'][place]:.1%}"]
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return rows["label"], self.class_names
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        probabilities = output.softmax(0)
+        label, shares = int(probabilities.argmax()), probabilities.tolist()
+        return {
+            "label": label,
+            "class": self.class_names[label],
+            "confidence": shares[label],
+            "probabilities": dict(zip(self.class_names, shares, strict=True)),
+        }
+
+    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:TOP]
+        row = {}
+        for rank, (name, share) in enumerate(best, 1):
+            suffix = f"_{rank}" if rank > 1 else ""
+            row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
+        return row
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+BINS = 10  # of the first number, of which a split takes the same share each
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Numbers, standardised inside with the training split's statistics, shown in the user's units.
+
+    Args:
+        target_names: of the K numbers.
+        mean, std: of each over the training split; a constant one keeps its scale.
+    """
+
+    kind = "regression"
+    headline = "rmse"
+    step_names = ("loss",)
+    higher_is_better = {"rmse": False, "mae": False, "loss": False}
+
+    target_names: Names
+    mean: list[float] = field(default_factory=list)
+    std: list[Positive] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) <= len(self.target_names):
+            known = f"{len(self.mean)} means and {len(self.std)} deviations"
+            raise UserError(f"{known} of {len(self.target_names)} numbers")
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.target_names)
+
+    def about(self) -> str:
+        return f"{self.num_outputs} number{'s' * (self.num_outputs > 1)} ({', '.join(self.target_names)})"
+
+    # --- Targets ---
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Regression", list[str]]:
+        first = cells[0]
+        width = len(first) if isinstance(first, (tuple, list)) or getattr(first, "ndim", 0) else 1
+        names = [name.strip() for name in settings.label_column.split(",")]
+        if len(names) != width:
+            names = [f"{settings.label_column} {number + 1}" for number in range(width)]
+        return cls(names), []
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        values, errors = np.zeros((len(cells), self.num_outputs)), []
+        for number, (cell, place) in enumerate(zip(cells, places, strict=True)):
+            try:
+                values[number] = self.target(cell, place)
+            except UserError as error:
+                errors.append(error)
+        return (None if errors else values), errors
+
+    def target(self, label: Any, where: str) -> np.ndarray:
+        """float64 (K,), in the user's units."""
+        parts = list(label) if isinstance(label, (tuple, list)) or getattr(label, "ndim", 0) == 1 else [label]
+        if len(parts) != self.num_outputs:
+            raise UserError(f"{where}: {len(parts)} numbers as label, there must be {self.num_outputs}")
+        return np.array([_number(part, where) for part in parts])
+
+    def stack(self, targets: Sequence[np.ndarray]) -> Tensor:
+        """float32 (B, K), standardised."""
+        values = np.asarray(targets, np.float64).reshape(len(targets), self.num_outputs)
+        return torch.from_numpy((values - self.mean) / self.std).float()
+
+    def check(self, targets: Sequence[np.ndarray], for_training: bool) -> None:
+        values = np.asarray(targets, np.float64).reshape(len(targets), self.num_outputs)
+        for name, column in zip(self.target_names, values.T, strict=True):
+            if for_training and (column == column[0]).all():
+                raise UserError(f"{name} is {column[0]:g} in all {len(column)} training samples; nothing can be learnt")
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        ranks = targets[:, 0].argsort(kind="stable").argsort(kind="stable")
+        return ranks * max(1, min(BINS, len(targets) // BINS)) // len(targets)
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Regression":
+        mean, std = targets.mean(0), targets.std(0)
+        varies = (targets.min(0) < targets.max(0)) & (std > 0)
+        return replace(self, mean=mean.tolist(), std=np.where(varies, std, 1.0).tolist())
+
+    # --- Training ---
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        return F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs)[None]
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"train_rmse": math.sqrt(totals["loss"] / totals["samples"]) * self._unit}
+
+    @property
+    def _unit(self) -> float:
+        """What the headline is given in: the user's unit of one number; of several, their training deviations."""
+        return self.std[0] if self.num_outputs == 1 else 1.0
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        scale = np.array(self.std)
+        return {
+            "finite": outputs.isfinite().all(1).numpy(),
+            "true": targets.double().numpy() * scale + self.mean,
+            "predicted": outputs.double().numpy() * scale + self.mean,
+        }
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        return evaluation.regression_metrics(rows["true"], rows["predicted"], self.mean, self.std, self.target_names)
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        names = {"loss": "mean_squared_standardised_error", "rmse": "rmse", "mae": "mae"}
+        return {f"val_{name}": metrics[key] for name, key in names.items()}
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        columns = {}
+        for number, name in enumerate(self.target_names):
+            suffix = f" {name}" if self.num_outputs > 1 else ""
+            columns[f"true{suffix}"] = rows["true"][:, number]
+            columns[f"predicted{suffix}"] = rows["predicted"][:, number]
+        return columns
+
+    def _errors(self, rows: Rows) -> np.ndarray:
+        """Root mean square of the errors of a sample, in units of the headline, (N,)."""
+        return np.sqrt(np.square((rows["predicted"] - rows["true"]) / self.std).mean(1)) * self._unit
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        errors = self._errors(rows)
+        return {
+            "error_by_length": evaluation.by_length(rows["tokens"], mean_error=errors),
+            "largest_errors": [
+                {**{key: value for key, value in items[place].items() if key not in ("split", "tokens")},
+                 "error": float(errors[place])}
+                for place in self.worst(rows)
+            ],
+        }  # fmt: skip
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        return np.argsort(-self._errors(rows), kind="stable")[:limit]
+
+    def figures(self, rows: Rows) -> Figures:
+        arguments = rows["true"], rows["predicted"], self.target_names
+        return {
+            "predicted_against_true.png": partial(plots.plot_predicted_against_true, *arguments),
+            "residuals.png": partial(plots.plot_residuals, *arguments),
+            "residual_histogram.png": partial(plots.plot_residual_histogram, *arguments),
+        }
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["error_by_length"]
+        return {"error_by_length.png": partial(plots.plot_error_by_length, by_length)} if by_length else {}
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        return tuple(" ".join(f"{value:.4g}" for value in rows[name][place]) for name in ("true", "predicted"))
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return rows["true"][:, 0], None
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        values = (output.numpy() * self.std + self.mean).tolist()
+        return {"value": values[0], "values": dict(zip(self.target_names, values, strict=True))}
+
+    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        return answer["values"]
+
+
+def _number(cell: Any, where: str) -> float:
+    """A label as a number. Raises UserError for words, nothing, NaN and infinity."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
+    try:
+        value = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError):
+        comma = isinstance(cell, str) and cell.count(",") == 1 and cell.replace(",", "").strip("+-").isdecimal()
+        hint = "; write a decimal point, or say --delimiter ';'" if comma else "; correct it, or remove the row"
+        raise UserError(f"{where}: label {shown(cell)} is no number{hint}") from None
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {shown(cell)} is no finite number; correct it, or remove the row")
+    return value
+
+
+# --- Several labels at once -------------------------------------------------------------------------------------------
+
+Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Any number of labels an item, each there or not.
+
+    Args:
+        class_names: of the labels.
+        thresholds: the probability from which a label counts as there, for each.
+        weights: of the items without and with a label in its loss, for each; None = all alike.
+    """
+
+    kind = "multilabel"
+    headline = "macro_f1"
+    step_names = ("loss", "right")
+    higher_is_better = {
+        "macro_f1": True, "micro_f1": True, "mean_average_precision": True, "subset_accuracy": True, "loss": False,
+    }  # fmt: skip
+
+    class_names: Names
+    thresholds: list[Share] = field(default_factory=list)
+    weights: list[tuple[Positive, Positive]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.thresholds:
+            object.__setattr__(self, "thresholds", [0.5] * len(self.class_names))
+        for name in ("thresholds", "weights"):
+            if (values := getattr(self, name)) is not None and len(values) != len(self.class_names):
+                raise UserError(f"{len(values)} {name} of {len(self.class_names)} labels")
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.class_names)
+
+    def about(self) -> str:
+        return f"{self.num_outputs} labels, any number of them an item"
+
+    # --- Targets ---
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["MultiLabel", list[str]]:
+        found: list[str] = []
+        for cell, place in zip(cells, places, strict=True):
+            with suppress(UserError):
+                found += class_names_of(cell, place)
+        return cls(class_order(found)), []
+
+    def check_names(self, path: str | None) -> None:
+        if not self.class_names:
+            raise UserError(f"{path}: no training item has a label; separate several ones by ';'")
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        numbers = ClassNumbers(self.class_names)
+        targets, errors = np.zeros((len(cells), self.num_outputs), np.float32), []
+        for row, (cell, place) in enumerate(zip(cells, places, strict=True)):
+            try:
+                for name in class_names_of(cell, place):
+                    if (number := numbers.get(name)) is None:
+                        raise UserError(
+                            f"{place}: label {name!r} does not occur in the training data{numbers.nearest(name)}; "
+                            "correct or remove it"
+                        )
+                    targets[row, number] = 1
+            except UserError as error:
+                errors.append(error)
+        return (None if errors else targets), errors
+
+    def target(self, label: Any, where: str) -> np.ndarray:
+        """float32 (C,) of 0 and 1."""
+        value = np.asarray(label, np.float32) if np.asarray(label).dtype.kind in "biuf" else np.full(1, np.nan)
+        if value.shape != (self.num_outputs,) or not np.isin(value, (0, 1)).all():
+            raise UserError(f"{where}: a label must be {self.num_outputs} numbers 0 or 1, one for each name")
+        return value
+
+    def stack(self, targets: Sequence[np.ndarray]) -> Tensor:
+        """float32 (B, C)"""
+        return torch.from_numpy(np.asarray(targets, np.float32).reshape(len(targets), self.num_outputs))
+
+    def check(self, targets: Sequence[np.ndarray], for_training: bool) -> None:
+        values = np.asarray(targets)
+        if for_training and (values == values[0]).all():
+            raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """The combinations of labels; those that occur once are one stratum together."""
+        _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
+        return np.where(counts[strata] > 1, strata, len(counts))
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        absent = np.flatnonzero(~targets.any(0))
+        if not len(absent):
+            return None
+        first = self.class_names[absent[0]]
+        return f"{len(absent)} of {self.num_outputs} labels are on no {{}} sample, the first is {first}"
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "MultiLabel":
+        if settings.class_weights == "none":
+            return replace(self, weights=None)
+        there, total = targets.sum(0), len(targets)  # scikit-learn's rule for each label: n / (2 n_c)
+        pairs = [(total / (2 * max(1, total - n)), total / (2 * max(1, n))) for n in there.tolist()]
+        return replace(self, weights=pairs)
+
+    # --- Training ---
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        weights = None
+        if self.weights is not None:
+            without, with_label = torch.tensor(self.weights, dtype=torch.float32, device=outputs.device).T
+            weights = torch.where(targets > 0, with_label, without)
+        loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, weights, reduction="sum")
+        return loss / self.num_outputs
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, reduction="sum") / self.num_outputs
+        return torch.stack([loss, ((outputs > 0) == (targets > 0)).sum() / self.num_outputs])
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"train_hamming_loss": 1 - totals["right"] / totals["samples"]}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        return {
+            "finite": outputs.isfinite().all(1).numpy(),
+            "true": targets.numpy() > 0,
+            "logit": outputs.double().numpy(),
+        }
+
+    def _probabilities(self, rows: Rows) -> np.ndarray:
+        return torch.from_numpy(rows["logit"]).sigmoid().numpy()
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        return evaluation.multilabel_metrics(rows["logit"], rows["true"], self.thresholds, self.class_names)
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        names = {"loss": "binary_cross_entropy"} | {name: name for name in self.higher_is_better if name != "loss"}
+        return {f"val_{name}": metrics[key] for name, key in names.items()}
+
+    def tuned(self, rows: Rows) -> "MultiLabel":
+        thresholds = evaluation.best_thresholds(self._probabilities(rows), rows["true"])
+        return replace(self, thresholds=thresholds)
+
+    def _names(self, there: np.ndarray) -> str:
+        return ";".join(name for name, is_there in zip(self.class_names, there, strict=True) if is_there)
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        probabilities = self._probabilities(rows)
+        columns = {
+            "true": [self._names(there) for there in rows["true"]],
+            "predicted": [self._names(there) for there in probabilities >= self.thresholds],
+        }
+        return columns | {f"probability {name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        probabilities, true = self._probabilities(rows), rows["true"]
+        right = (probabilities >= self.thresholds) == true
+        confidence = np.where(probabilities >= 0.5, probabilities, 1 - probabilities)
+        sure_right = (probabilities >= 0.5) == true
+        keys = ("id", "true", "predicted")
+        return {
+            "reliability": evaluation.reliability_table(confidence.ravel(), sure_right.ravel()),
+            "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=right.mean(1)),
+            "worst_items": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        probabilities = self._probabilities(rows)
+        wrong = ((probabilities >= self.thresholds) != rows["true"]).any(1)
+        distance = np.abs(probabilities - rows["true"]).max(1)
+        return np.flatnonzero(wrong)[np.argsort(-distance[wrong], kind="stable")][:limit]
+
+    def figures(self, rows: Rows) -> Figures:
+        probabilities, true = self._probabilities(rows), rows["true"]
+        per_class = self.metrics(rows)["per_class"]
+        return {
+            "precision_recall.png": partial(plots.plot_precision_recall_bars, per_class),
+            "precision_recall_curves.png": partial(
+                plots.plot_precision_recall_curves, probabilities, true, self.thresholds, self.class_names
+            ),
+            "calibration.png": partial(
+                plots.plot_label_calibration, evaluation.reliability_table(probabilities.ravel(), true.ravel())
+            ),
+        }
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["accuracy_by_length"]
+        return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        predicted = self._probabilities(rows)[place] >= self.thresholds
+        return tuple(plots.short(self._names(there)) or "none" for there in (rows["true"][place], predicted))
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return rows["true"].sum(1), None
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        probabilities = output.sigmoid().tolist()
+        pairs = list(zip(self.class_names, probabilities, strict=True))
+        there = [name for (name, share), least in zip(pairs, self.thresholds, strict=True) if share >= least]
+        return {"labels": there, "probabilities": dict(pairs)}
+
+    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        shares = {f"probability {name}": f"{share:.6f}" for name, share in answer["probabilities"].items()}
+        return {"labels": ";".join(answer["labels"]), **shares}
+
+
+# --- Descriptions -----------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """Plain values that a checkpoint can store."""
+    return {"kind": task.kind, **asdict(task)}
+
+
+def from_description(description: Any, where: str = "the task") -> Task:
+    """The task that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    values = read(description, dict[str, Any], where)
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(TASKS)}")
+    return read({name: value for name, value in values.items() if name != "kind"}, TASKS[kind], where)
