@@ -149,7 +149,7 @@ Sample = tuple[dict[str, tuple[Tensor, Tensor]], Any]
 ONLY = "input"  # the key of the only modality
 
 
-def to_sample(item: Item, where: str, max_seq_len: int | None, targets: Targets) -> Sample:
+def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: Targets | None = None) -> Sample:
     """An item, checked: ({modality: (input float32 (L, C), mask bool (L,))}, target or None).
 
     `where` names it in an error. A modality without a real token counts as missing; one at least must have some.
@@ -171,7 +171,7 @@ def to_sample(item: Item, where: str, max_seq_len: int | None, targets: Targets)
     if not parts:
         shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
         raise UserError(f"{where}: empty, no real token (input {shapes}); remove the sample")
-    return parts, targets.target(item["label"], where) if "label" in item else None
+    return parts, (targets or ClassTargets()).target(item["label"], where) if "label" in item else None
 
 
 def collate(
@@ -204,8 +204,11 @@ def collate(
     return batch
 
 
-def check_items(dataset: Dataset, max_seq_len: int | None, targets: Targets) -> tuple[np.ndarray, list[Any]]:
+def check_items(
+    dataset: Dataset, max_seq_len: int | None = None, targets: Targets | None = None
+) -> tuple[np.ndarray, list[Any]]:
     """Read every item once. Returns (lengths in tokens int64, targets); raises UserError that names a bad sample."""
+    targets = targets or ClassTargets()
     lengths, labels, widths = [], [], {}
     for number in range(len(dataset)):
         where = f"sample {number}"

@@ -23,7 +23,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 import tasks
-from adapters import (
+from adapters import (  # noqa: F401
     MODALITIES,
     Adapter,
     ImageAdapter,
@@ -37,13 +37,21 @@ from adapters import (
     describe,
     each,
     from_description,
+    shift_and_flip,
 )
-from batches import (  # noqa: F401 (some for those who import them from here)
+from batches import (  # noqa: F401 (for those who import them from here)
+    EpochBatchSampler,
+    EpochDataLoader,
     Item,
+    check_items,
     collate,
     create_dataloader,
+    loaded_of,
     random_stream,
     set_epoch,
+    share_of,
+    to_sample,
+    unshared,
 )
 from config import FIELDS, OWN_DATA, Settings, check_memory
 from data_files import Items, OnError, read_manifest, without_effect

@@ -21,12 +21,12 @@ from torchvision.datasets import CIFAR10
 
 import data_utils
 from adapters import ImageAdapter, from_description, prepare_images
+from batches import ClassTargets
 from config import DATASET_DEFAULTS, Settings
 from data_utils import (
     EpochBatchSampler,
     ImageDataset,
     SequenceDataset,
-    check_labels,
     collate,
     create_cifar10_sequence_dataset,
     create_dataloader,
@@ -360,10 +360,10 @@ def test_whole_labels_of_any_type_become_int64(labels, convert):
 def test_labels_outside_the_classes_are_named(labels, classes):
     wrong = [i for i, label in enumerate(labels) if not 0 <= label < classes]
     if not wrong:
-        check_labels(np.array(labels), classes)
+        ClassTargets(classes).check(np.array(labels), for_training=False)
         return
     with pytest.raises(UserError, match=rf"^sample {wrong[0]}: label {labels[wrong[0]]} is not in 0\.\.{classes - 1};"):
-        check_labels(np.array(labels), classes)
+        ClassTargets(classes).check(np.array(labels), for_training=False)
 
 
 def test_labels_that_count_from_one_are_recognised():

@@ -37,8 +37,7 @@ from checkpoint import BEST, LAST, build_model, load_checkpoint
 from config import DATASET_DEFAULTS, Settings
 from data_utils import EpochBatchSampler, load_splits
 from perceiver_model import PerceiverModel
-from progress import FINAL_RATE, Progress, Schedule, average_decay, moving_average
-from train import parameter_groups
+from progress import FINAL_RATE, Progress, Schedule, average_decay, moving_average, parameter_groups
 
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
