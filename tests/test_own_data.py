@@ -1077,6 +1077,8 @@ def test_what_the_looks_of_series_say(tmp_path):
     assert about == ["series  3 steps, 6 channels"]
     assert note.startswith("the series have 3 steps and 6 channels; if it is the other way round, transpose them")
     assert "the series have 1 step and 3 channels" in notes("c.npz")[1][0]
+    np.savez(tmp_path / "d.npz", x=x[:, :1, :1], y=y)
+    assert "the series have 1 step and 1 channel;" in notes("d.npz")[1][0]
     rows = "".join(f"s{n},{n % 2},1,{n},3\n" for n in range(20))
     (tmp_path / "a.csv").write_text("id,label,t0,t1,t2\n" + rows)
     _, (note,) = notes("a.csv")
