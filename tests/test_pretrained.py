@@ -633,8 +633,10 @@ def test_special_symbols_may_be_spelt_otherwise(folder):
     assert adapter("<mask>a")[:, 0].tolist() == [4, 3, 6 + ord("a"), 5]
 
 
-def test_masks_are_filled_with_the_bytes_that_transformers_finds_most_likely(folders):
-    model, theirs = load_pretrained(folders / "language"), theirs_of(folders, "language").eval()
+def test_masks_are_filled_with_the_bytes_that_transformers_finds_most_likely(folder):
+    path = folder("language")
+    change_weights(path, lambda weights: weights["embedding_decoder.bias"][:6].add_(100))  # of the special symbols
+    model, theirs = load_pretrained(path), theirs_of(path.parent, "language").eval()
     for text in ("words are [MASK][MASK][MASK].", "[MASK]", "é[MASK]😀 [SEP] b[MASK]"):
         encoded = TOKENIZER(text, return_tensors="pt", padding="max_length", max_length=40)
         ids = encoded.input_ids[0]
