@@ -282,6 +282,14 @@ def test_changes_that_leave_the_weights_as_they_are(folders):
     assert {module.dropout for module in plain.modules() if type(module).__name__ == "MultiHeadAttention"} == {0.1}
 
 
+@pytest.mark.parametrize("changes", [{"num_classes": 7}, {"num_latents": 9}, {"head": "mean"}])
+def test_changes_of_weights_are_refused_by_name(folders, changes):
+    with pytest.raises(UserError, match=f"with {next(iter(changes))} changed"):
+        load_pretrained(folders / "fourier", **changes)
+    with pytest.raises(TypeError, match="'drop_out'.*'dropout'"):
+        load_pretrained(folders / "fourier", drop_out=0.1)
+
+
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +422,8 @@ def change_json(path, **changes):
 @pytest.mark.parametrize("name, changes, part", [
     ("fourier", {"architectures": ["PerceiverForOpticalFlow"]}, "'PerceiverForOpticalFlow'; those read here: Per"),
     ("fourier", {"architectures": ...}, "None"),
+    ("fourier", {"architectures": {"0": 1}}, "{'0': 1}"),
+    ("fourier", {"architectures": [["a"]]}, "['a']"),
     ("fourier", {"d_latents": ...}, "lacks 'd_latents'"),
     ("fourier", {"d_latents": 15}, "d_model=15 is not divisible by num_heads=4"),
     ("fourier", {"d_latents": "16"}, "d_model must be a whole number"),
@@ -421,6 +431,9 @@ def change_json(path, **changes):
     ("fourier", {"use_query_residual": False}, "use_query_residual=False"),
     ("fourier", {"cross_attention_widening_factor": 3}, "cross_attention_widening_factor=3"),
     ("fourier", {"id2label": {"0": "a", "2": "b"}}, "id2label must name the classes 0, 1, 2"),
+    ("fourier", {"id2label": ["a", "b"]}, "id2label must name the classes 0, 1, 2"),
+    ("fourier", {"id2label": {"0": None}}, "id2label must name the classes 0, 1, 2"),
+    ("language", {"max_position_embeddings": "40"}, "number of 2 or more, not 40 and '40'"),
     ("fourier", {"num_latents": 7}, "perceiver.embeddings.latents is (6, 16) where config.json asks for (7, 16)"),
     ("language", {"vocab_size": 300}, "vocab_size=300 is not read here, only 262"),
 ])  # fmt: skip
@@ -438,10 +451,17 @@ def test_a_config_of_another_model_is_refused_by_name(folder, name, changes, par
     ({"size": {"height": 16, "width": 8}}, "side of a square"),
     ({"size": {"shortest_edge": 16}}, "side of a square"),
     ({"crop_size": 0}, "crop_size=0"),
+    ({"image_mean": [0.5]}, "image_mean"),
+    ({"image_std": [1, "2", 3]}, "image_std"),
+    ({"image_std": [0.0, 0.2, 0.3]}, "three numbers above 0"),
+    ({"mask_token": 3}, "six different words"),
+    ({"sep_token": "[PAD]"}, "six different words"),
+    ({"model_max_length": None}, "number of 2 or more, not None"),
 ])  # fmt: skip
 def test_another_preprocessing_is_refused_by_name(folder, changes, part):
-    path = folder("fourier")
-    change_json(path / "preprocessor_config.json", **changes)
+    texts = any(name in changes for name in ("mask_token", "sep_token", "model_max_length"))
+    path = folder("language" if texts else "fourier")
+    change_json(path / ("tokenizer_config.json" if texts else "preprocessor_config.json"), **changes)
     with pytest.raises(UserError, match=part):
         load_pretrained(path)
 
