@@ -346,8 +346,10 @@ def _image_adapter(
         )
     statistics = {name: values.get(name, usual) for name, usual in IMAGENET.items()}
     for name, given in statistics.items():
-        if not isinstance(given, list) or len(given) != 3 or not _are(given, (int, float)) or not min(given) > 0:
-            raise UserError(f"preprocessor_config.json has {name}={given!r}; it must be three numbers above 0")
+        if not isinstance(given, list) or len(given) != 3 or not _are(given, (int, float)):
+            raise UserError(f"preprocessor_config.json has {name}={given!r}; it must be three numbers")
+    if min(statistics["image_std"]) <= 0:
+        raise UserError(f"preprocessor_config.json has image_std={statistics['image_std']}; it must be above 0")
     mean, std = ([255 * value for value in given] for given in statistics.values())
     return PretrainedImageAdapter([side, side, 3], 1, mean, std, any_size=True, crop=trained / around)
 

@@ -453,7 +453,7 @@ def test_a_config_of_another_model_is_refused_by_name(folder, name, changes, par
     ({"crop_size": 0}, "crop_size=0"),
     ({"image_mean": [0.5]}, "image_mean"),
     ({"image_std": [1, "2", 3]}, "image_std"),
-    ({"image_std": [0.0, 0.2, 0.3]}, "three numbers above 0"),
+    ({"image_std": [0.0, 0.2, 0.3]}, "above 0"),
     ({"mask_token": 3}, "six different words"),
     ({"sep_token": "[PAD]"}, "six different words"),
     ({"model_max_length": None}, "number of 2 or more, not None"),
