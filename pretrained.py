@@ -39,6 +39,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -86,12 +87,17 @@ def load_pretrained(source: str | Path, image_size: int | None = None, **changes
 
     Raises:
         UserError: a file is missing, damaged or of another kind of model; weights are missing, left over or of another
-            shape, named one by one; an image_size that the model cannot have.
+            shape, named one by one; an image_size that the model cannot have; changes that do change weights.
+        TypeError: changes with an unknown argument.
     """
     arguments, weights, data = read_pretrained(source, image_size)
     with torch.device("meta"):
         model = PerceiverModel(**arguments | changes)
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        names = ", ".join(changes)
+        raise UserError(f"with {names} changed, the model would have other weights than {source}") from error
     model.data_info = data
     model.adapters = {name: adapter_of(description) for name, description in data["adapters"].items()}
     return model.eval()
@@ -109,13 +115,18 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
 def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """All but the weights: the arguments of PerceiverModel, and the data, see :class:`Pretrained`."""
     config = _read_json(folder / "config.json")
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture not in ARCHITECTURES:
+    architecture = config.get("architectures")
+    if isinstance(architecture, list) and len(architecture) == 1:
+        (architecture,) = architecture
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UserError(f"{folder}: its architecture is {architecture!r}; those read here: {', '.join(ARCHITECTURES)}")
-    images = "ForImage" in architecture
+    modality = "image" if "Image" in architecture else "text"
     try:
-        adapter = _image_adapter(folder, config, image_size) if images else _text_adapter(folder, config, image_size)
-        features = {"image" if images else "text": adapter.features}
+        if modality == "image":
+            adapter = _image_adapter(folder, config, architecture, image_size)
+        else:
+            adapter = _text_adapter(folder, config, image_size)
+        features = {modality: adapter.features}
         arguments = {"input_dim": features} | _arguments(config, architecture, adapter.features.get("vocab_size"))
         with torch.device("meta"):
             PerceiverModel(**arguments)  # refuses what does not go together
@@ -123,7 +134,7 @@ def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict
         raise UserError(f"{folder / 'config.json'} lacks {error}") from error
     except (TypeError, ValueError) as error:  # UserError is one
         raise UserError(f"{folder}: {error}") from error
-    data = {"features": features, "adapters": {name: describe(adapter) for name in features}}
+    data = {"features": features, "adapters": {modality: describe(adapter)}}
     if arguments["head"] == "query":
         data |= {"class_names": _class_names(config), "num_classes": arguments["num_classes"]}
     return arguments, data
@@ -313,25 +324,33 @@ def _class_names(config: dict[str, Any]) -> list[str]:
     """The names of the classes; one that several have (ImageNet has two cranes) is followed by the class number."""
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # of two classes transformers writes none
     numbers = [str(number) for number in range(len(names))]
-    if set(numbers) != names.keys():
+    if not isinstance(names, dict) or set(numbers) != names.keys() or not _are(names.values(), str):
         raise UserError("config.json: id2label must name the classes 0, 1, 2, ...")
     count = Counter(names.values())
     return [names[number] if count[names[number]] == 1 else f"{names[number]} ({number})" for number in numbers]
 
 
-def _image_adapter(folder: Path, config: dict[str, Any], image_size: int | None) -> PretrainedImageAdapter:
+def _image_adapter(
+    folder: Path, config: dict[str, Any], architecture: str, image_size: int | None
+) -> PretrainedImageAdapter:
     values = _read_json(folder / "preprocessor_config.json", optional=True)
     steps = dict.fromkeys(("do_center_crop", "do_resize", "do_rescale", "do_normalize"), True)
     steps |= {"resample": Image.Resampling.BICUBIC, "rescale_factor": 1 / 255}
     _check_values(steps | values, **steps)
     trained, around = _side(values, "size", 224), _side(values, "crop_size", 256)
     side = trained if image_size is None else image_size
-    if "Learned" in config["architectures"][0] and side != config["image_size"]:
+    if "Learned" in architecture and side != config["image_size"]:
         raise UserError(
             f"images of {side} x {side} pixels cannot be read: the model has learned a vector for each position of "
             f"{config['image_size']} x {config['image_size']} pixels and knows no others"
         )
-    mean, std = ([255 * value for value in values.get(name, usual)] for name, usual in IMAGENET.items())
+    statistics = {name: values.get(name, usual) for name, usual in IMAGENET.items()}
+    for name, given in statistics.items():
+        if not isinstance(given, list) or len(given) != 3 or not _are(given, (int, float)):
+            raise UserError(f"preprocessor_config.json has {name}={given!r}; it must be three numbers")
+    if min(statistics["image_std"]) <= 0:
+        raise UserError(f"preprocessor_config.json has image_std={statistics['image_std']}; it must be above 0")
+    mean, std = ([255 * value for value in given] for given in statistics.values())
     return PretrainedImageAdapter([side, side, 3], 1, mean, std, any_size=True, crop=trained / around)
 
 
@@ -348,9 +367,18 @@ def _text_adapter(folder: Path, config: dict[str, Any], image_size: int | None) 
         raise UserError(f"image_size={image_size} has no effect on a model that reads texts")
     values = _read_json(folder / "tokenizer_config.json", optional=True)
     symbols = [values.get(f"{usual[1:-1].lower()}_token", usual) for usual in SYMBOLS]
-    symbols = [symbol["content"] if isinstance(symbol, dict) else symbol for symbol in symbols]
+    symbols = [symbol.get("content") if isinstance(symbol, dict) else symbol for symbol in symbols]
+    if not _are(symbols, str) or len(set(symbols)) < len(symbols) or "" in symbols:
+        raise UserError(f"tokenizer_config.json: the special symbols must be six different words, not {symbols}")
     longest = config["max_position_embeddings"]
-    return PretrainedTextAdapter(min(values.get("model_max_length", longest), longest), symbols)
+    given = values.get("model_max_length", longest)
+    if not _are([given, longest], (int, float)) or min(given, longest) < 2:
+        raise UserError(f"the longest text must be a number of 2 or more, not {given!r} and {longest!r}")
+    return PretrainedTextAdapter(int(min(given, longest)), symbols)
+
+
+def _are(values: Iterable[Any], kind: type | tuple[type, ...]) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 def _check_values(given: dict[str, Any], **needed: Any) -> None:

@@ -135,7 +135,7 @@ class PositionFeatures(nn.Module):
         return sequence_positions(length, self.num_bands, exact).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; of x nothing else is looked at."""
+        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; what x holds does not matter."""
         length, table = x.size(1), self.table
         fits = table.size(0) >= length and table.device == x.device
         if torch.compiler.is_compiling() and not (fits and self.grid_shape):
@@ -163,7 +163,7 @@ class LearnedPositions(nn.Module):
         self.projection = nn.Linear(num_channels, num_channels) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, features) -> (L, num_channels); of x nothing but its length is looked at."""
+        """x (B, L, features) -> (L, num_channels); only the length of x matters."""
         return self.projection(self.table[: x.size(1)])
 
 

@@ -2,9 +2,12 @@
 
     python benchmarks/compare_peers.py
     python benchmarks/compare_peers.py --cases image million --repeats 3
+    python benchmarks/compare_peers.py --cases fourier language --repeats 3
 
-All have the width, heads, latents, layers and MLP ratio of the base preset, float32, no position features, the same raw
-tokens, no dropout, and end in the mean over the latents and a linear classifier with cross-entropy. What differs:
+All are float32, without dropout. "fourier" and "language" are the published Perceivers of these names at their full
+size, which both read from one folder with random weights: a forward pass in evaluation mode, and forward + backward. In
+the other cases all have the width, heads, latents, layers and MLP ratio of the base preset, no position features, the
+same raw tokens, and end in the mean over the latents and a linear classifier with cross-entropy. What differs there:
 
     transformers       queries, keys and values are as wide as the latents, as ours, but have biases
     perceiver-pytorch  its MLP is a GEGLU, whose first layer is twice as wide: 3 instead of 2 products of D x 4 D
@@ -14,6 +17,7 @@ Idle is a process with parameters, their gradients and data in place. "At least"
 reach: times as fast, times less memory.
 """
 
+import tempfile
 from typing import Any, NamedTuple
 
 import measure
@@ -41,6 +45,13 @@ CASES = {
     "long": Case(1, 200_000, 32, 8, {LUCIDRAINS: (5, 30)}),
     "million": Case(1, 1_000_000, 32, 8, {SEPARATE: ()}),
 }
+
+
+PUBLISHED = {  # what is read; to be reached: times as fast, times less memory
+    "fourier": ("1 image of 224 x 224 pixels", (1, 1.67)),
+    "language": ("1 text of 2,048 bytes", (1,)),
+}
+PASSES = {"forward": "forward", "backward": "forward + backward"}
 
 
 def make_ours(case: Case, separate: bool = False) -> Any:
@@ -104,10 +115,42 @@ def make_lucidrains(case: Case) -> Any:
     )
 
 
+def build_published(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]:
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    pixels, numbers = torch.randn(1, 3, 224, 224), torch.randint(262, (1, 2048))
+    if spec["name"] == TRANSFORMERS:
+        import parity
+
+        model, x = parity.load_peer(spec["folder"]), pixels if spec["case"] == "fourier" else numbers
+    else:
+        from pretrained import load_pretrained
+
+        model = load_pretrained(spec["folder"])
+        x = pixels.flatten(2).mT.contiguous() if spec["case"] == "fourier" else numbers[..., None].float()
+    x, training = x.to(spec["device"]), spec["pass"] == "backward"
+    model.to(spec["device"]).train(training)
+    label = torch.randint(262, (1 if spec["case"] == "fourier" else 2048,), device=spec["device"])
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.inference_mode(not training):
+            logits = model(x)
+        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+        if training:
+            F.cross_entropy(logits.flatten(0, -2), label).backward()
+
+    return run, run, {"parameters": sum(p.numel() for p in model.parameters())}
+
+
 def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]:
     import torch
     import torch.nn.functional as F
 
+    if spec["case"] in PUBLISHED:
+        return build_published(spec)
     case, name = CASES[spec["case"]], spec["name"]
     torch.manual_seed(0)
     if name == TRANSFORMERS:
@@ -127,26 +170,45 @@ def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]
     return lambda: run(x[:, :16]), run, {"parameters": sum(p.numel() for p in model.parameters())}
 
 
+WIDTHS = (18, 11, 19, 6, 19, 17, 9)
+COLUMNS = ("parameters", "seconds", "GiB", "times as fast", "times less memory", "at least")
+
+
+def compare(specs: list[measure.Spec], reach: list[tuple[float, ...]], repeats: int, title: str, heading: Any) -> None:
+    """Run the contestants by turns and print a table; the first is ours, to which `reach` of the others is said."""
+    ours, *peers = contestants = measure.by_turns(specs, repeats)
+    heading.show(ours)
+    print(f"{title}; medians of {repeats} alternating runs (range)")
+    measure.print_row(("", *COLUMNS), WIDTHS)
+    for spec, contestant, bounds in zip(specs, contestants, [(), *reach], strict=True):
+        cells = [spec["name"], f"{contestant.facts['parameters']:,}", measure.spread(contestant.seconds)]
+        cells += [f"{contestant.memory / measure.GIB:.3f}"]
+        if contestant in peers:
+            cells += [measure.spread(measure.ratios(contestant, ours)), f"{contestant.memory / ours.memory:.1f}"]
+            cells += [", ".join(map(str, bounds))]
+        measure.print_row(cells, WIDTHS)
+    print()
+
+
 def main() -> None:
-    args = measure.parse_args(__doc__, list(CASES), [name for name in CASES if name != "million"], repeats=5)
+    chosen = [name for name in CASES if name != "million"]
+    args = measure.parse_args(__doc__, [*CASES, *PUBLISHED], chosen, repeats=5)
     heading = measure.Heading("transformers", "perceiver-pytorch")
-    widths = (18, 11, 19, 6, 19, 17, 9)
     for name in args.cases:
-        case = CASES[name]
-        specs = [{"case": name, "name": peer, "device": args.device} for peer in ("ours", *case.peers)]
-        ours, *_ = contestants = measure.by_turns(specs, args.repeats)
-        heading.show(ours)
-        print(f"{name}: {case}; medians of {args.repeats} alternating runs (range)")
-        columns = ("parameters", "seconds", "GiB", "times as fast", "times less memory", "at least")
-        measure.print_row(("", *columns), widths)
-        for peer, contestant in zip(("ours", *case.peers), contestants, strict=True):
-            cells = [peer, f"{contestant.facts['parameters']:,}", measure.spread(contestant.seconds)]
-            cells += [f"{contestant.memory / measure.GIB:.3f}"]
-            if contestant is not ours:
-                cells += [measure.spread(measure.ratios(contestant, ours)), f"{contestant.memory / ours.memory:.1f}"]
-                cells += [", ".join(map(str, case.peers[peer]))]
-            measure.print_row(cells, widths)
-        print()
+        spec = {"case": name, "device": args.device}
+        if name in CASES:
+            case = CASES[name]
+            specs = [spec | {"name": peer} for peer in ("ours", *case.peers)]
+            compare(specs, list(case.peers.values()), args.repeats, f"{name}: {case}", heading)
+            continue
+        import parity
+
+        what, reach = PUBLISHED[name]
+        with tempfile.TemporaryDirectory() as folder:
+            parity.write_published(name, folder, attention_probs_dropout_prob=0.0)
+            for each, passes in PASSES.items():
+                specs = [spec | {"name": peer, "folder": folder, "pass": each} for peer in ("ours", TRANSFORMERS)]
+                compare(specs, [reach], args.repeats, f"{name}: {what}, {passes}", heading)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from measure import print_row
 from perceiver_model import CrossAttentionBlock, PerceiverModel, SelfAttentionBlock
 from pretrained import PretrainedTextAdapter, fill_masks, load_pretrained
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
 VISION = {
     "num_latents": 512,
     "d_latents": 1024,
@@ -174,8 +177,6 @@ def main() -> int:
                         metavar="DTYPE", help="float32, float64 (default: both)")  # fmt: skip
     parser.add_argument("--image", help="a picture to classify with the files of FOLDER")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     widths, worst = (34, 7, 6, 10, 10, 10, 6), 0.0
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
     print_row(("", "", "layers", "of layers", "of logits", "as it is", ""), widths)
