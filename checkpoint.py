@@ -138,6 +138,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is not a file")  # a pipe would be waited for without end
     try:
         with open(path, "rb") as file:
             start = file.read(2)

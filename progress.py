@@ -197,9 +197,9 @@ class StepSums:
         return steps
 
 
-# --- Out of a checkpoint ----------------------------------------------------------------------------------------------
-# A checkpoint may come from anybody. Its optimizer state above all is not to be loaded as it stands: the fused kernels
-# write where its shapes lead them.
+# --- The rest of a run, from a checkpoint -----------------------------------------------------------------------------
+# Anybody may have written the file. Its optimizer state above all must not be loaded unchecked: the fused kernels trust
+# its shapes and write beyond the end of a tensor that is too short.
 
 
 class AdamState(TypedDict):
@@ -217,9 +217,12 @@ class OptimizerState(TypedDict):
     param_groups: list[Group]
 
 
+Bytes = Annotated[Tensor, lambda tensor: tensor.dtype == torch.uint8 and tensor.dim() == 1, "a tensor of bytes"]
+
+
 class RandomState(TypedDict):
-    cpu: Annotated[Tensor, lambda state: state.dtype == torch.uint8 and state.dim() == 1, "bytes"]
-    cuda: list[Annotated[Tensor, lambda state: state.dtype == torch.uint8 and state.dim() == 1, "bytes"]]
+    cpu: Bytes
+    cuda: list[Bytes]  # one for each card
 
 
 class RunData(Data):
@@ -228,7 +231,7 @@ class RunData(Data):
 
 
 class Run(Contents):
-    """What a checkpoint holds that a run can go on from."""
+    """What a checkpoint needs to be resumed."""
 
     data: RunData
     trained_model: NotRequired[dict[str, Any]]  # where the model is an average
@@ -240,7 +243,7 @@ class Run(Contents):
 
 
 def check_run(checkpoint: dict[str, Any], path: Any) -> None:
-    """Raise UserError unless a run can go on from the checkpoint of this path."""
+    """Raise UserError unless the checkpoint of this path can be resumed."""
     if "progress" not in checkpoint:
         raise UserError(f"{path} has no training state to go on from")
     try:
@@ -250,17 +253,17 @@ def check_run(checkpoint: dict[str, Any], path: Any) -> None:
         if (run["epoch"], run["step"]) != (run["progress"].epoch, run["progress"].step):
             raise UserError("epoch and step are not those of progress")
         if run["settings"].get("ema_decay") and "trained_model" not in run:
-            raise UserError("trained_model is missing, of which the model is the average")
-    except (UserError, RuntimeError) as error:  # RuntimeError: no state of a generator
-        raise UserError(f"{path} cannot be gone on from: {error}".splitlines()[0]) from error
+            raise UserError("trained_model is missing: its model is the average, not what was trained")
+    except (UserError, RuntimeError) as error:  # RuntimeError: random_state is no state of a generator
+        raise UserError(f"{path} cannot be resumed: {error}".splitlines()[0]) from error
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
     """Give the optimizer its state. Raises UserError, before anything is loaded, where it does not fit the model."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state, step = checkpoint["optimizer"]["state"], checkpoint["step"]
-    # No step was taken yet, or all were left out by the scaler
-    numbers = range(len(parameters) if state or (step and not checkpoint["scaler"]) else 0)
+    may_be_empty = step == 0 or checkpoint["scaler"]  # which leaves out steps, and may have left out all of them
+    numbers = range(len(parameters) if state or not may_be_empty else 0)
     expected = {"step": [torch.empty(())] * len(parameters), "exp_avg": parameters, "exp_avg_sq": parameters}
     limits = {"step": (0, step), "exp_avg": (-math.inf, math.inf), "exp_avg_sq": (0, math.inf)}
     problems = []
@@ -285,11 +288,11 @@ def _within(values: Tensor, low: float, high: float) -> bool:
 
 
 def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, float]) -> None:
-    """Give the scaler its state; a run that had none begins with a new one. Raises UserError."""
+    """Give the scaler its state; a run that had no scaler begins with a new one. Raises UserError."""
     if not (saved and scaler.is_enabled()):
         return
     scale, tracker = saved.get("scale"), saved.get("_growth_tracker")
-    if not scale or type(tracker) is not int:
+    if not (scale and scale > 0) or type(tracker) is not int or tracker < 0:
         raise UserError(f"the checkpoint's scaler has scale {shown(scale)} and _growth_tracker {shown(tracker)}")
     scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": tracker})
 

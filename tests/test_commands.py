@@ -945,6 +945,19 @@ def test_early_stopping(call, quick, monkeypatch, accuracies, warmup, epochs, be
     assert ("stopped early: no better epoch for 2 epochs" in done.out) == (epochs < 10)
 
 
+def test_the_best_model_is_tested_not_the_last(call, quick, monkeypatch):
+    """The first epoch is made the best one; both models are then tested by the other command."""
+    scripted(monkeypatch, [0.9, 0.2, 0.1, 0.3])
+    done = call(train.main, f"{SEQUENCES} --num_samples=300 --epochs=4 --lr=0.01 --amp=off --device=cpu")
+    epoch, validation, test, number = best_line(done.out)
+    assert (epoch, validation, number) == (1, 0.9, 60)
+    accuracies = {}
+    for name in (BEST, LAST):
+        assert call(inference.main, f"--model_path checkpoints/{name} --device cpu").status == 0
+        accuracies[name] = strict_json(Path("results/results.json").read_text())["accuracy"]
+    assert test == pytest.approx(accuracies[BEST], abs=5e-5) and accuracies[LAST] != accuracies[BEST]
+
+
 def weights_after(call, folder, flags):
     done = call(train.main, f"{SEQUENCES} --epochs=1 --amp=off --checkpoint_dir={folder} {flags}")
     assert done.status == 0, done.err

@@ -260,6 +260,16 @@ def test_a_signal_in_any_step(run, monkeypatch, tmp_path, made, step):
     assert_same_run(tmp_path, made["finished"])
 
 
+def test_a_batch_size_changed_at_the_end_of_an_epoch_repeats_no_sample(run, monkeypatch, tmp_path):
+    """Stopped after the last of the 9 batches of 6, before the validation: 54 samples are done, in any batch size."""
+    with monkeypatch.context() as patch:
+        before_step(patch, 9, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(f"{SMALL_BATCHES} --epochs=1").status == 143
+    result = run("--resume --batch_size=10")
+    assert result.status == 0 and "batch_size changed from 6 to 10" in result.out
+    assert [(line["epoch"], line["step"]) for line in log_of(tmp_path)] == [(1, 9)]
+
+
 def test_a_second_signal_ends_at_once(run, monkeypatch, tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -810,8 +820,8 @@ def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
             return function(*args, **kwargs) * (math.inf if count == step else 1)
 
         monkeypatch.setattr(nn.utils, "clip_grad_norm_", broken)
-    result = run(f"{SMALL_BATCHES} --save_every=1 --lr=0.01 --warmup_fraction=0")
-    samples = EpochBatchSampler(54, 6, shuffle=True).batches(1)[2]
+    result = run(f"{SMALL_BATCHES} --save_every=1 --lr=0.01 --warmup_fraction=0 --seed=5")
+    samples = EpochBatchSampler(54, 6, shuffle=True, seed=5).batches(1)[2]
     rate = Schedule(0.01, 0, 36)(step - 1)
     assert result.status == 2
     assert f"the {part} of step {step} is not finite" in result.err
@@ -1006,6 +1016,23 @@ def test_a_fault_of_ours_keeps_its_traceback(run, monkeypatch):
         run(SMALL_BATCHES)
 
 
+def test_a_validation_that_cannot_work_fails_before_the_first_epoch(run, monkeypatch, tmp_path):
+    """Not after it, which may be an hour later; and before a file is written or an earlier run moved."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / BEST).write_text("an earlier run")
+
+    def fail(*_):
+        raise RuntimeError("a metric that fails")
+
+    steps = []
+    before_step(monkeypatch, 1, lambda: steps.append(1))
+    monkeypatch.setattr(evaluation, "compute_metrics", fail)
+    with pytest.raises(RuntimeError, match="a metric that fails"):
+        run(SMALL_BATCHES)
+    assert not steps
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["checkpoints", f"checkpoints/{BEST}"]
+
+
 def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -1141,12 +1168,14 @@ def test_the_loss_is_that_of_smoothed_labels(run, saved, smoothing):
     before = {state["epoch"]: build_model(state).double() for state in saved}
     train_set = load_splits(Settings.from_dict(saved[0]["settings"]))[0]["train"]
     for line in saved[-1]["progress"]["history"]:
-        losses = []
+        losses, right = [], []
         for number in range(len(train_set)):
             item = train_set[number]
             log_p = before[line["epoch"] - 1](torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
             losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
+            right.append(log_p.argmax().item() == item["label"])
         assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
+        assert line["train_accuracy"] == pytest.approx(np.mean(right))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

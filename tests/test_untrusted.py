@@ -6,6 +6,7 @@ default each place is given one of them, another one on each way.
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from checkpoint import LAST, load_checkpoint
 from inference import load_model, predict
 from messages import UserError
 from perceiver_model import PerceiverModel
+from progress import restore_scaler
 from schema import Positive, Size, read
 
 MODEL = (
@@ -301,7 +303,7 @@ def refusal(function, *args):
         (("data", "split_sizes", "train"), GONE, "data.split_sizes.train is missing"),
         (("data", "adapters"), GONE, "data.adapters is missing"),
         (("data", "class_names"), GONE, "data.class_names is missing"),
-        (("random_state", "cpu"), torch.zeros(5056, dtype=torch.uint8), "cannot be gone on from"),
+        (("random_state", "cpu"), torch.zeros(5056, dtype=torch.uint8), "cannot be resumed: "),
         (("random_state", "cpu"), torch.zeros(7, dtype=torch.uint8), "RNG state"),
         (("random_state",), GONE, "random_state is missing"),
         (("trained_model",), GONE, "trained_model is missing"),
@@ -321,7 +323,31 @@ def test_a_forged_run_is_refused(contents, run, place, value, says):
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_a_log_folder_elsewhere_is_gone_on_in_where_the_run_is_or_where_it_is_named(contents, run, tmp_path):
+def test_the_scaler_of_float16_is_restored_or_begins_anew():
+    def scaler():
+        return torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+
+    used, weights = scaler(), torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weights], 0.1)
+    for _ in range(4):
+        used.scale(weights.sum()).backward()
+        used.step(optimizer)
+        used.update()
+    restored = torch.amp.GradScaler("cpu", growth_interval=3)
+    restore_scaler(restored, used.state_dict())
+    assert restored.state_dict() == used.state_dict() | {"_growth_tracker": 1, "scale": 16.0}
+    for saved in ({}, {"scale": 4.0, "_growth_tracker": 1}):  # a run that was not in float16, one that no longer is
+        fresh, off = scaler(), torch.amp.GradScaler("cpu", enabled=False)
+        restore_scaler(off, saved)
+        assert off.state_dict() == {}
+        restore_scaler(fresh, saved)
+        assert fresh.get_scale() == saved.get("scale", 8.0)
+    for wrong in ({"scale": 0.0, "_growth_tracker": 1}, {"scale": -1.0, "_growth_tracker": 1}, {"scale": 2.0},
+                  {"scale": 2.0, "_growth_tracker": -1}, {"scale": 2.0, "_growth_tracker": 0.5}):  # fmt: skip
+        assert "scaler" in refusal(restore_scaler, scaler(), wrong)
+
+
+def test_a_log_folder_elsewhere_is_used_where_the_run_is_in_it_or_where_it_is_named(contents, run, tmp_path):
     elsewhere = tmp_path / "of" / "run" / "here" / "runs"
     torch.save(forged(contents, ("settings", "log_dir"), str(elsewhere)), f"checkpoints/{LAST}")
     Path("here").mkdir()
@@ -334,6 +360,12 @@ def test_a_log_folder_elsewhere_is_gone_on_in_where_the_run_is_or_where_it_is_na
         assert run(train.main, "--resume", last).status == 0
         torch.save(forged(contents, ("settings", "log_dir"), str(tmp_path / "of" / "run" / "new")), last)
         assert run(train.main, "--resume", last, "--log_dir", "../new").status == 0
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not a file" in refusal(load_model, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("make", tensors_like(torch.zeros(3, 12)))
