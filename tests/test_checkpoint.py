@@ -36,7 +36,10 @@ def contents_of(number):
     model = PerceiverModel(**MODEL_ARGS)
     torch.manual_seed(number)
     weights = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    data = {"class_names": ["a", "b"], "adapters": {"input": {"kind": "tensor", "input_dim": 2, "max_seq_len": None}}}
+    data = {
+        "task": {"kind": "classification", "class_names": ["a", "b"], "class_weights": None}, "num_outputs": 2,
+        "adapters": {"input": {"kind": "tensor", "input_dim": 2, "max_seq_len": None}},
+    }  # fmt: skip
     parts = {"settings": Settings().to_dict(), "data": data, "best": {}}
     return {"model": weights, "model_args": MODEL_ARGS, "epoch": number, "step": 10 * number, **parts}
 
@@ -487,14 +490,14 @@ def assert_plain(value, where="checkpoint"):
 def test_a_real_checkpoint_holds_plain_values(written, name):
     contents = torch.load(written / name, weights_only=True)
     assert_plain(contents)
-    assert contents["format_version"] == 2
+    assert contents["format_version"] == checkpoint.FORMAT_VERSION
     assert {"python", "torch", "numpy"} <= contents["versions"].keys()
     data = contents["data"]
-    assert len(data["class_names"]) == data["num_classes"]
+    assert len(data["class_names"]) == data["num_outputs"]
     assert {"features", "adapters", "split_sizes", "split_seed"} <= data.keys()
     assert Settings.from_dict(contents["settings"]).to_dict() == contents["settings"]
     assert not any(key.startswith(checkpoint.WRAPPERS) for key in contents["model"])
-    assert build_model(contents).classifier.out_features == data["num_classes"]
+    assert build_model(contents).classifier.out_features == data["num_outputs"]
 
 
 def test_a_real_checkpoint_loads_where_the_folder_was_moved(written, tmp_path):

@@ -660,7 +660,9 @@ def test_prediction_and_evaluation_in_other_precisions(kind, dtype, request):
 
 def made_model(path, adapters, classes=("no", "yes"), **arguments):
     """The model of a checkpoint made here, with the weights that it began with."""
-    data = {"class_names": list(classes), "adapters": {name: describe(one) for name, one in adapters.items()}}
+    task = {"kind": "classification", "class_names": list(classes), "class_weights": None}
+    data = {"task": task, "num_outputs": len(classes), "class_names": list(classes)}
+    data["adapters"] = {name: describe(one) for name, one in adapters.items()}
     arguments = {
         "input_dim": {name: one.features for name, one in adapters.items()}, "num_classes": len(classes), "d_model": 16,
         "num_heads": 2, "num_latents": 4, "num_cross_attention_layers": 1, "num_self_attention_layers": 1, **arguments,

@@ -517,7 +517,7 @@ def test_the_printed_settings_are_those_in_force():
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
     others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
     others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    others |= {"group_pattern", "image_bits"}
+    others |= {"group_pattern", "image_bits", "tune_thresholds", "task"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 
@@ -572,9 +572,9 @@ def test_fp16_without_cuda_is_refused():
 COMMAND = """
 import sys
 sys.path.insert(0, {root!r})
-import config
+import config, messages
 
-@config.exit_on_user_error
+@messages.exit_on_user_error
 def main():
     args = config.make_parser("test").parse_args()
     chosen, _ = config.resolve(args.flags, args.file)

@@ -439,10 +439,10 @@ def test_the_description_is_complete_and_plain(name):
     _, info = load_splits(Settings(dataset_type=name, patch_size=2, max_seq_len=7, **SMALL))
     assert json.loads(json.dumps(info)) == info
     assert info.keys() == {
-        "dataset_type", "class_names", "num_classes", "features", "adapters", "notes", "split_sizes",
+        "dataset_type", "task", "class_names", "num_outputs", "features", "adapters", "notes", "split_sizes",
         "split_seed", "fingerprints", *(["augmentation"] if name == "digits" else []),
     }  # fmt: skip
-    assert info["num_classes"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
+    assert info["num_outputs"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
 
 
 def test_a_stored_description_sets_the_length_limit():
