@@ -15,15 +15,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from config import UserError
-from data_files import open_image, read_one_series, to_rgb
+from config import FIELDS, UserError, printable
+from image_files import open_image, to_bytes, to_rgb, upright
+from schema import Positive, Size, read, shown
+from series_files import not_as_trained, read_one_series
+from tables import FileFinder, nfc, repeated
+
+LARGEST = FIELDS["image_size"].metadata["at_most"]
+Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
 
 @contextmanager
@@ -44,15 +50,15 @@ def naming(place: str) -> Iterator[None]:
 class TensorAdapter:
     """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
 
-    input_dim: int
-    max_seq_len: int | None = None
+    input_dim: Size
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
         return {"input_dim": self.input_dim}
 
     def __call__(self, item: Any) -> Tensor:
-        tokens = _numbers(item, "input", np.float32)
+        tokens = as_numbers(item, "input", np.float32)
         if tokens.ndim != 2 or tokens.shape[1] != self.input_dim:
             raise UserError(f"the input has shape {tokens.shape}, it must be (tokens, {self.input_dim})")
         if not len(tokens):
@@ -62,15 +68,26 @@ class TensorAdapter:
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-def _numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
+    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
     try:
-        array = np.asarray(item.detach().cpu() if isinstance(item, Tensor) else item)
-        if array.dtype.kind == "c":
-            raise TypeError("they are complex")
+        if isinstance(item, Tensor):
+            item = item.detach().cpu()
+            item = item.float() if item.is_floating_point() and item.itemsize < 4 else item  # NumPy has no bfloat16
+        table = hasattr(item, "iloc")  # a DataFrame or a Series
+        array = None if table else np.asanyarray(item)
+        kinds = [column.kind for column in np.atleast_1d(item.dtypes)] if table else [array.dtype.kind]
+        for kind, name in {"c": "complex numbers", "M": "dates", "m": "times"}.items():
+            if kind in kinds:
+                raise TypeError(f"it holds {name}")
+        if table:
+            array = item.to_numpy(np.float64, na_value=np.nan)
+        elif isinstance(array, np.ma.MaskedArray):
+            array = array.astype(np.float64).filled(np.nan)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
             return np.require(array, dtype, ["C", "W"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the {what} is not an array of numbers: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
 
 
 # -- text -----------------------------------------------------------------------------------------------------
@@ -83,7 +100,7 @@ class TextAdapter:
     As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
     """
 
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
 
     @property
     def features(self) -> dict[str, Any]:
@@ -115,17 +132,39 @@ class SeriesAdapter:
     Args:
         mean, std: per channel (C).
         flagged: numbers of the channels with a flag.
+        names: of the columns of the training data, in order; None where they had none. They are those of the channels
+            or, where table_rows is 'series', of the steps.
+        table_rows: what a row of the table of training data was, 'steps' or 'series'; None where they were no table.
     """
 
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     flagged: list[int] = field(default_factory=list)
-    max_seq_len: int | None = None
+    max_seq_len: Size | None = None
+    names: list[str] | None = None
+    table_rows: str | None = None
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean)
+        if len(self.std) != channels or not channels:
+            raise UserError(f"{channels} means and {len(self.std)} deviations; there must be one of each per channel")
+        if sorted(set(self.flagged) & set(range(channels))) != sorted(self.flagged):
+            raise UserError(f"the flagged channels must be different ones of the {channels} that there are")
+        if self.channels is not None and len(self.channels) != channels:
+            raise UserError(f"{len(self.channels)} names of {channels} channels")
+        if self.table_rows not in (None, "steps", "series"):
+            raise UserError(f"table_rows must be steps, series or none, not {shown(self.table_rows)}")
 
     @classmethod
-    def fit(cls, series: Sequence[np.ndarray], max_seq_len: int | None = None) -> "SeriesAdapter":
+    def fit(
+        cls,
+        series: Sequence[np.ndarray],
+        max_seq_len: int | None = None,
+        names: list[str] | None = None,
+        table_rows: str | None = None,
+    ) -> "SeriesAdapter":
         """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
-        steps = np.concatenate([_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
+        steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
@@ -135,18 +174,32 @@ class SeriesAdapter:
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
         varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # of a constant, std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
-        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len)
+        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len, names, table_rows)
 
     @property
     def features(self) -> dict[str, Any]:
         return {"input_dim": len(self.mean) + len(self.flagged)}
 
+    @property
+    def channels(self) -> list[str] | None:
+        """The names of the channels, if they are known."""
+        return None if self.table_rows == "series" else self.names
+
     def __call__(self, series: Any) -> Tensor:
-        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series."""
-        values = _numbers(read_one_series(series) if isinstance(series, (str, Path)) else series, "series")
+        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series.
+
+        Rows of a DataFrame are steps; its columns, and those of a file, are brought into the order of training by name.
+        """
+        if isinstance(series, (str, Path)):
+            series = read_one_series(series, known=self.channels)
+        elif hasattr(series, "columns") and self.channels is not None:
+            series = self._in_order(series)
+        values = as_numbers(series, "series")
         values = values[:, None] if values.ndim == 1 else values
         if values.ndim != 2 or values.shape[1] != len(self.mean):
-            raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})")
+            transposed = values.ndim == 2 and len(values) == len(self.mean)
+            raise UserError(f"the series has shape {values.shape}, it must be (steps, {len(self.mean)})"
+                            + "; transpose it" * transposed)
         if not len(values):
             raise UserError(f"the series is empty, it has shape {values.shape}")
         if np.isinf(values).any():
@@ -159,6 +212,16 @@ class SeriesAdapter:
         if not np.isfinite(tokens).all():
             raise UserError("the series holds values too far from those of training for float32; correct them")
         return torch.from_numpy(tokens)
+
+    def _in_order(self, frame: Any) -> Any:
+        """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
+        names = {nfc(str(column)): column for column in frame.columns}
+        fault = not_as_trained(list(names), self.channels)
+        if twice := repeated(nfc(str(column)) for column in frame.columns):
+            fault = f"column {twice!r} is there more than once"
+        if fault:
+            raise UserError(f"a DataFrame of a series: {fault}; rename its columns, or drop what is no feature")
+        return frame[[names[name] for name in self.channels]]
 
 
 # -- images ---------------------------------------------------------------------------------------------------
@@ -174,20 +237,33 @@ class ImageAdapter:
         mean, std: per channel, in units of the stored pixels.
         any_size: images of any size and mode become RGB, upright (EXIF), scaled and cropped about the centre to
             (H, W); without it only arrays of image_shape are taken, as they were stored in training.
+        bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
+            numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
     """
 
-    image_shape: list[int]
-    patch_size: int
+    image_shape: Annotated[list[Side], lambda shape: len(shape) == 3, "[height, width, channels]"]
+    patch_size: Size
     mean: list[float]
-    std: list[float]
+    std: list[Positive]
     any_size: bool = False
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        height, width, channels = self.image_shape
+        check_patch_size(self.patch_size, height, width)
+        if not len(self.mean) == len(self.std) == channels:
+            raise UserError(f"{len(self.mean)} means and {len(self.std)} deviations of {channels} channels")
+        if self.any_size and (height, channels) != (width, 3):
+            raise UserError(f"images of any size become squares of 3 channels, not {height} x {width} x {channels}")
 
     @classmethod
-    def fit(cls, images: np.ndarray, patch_size: int, any_size: bool = False) -> "ImageAdapter":
+    def fit(
+        cls, images: np.ndarray, patch_size: int, any_size: bool = False, bits: int | None = None
+    ) -> "ImageAdapter":
         """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
             images = np.stack([_stored_pixels(image) for image in images])
-        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size)
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits)
 
     @property
     def grid_shape(self) -> list[int]:
@@ -207,9 +283,9 @@ class ImageAdapter:
 
     def pixels(self, image: Any) -> np.ndarray:
         """The image as it is kept: uint8 (H, W, channels)."""
-        image = Path(image) if isinstance(image, str) else image
+        image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
-            return square_pixels(image, self.image_shape[0])
+            return square_pixels(image, self.image_shape[0], self.bits)
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
 
     def images(self, tokens: Tensor) -> np.ndarray:
@@ -222,12 +298,15 @@ class ImageAdapter:
 
 def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """uint8 (H, W, channels) of an array; without a shape, of any size and 1 to 4 channels."""
-    values = _numbers(image, "image")
+    values = as_numbers(image, "image")
     values = values[..., None] if values.ndim == 2 else values
     if shape is not None and values.shape != shape:
         raise UserError(f"an image of shape {values.shape}; the model takes {shape}")
     if values.ndim != 3 or not values.size or (shape is None and values.shape[2] > 4):
         raise UserError(f"an image of shape {values.shape}; it must be (H, W) or (H, W, 1 to 4 channels)")
+    if _number_kind(image) in "bf" and 0 < values.max() <= 1:  # among them black and white, which are whole numbers
+        raise UserError("pixels from 0 to 1; give whole numbers from 0 to 255 as they are stored, such as "
+                        "(image * 255).astype('uint8')")  # fmt: skip
     with np.errstate(invalid="ignore"):
         pixels = values.astype(np.uint8)
     if not np.array_equal(pixels, values):
@@ -235,15 +314,40 @@ def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarr
     return pixels
 
 
-def square_pixels(image: Any, size: int) -> np.ndarray:
+def _number_kind(array: Any) -> str:
+    """NumPy's letter for the kind of numbers: b (bool), i, u, f; for uint8, which is what pixels are stored as, 8."""
+    if isinstance(array, Tensor):
+        return "f" if array.is_floating_point() else {torch.bool: "b", torch.uint8: "8"}.get(array.dtype, "i")
+    try:
+        dtype = np.asarray(array).dtype
+    except ValueError:  # rows of different lengths; `_numbers` says so
+        return "O"
+    return "8" if dtype == np.uint8 else dtype.kind
+
+
+def _array_image(array: Any, bits: int | None) -> Image.Image:
+    """A PIL image of an array (H, W) or (H, W, 1 to 4 channels), whose type says what its numbers mean.
+
+    Of bool, True is white. Whole numbers wider than 8 bits reach 2**bits - 1 where the training images had `bits`. All
+    others are 0..255; from 0 to 1 is refused, whatever is between.
+    """
+    kind = _number_kind(array)
+    if kind == "b":
+        array = (as_numbers(array, "image") * 255).astype(np.uint8)
+    elif bits and kind in "iu":
+        array = to_bytes(as_numbers(array, "image"), 2**bits - 1, "the image")
+    pixels = _stored_pixels(array)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
     """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
-    name = str(image) if isinstance(image, Path) else "the image"
+    name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
-    elif not isinstance(image, Image.Image):
-        array = _stored_pixels(image)
-        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    image = to_rgb(ImageOps.exif_transpose(image), name)
+    else:
+        image = upright(image) if isinstance(image, Image.Image) else _array_image(image, bits)
+    image = to_rgb(image, name, bits or 16)
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
@@ -310,7 +414,9 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {"kind": kind, **asdict(adapter)}
 
 
-def from_description(description: dict[str, Any]) -> Adapter:
-    """The adapter that `describe` described."""
-    values = dict(description)
-    return KINDS[values.pop("kind")](**values)
+def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
+    """The adapter that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    kind = description.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(KINDS)}")
+    return read({name: value for name, value in description.items() if name != "kind"}, KINDS[kind], where)

@@ -13,23 +13,76 @@ A checkpoint is a torch file that holds tensors and plain Python values only, so
 """
 
 import os
+import pickletools
 import platform
 import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import numpy
 import torch
+from torch import Tensor, nn
 
-from config import LAST_CHECKPOINT, Settings, UserError
+from config import LAST_CHECKPOINT, Settings, UserError, check_settings
 from files import remedy, written_whole
-from perceiver_model import MODEL_SIZES, PerceiverModel
+from perceiver_model import MODEL_SIZES, PerceiverEncoder, PerceiverModel
+from schema import read, shown
+from token_features import TokenFeatures
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
 FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 2  # 2: the data are described by adapters
-CONTENTS = {"model": dict, "model_args": dict, "settings": dict, "data": dict, "epoch": int, "step": int, "best": dict}
+CLASSES = ("torch ", "torch.", "collections OrderedDict")  # of tensors; torch lets others pass that may take any memory
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
+
+SCALARS = (bool, int, float, str, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in SCALARS or (type(value) in (list, tuple) and all(type(item) in SCALARS for item in value))
+
+
+def _are_distinct(names: list[str]) -> bool:
+    return len(set(names)) == len(names) > 0
+
+
+Repeats = Annotated[int, lambda number: 1 <= number <= 1000, "a whole number from 1 to 1000"]
+Name = Annotated[str, str.isidentifier, "a name"]  # of a modality: it becomes part of a figure's
+
+
+class SplitSizes(TypedDict):
+    train: int
+    val: int
+    test: int
+
+
+class Data(TypedDict):
+    """What a checkpoint knows of the data, see data_utils.load_splits."""
+
+    class_names: Annotated[list[str], _are_distinct, "a list of different names"]
+    adapters: dict[Name, dict[str, Any]]
+    features: NotRequired[dict[Name, dict[str, int | list[int]]]]
+    num_classes: NotRequired[int]
+    dataset_type: NotRequired[str]
+    notes: NotRequired[list[str]]
+    split_sizes: NotRequired[SplitSizes]
+    split_seed: NotRequired[int]
+    fingerprints: NotRequired[dict[str, str]]
+
+
+class Contents(TypedDict):
+    """What every checkpoint holds, see above; the rest is read by who needs it (progress.py)."""
+
+    model: dict[str, Any]
+    model_args: dict[str, Any]
+    settings: dict[str, Annotated[Any, _is_plain, "a plain value"]]
+    data: Data
+    epoch: int
+    step: int
+    best: dict[str, float | str | None]
+
 
 MODEL_SETTINGS = (
     *MODEL_SIZES["base"],
@@ -84,7 +137,8 @@ def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint on the CPU, wherever it was made, and make sure that it is a whole one of ours.
 
-    Nothing in the file is executed: it is read with ``weights_only=True``, after its checksums were found right.
+    Nothing in the file is executed: it is read with ``weights_only=True``, after its checksums were found right. Its
+    parts are of the types of ``Contents``; weights and arguments of the model are compared by ``build_model``.
 
     Raises:
         UserError: there is no such file, it is damaged, foreign, or holds other objects than tensors and plain
@@ -106,11 +160,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of this project")
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # A torch file is not compressed: what claims more bytes than the file has would unpack without end
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise zipfile.BadZipFile("its parts are larger than the file")
             damaged = archive.testzip()
             # torch reads nothing, without a word, from an entry that is marked as a folder
-            damaged = damaged or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
-        if damaged:
-            raise zipfile.BadZipFile(f"checksum of {damaged}")
+            damaged = damaged or next((entry.filename for entry in entries if entry.external_attr), None)
+            if damaged:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+            foreign = [name for entry in entries if entry.filename.endswith("/data.pkl")
+                       for name in _classes(archive.read(entry)) if not name.startswith(CLASSES)]  # fmt: skip
+        if foreign:
+            raise UnpicklingError(foreign[0])
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # the checksums are right, so it was made like this
         raise UserError(f"{path} holds other objects than tensors and plain values; refused, none was run") from error
@@ -118,15 +180,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is truncated or damaged ({error})".splitlines()[0]) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
-    if contents.get("format_version") != FORMAT_VERSION:
+    version = contents.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {contents.get('format_version')}, this code reads {FORMAT_VERSION}; "
+            f"{path} has format version {shown(version)}, this code reads {FORMAT_VERSION}; "
             "use the version of the code that wrote it"
         )
-    for name, kind in CONTENTS.items():
-        if not isinstance(contents.get(name), kind):
-            raise UserError(f"{path} is no whole checkpoint: {name!r} is missing or not of type {kind.__name__}")
-    return contents
+    try:
+        return read(contents, Contents, "")
+    except UserError as error:
+        raise UserError(f"{path} is no whole checkpoint: {error}") from error
+
+
+def _classes(pickled: bytes) -> Iterator[str]:
+    """What the pickle asks for by name, as "module name"."""
+    return (argument for code, argument, _ in pickletools.genops(pickled) if code.name == "GLOBAL")
 
 
 def _alternative(path: Path) -> str:
@@ -143,37 +211,109 @@ def _alternative(path: Path) -> str:
 def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
+    It is made without memory, on the meta device, and compared with the weights before any is taken.
+
     Raises:
-        UserError: weights are missing, not expected, or of another shape; each is listed.
+        UserError: weights are missing, not expected, of another shape or no finite numbers, each of which is listed;
+            or the arguments are none of a model.
     """
+    arguments = checkpoint["model_args"]
     try:
-        model = PerceiverModel(**checkpoint["model_args"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's model arguments are refused: {error}") from error
-    load_weights(model, checkpoint["model"])
+        check_model_arguments(arguments)
+        with torch.device("meta"):
+            model = PerceiverModel(**arguments)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:  # a taken name; sizes whose product is no int64
+        raise UserError(f"the checkpoint's model arguments are refused: {error}".splitlines()[0]) from error
+    classes = len(checkpoint["data"]["class_names"])
+    for number in (arguments["num_classes"], checkpoint["data"].get("num_classes", classes)):
+        if number != classes:
+            raise UserError(f"the checkpoint names {classes} classes, its model tells {number} apart")
+    weights = check_weights(model, checkpoint["model"])
+    model.to_empty(device="cpu").load_state_dict(weights)  # its first values, which take long to draw, are not needed
     return model.eval()
 
 
-def load_weights(model: PerceiverModel, weights: dict[str, torch.Tensor]) -> None:
+def check_model_arguments(arguments: dict[str, Any]) -> None:
+    """Raise UserError unless each argument is known, of its declared type and within the limits of its setting."""
+    tokens = get_type_hints(TokenFeatures.__init__)
+    model = get_type_hints(PerceiverEncoder.__init__) | tokens
+    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats}
+    read_arguments(arguments, model)
+    if isinstance(arguments.get("input_dim"), dict):
+        for name, own in arguments["input_dim"].items():
+            read_arguments(own, tokens, f"input_dim[{shown(name)}].")
+    check_settings({name: value for name, value in arguments.items() if name in MODEL_SETTINGS})
+
+
+def read_arguments(arguments: dict[str, Any], kinds: dict[str, Any], where: str = "") -> None:
+    for name, value in arguments.items():
+        if name not in kinds:
+            raise UserError(f"{where}{shown(name)} is unknown")
+        read(value, kinds[name], f"{where}{name}")
+
+
+def load_weights(model: PerceiverModel, weights: dict[str, Tensor]) -> None:
     """Load weights, saved from the plain model or from any nesting of wrappers. Raises UserError as build_model."""
+    model.load_state_dict(check_weights(model, weights))
+
+
+def check_weights(model: PerceiverModel, weights: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights by the names of the plain model, which may be on the meta device. Raises UserError as build_model."""
     names = [_unwrapped(name) for name in weights]
+    problems = [f"twice {shown(name)}" for name, count in Counter(names).items() if count > 1]
     weights = dict(zip(names, weights.values(), strict=True))
-    expected = model.state_dict()
-    problems = [f"twice {name}" for name in weights if names.count(name) > 1]
-    problems += [f"missing {name}" for name in expected.keys() - weights.keys()]
-    problems += [f"unexpected {name}" for name in weights.keys() - expected.keys()]
-    problems += [f"{name} is no tensor" for name, value in weights.items() if not isinstance(value, torch.Tensor)]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} where the model has {tuple(expected[name].shape)}"
-        for name in expected.keys() & weights.keys()
-        if isinstance(weights[name], torch.Tensor) and weights[name].shape != expected[name].shape
-    ]
+    problems += tensor_problems(weights, model.state_dict())
     if problems:
-        raise UserError("the checkpoint's weights do not fit its model: " + ", ".join(sorted(problems)))
-    model.load_state_dict(weights)
+        raise UserError("the checkpoint's weights do not fit its model: " + listed(problems))
+    return weights
+
+
+def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
+    """What keeps the tensors of a file from taking the place of those expected, which may be on the meta device.
+
+    They must be real, finite and of the same shapes. Nothing is computed, and no memory taken, before the file is known
+    to hold as many bytes as they have: a tensor of strides 0, or of one storage many times, may claim any size.
+    """
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {shown(name)}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        tensor, shape = tensors[name], expected[name].shape
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{name} is no tensor")
+        elif not _is_real(tensor):
+            problems.append(f"{name} is {_kind(tensor)}, not real numbers")
+        elif tensor.shape != shape:
+            problems.append(f"{name} is {tuple(tensor.shape)} where the model has {tuple(shape)}")
+    if problems:
+        return problems
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    claimed, held = sum(tensor.nbytes for tensor in tensors.values()), sum(storages.values())
+    if claimed > held:
+        return [f"they claim {claimed:,} bytes of the {held:,} that the file holds"]
+    return [
+        f"{name} holds NaN or infinity"
+        for name, tensor in tensors.items()
+        if not tensor.to(expected[name].dtype).isfinite().all()
+    ]
+
+
+def _is_real(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested and not tensor.is_meta
+    return plain and tensor.layout == torch.strided and tensor.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    words = [tensor.layout if tensor.layout != torch.strided else "", "meta" if tensor.is_meta else "", tensor.dtype]
+    return " ".join(str(word).removeprefix("torch.") for word in words if word)
 
 
 def _unwrapped(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name[name.index(".") + 1 :]
     return name
+
+
+def listed(problems: Iterable[str], most: int = 20) -> str:
+    problems = sorted(problems)
+    more = f", and {len(problems) - most} more" if len(problems) > most else ""
+    return ", ".join(problems[:most]) + more

@@ -13,16 +13,21 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
 import typing
-from collections import ChainMap
+import warnings
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +44,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
     },
-    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50, "flip": True},
+    "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
         "model_size": "tiny",
         "num_epochs": 100,
@@ -61,10 +66,62 @@ OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are r
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
+_NAMED = 20  # unknown names that get a line each, with the nearest valid one; finding it takes time
+
+
+# -- text from files and commands ------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
+    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
+
+
+def as_utf8(text: str) -> str:
+    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
+    return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# The first columns of the tables that an evaluation and a prediction write
+OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
+_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
+    return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text of which `spreadsheet_cell` made the cell."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
+
+
+def print_note(text: str) -> None:
+    """Show a line that the user should know of and that stops nothing."""
+    print(f"note: {printable(text)}", flush=True)
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """The path as a word of a command that is offered for copying."""
+    return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
 
 
 class UserError(ValueError):
-    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy."""
+    """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
+
+    What the message quotes of files and names is escaped, see `printable`.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
@@ -72,8 +129,10 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 
     on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
     'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
-    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `above` and `below`, and
-    `applies`: {other setting: its values with which this one has an effect}.
+    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `at_most`, `above` and `below`,
+    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. Sizes have an
+    upper limit, far above what is of use, where a slip of the finger or a forged file would otherwise be computed for
+    hours.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -88,9 +147,11 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
 _IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_OWN_IMAGES = {"dataset_type": ("images", "multimodal")}
 _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
+_SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 
 
@@ -114,6 +175,27 @@ class Settings:
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column("label", "column of the label", applies=_TABLES)
+    feature_columns: str | None = _column(
+        None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
+    ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
+    table_rows: str = _column(
+        "auto", "what a row of a table of series is: one of its steps, or a whole series; auto = by its looks",
+        choices=("auto", "steps", "series"), applies=_SERIES)
+    delimiter: str | None = _column(
+        None, "what separates the cells of a table, for example ';' or tab; none = by its looks", metavar="CHARACTER",
+        applies=_TABLES)
+    encoding: str | None = _column(
+        None, "of text files, for example cp949; none = UTF-8, or as their first bytes say", metavar="NAME",
+        applies=_TABLES)
+    quoting: str = _column(
+        "auto", "quotes in a table: as Excel writes them, or none = plain text; auto = Excel's, in a file with tabs "
+        "plain text where they make no sense as such", choices=("auto", "excel", "none"), applies=_TABLES)
+    max_unpacking: int = _column(
+        100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
+    group_column: str | None = _data(
+        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_OWN)
+    group_pattern: str | None = _data(
+        None, "the same, as a regular expression found in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
         2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
@@ -125,8 +207,11 @@ class Settings:
     max_seq_len: int | None = _data(
         None, "longer sequences are cut to this; none = no limit", "tokens", at_least=1, applies=_SEQUENCES)
     image_size: int = _data(
-        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1,
-        applies={"dataset_type": ("images", "multimodal")})
+        64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1, at_most=16_384,
+        applies=_OWN_IMAGES)
+    image_bits: int | None = _data(
+        None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
+        at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
     augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
     flip: bool = _data(
@@ -136,21 +221,24 @@ class Settings:
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int = _data(
-        0, "processes that load data; 0 = the training process", "processes", at_least=0, on_resume="free")
+        0, "processes that load data; 0 = the training process", "processes", at_least=0, at_most=1024,
+        on_resume="free")
 
     model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
-    d_model: int | None = _model(None, "width of a latent; none = the preset's", "features", at_least=1)
+    d_model: int | None = _model(
+        None, "width of a latent; none = the preset's", "features", at_least=1, at_most=100_000)
     num_heads: int | None = _model(None, "heads of an attention; none = the preset's", "heads", at_least=1)
-    num_latents: int | None = _model(None, "number of latents; none = the preset's", "latents", at_least=1)
+    num_latents: int | None = _model(
+        None, "number of latents; none = the preset's", "latents", at_least=1, at_most=100_000)
     num_cross_attention_layers: int | None = _model(
-        None, "how often the latents read the input; none = the preset's", "layers", at_least=1)
+        None, "how often the latents read the input; none = the preset's", "layers", at_least=1, at_most=1000)
     num_self_attention_layers: int | None = _model(
-        None, "self-attention layers in all; none = the preset's", "layers", at_least=1)
+        None, "self-attention layers in all; none = the preset's", "layers", at_least=1, at_most=1000)
     num_cross_attention_heads: int | None = _model(
         None, "heads of a cross-attention; none = num_heads", "heads", at_least=1)
     cross_attention_dim: int | None = _model(
-        None, "width inside a cross-attention; none = d_model", "features", at_least=1)
-    mlp_ratio: int = _model(4, "hidden width of an MLP", "times its input", at_least=1)
+        None, "width inside a cross-attention; none = d_model", "features", at_least=1, at_most=100_000)
+    mlp_ratio: int = _model(4, "hidden width of an MLP", "times its input", at_least=1, at_most=1000)
     dropout: float = _model(
         0.1, "dropout of block outputs in training", "fraction", at_least=0, below=1, on_resume="inexact")
     attention_dropout: float = _model(
@@ -159,7 +247,7 @@ class Settings:
     use_positions: bool = _model(True, "add position features to the input")
     num_frequency_bands: int | None = _model(
         None, "frequencies per axis of the position features; none = chosen from the data", "bands",
-        at_least=1, applies={"use_positions": (True,)})
+        at_least=1, at_most=10_000, applies={"use_positions": (True,)})
     gradient_checkpointing: bool = _model(
         False, "recompute activations: less memory, more time, same result", on_resume="free")
 
@@ -240,16 +328,20 @@ def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
         raise ValueError
     if not rules.get("at_least", -math.inf) <= number < rules.get("below", math.inf):
         raise ValueError
+    if number > rules.get("at_most", math.inf):
+        raise ValueError
     if number <= rules.get("above", -math.inf):
         raise ValueError
     return number
 
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the declared type; ValueError or OverflowError where it has another or is out of range."""
+    """`value` in the declared type; ValueError, TypeError or OverflowError where it is another or out of range."""
     kind, rules = _kind(field), field.metadata
     if value is None and _is_optional(field):
         return None
+    if field.name.endswith("_columns") and isinstance(value, (list, tuple)):  # names, as a JSON file may list them
+        value = ",".join(f'"{name}"' if "," in name else name for name in value)
     if kind in (int, float):
         return _number(kind, rules, value)
     if kind is tuple:
@@ -288,6 +380,8 @@ def _text(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A refused value as JSON writes it, cut to a readable length."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the longest
+        return f"a whole number of {value.bit_length()} bits"
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = text if text.isprintable() else json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -301,7 +395,7 @@ def _expected(field: dataclasses.Field, none: str) -> str:
     nouns = {int: "a whole number", float: "a number", tuple: "two whole numbers"}
     text = nouns.get(kind, "text" if kind is str else "true or false")
     text += f" ({rules['unit']})" if rules["unit"] else ""
-    limits = {"at_least": "of at least", "above": "above", "below": "below"}
+    limits = {"at_least": "of at least", "at_most": "at most", "above": "above", "below": "below"}
     text += " and".join(f" {limits[rule]} {rules[rule]}" for rule in limits if rule in rules)
     text += ", the lower first" if kind is tuple else ""
     return text + (f", or {none}" if _is_optional(field) else "")
@@ -309,7 +403,7 @@ def _expected(field: dataclasses.Field, none: str) -> str:
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
     """The valid word most like `word`, of those that begin with it where there are such."""
-    word = word.lower().lstrip("-")
+    word = word.lower().lstrip("-")[:80]  # of a long one the comparison would take minutes
     longer = [candidate for candidate in valid if candidate.startswith(word)]
     return difflib.get_close_matches(word, longer or list(valid), n=1, cutoff=0.0)[0]
 
@@ -329,15 +423,17 @@ def _check(
 
     `place(name)` says in a line where the value was given, `none` how None is written there.
     """
-    checked, problems = {}, []
+    unknown = [(name, value) for name, value in values.items() if name not in FIELDS]
+    checked, problems = {}, [place(_unknown_name(*pair)) for pair in unknown[:_NAMED]]
+    if len(unknown) > _NAMED:
+        problems.append(place(f"{len(unknown) - _NAMED} more unknown settings"))
     for name, value in values.items():
         if name not in FIELDS:
-            problems.append(place(_unknown_name(name, value)))
             continue
         field = FIELDS[name]
         try:
             checked[name] = _convert(field, value)
-        except (ValueError, OverflowError):
+        except (ValueError, TypeError, OverflowError):
             remark = ""
             if isinstance(value, str) and _from_text(field, value) != value:
                 remark = " (text: write it without the quotes)"
@@ -346,6 +442,11 @@ def _check(
             expected = _expected(field, none)
             problems.append(f"{place(name)}: expected {expected}, got {_shown(value)}{remark}")
     return checked, problems
+
+
+def check_settings(values: Mapping[str, Any], place: Callable[[str], str] = str) -> None:
+    """Raise UserError with a line for each of these settings that is unknown or wrong."""
+    _refuse(_check(values, place)[1])
 
 
 def _refuse(problems: list[str]) -> None:
@@ -361,8 +462,8 @@ def load_json(path: str) -> dict[str, Any]:
     repeated = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        counts = Counter(name for name, _ in pairs)
+        repeated.extend(sorted(name for name, count in counts.items() if count > 1))
         return dict(pairs)
 
     try:
@@ -378,7 +479,10 @@ def load_json(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f'{path}: expected an object such as {{"batch_size": 32}}, got {_shown(values)}')
     checked, problems = _check(values, lambda name: f"{path}: {name}")
-    _refuse([f"{path}: {_shown(name)}: given more than once, keep one" for name in repeated] + problems)
+    twice = [f"{path}: {_shown(name)}: given more than once, keep one" for name in repeated[:_NAMED]]
+    if len(repeated) > _NAMED:
+        twice.append(f"{path}: {len(repeated) - _NAMED} more names are given more than once")
+    _refuse(twice + problems)
     return checked
 
 
@@ -442,6 +546,19 @@ def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, d
     return changes
 
 
+def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *signs: str) -> None:
+    """Raise UserError where a checkpoint, which anybody may have written, chooses a folder to be written into.
+
+    It may name one within the current folder, or one that has been in use: it holds a file or folder called as `signs`.
+    """
+    if sources[name] != "checkpoint" or not has_effect(settings, name):
+        return
+    folder = Path(os.path.abspath(getattr(settings, name)))
+    if not folder.is_relative_to(Path.cwd()) and not any((folder / sign).exists() for sign in signs):
+        raise UserError(f"{name}: the checkpoint would write into {_shown(str(folder))}, outside the current folder; "
+                        f"if that is right, say so with {flag_of(name)}")
+
+
 def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
     """The settings with an effect in this run, grouped and aligned, with unit and source."""
     rows: list[str] = []
@@ -452,7 +569,7 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
         if has_effect(settings, name):
             value = _text(getattr(settings, name))
             shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{shown:<28}  {sources[name]}")
+            rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
     return "\n".join(rows)
 
 
@@ -468,6 +585,27 @@ def choose_device(device: str) -> torch.device:
     if device not in usable:
         raise UserError(f"device: {device} is not available here; choose one of auto, {', '.join(usable)}")
     return torch.device(device)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Any device of torch's, such as 'cuda:1'. Raises UserError where there is none of that name, or not here."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # no such word, no driver, no such card
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"device: {device!s} cannot be used here: {reason}; choose_device('auto') finds one") from error
+
+
+def check_memory(needed: float, what: str, device: torch.device | str = "cpu") -> None:
+    """Raise UserError where so many bytes are more than the whole memory of the device, if that can be known."""
+    there = math.inf
+    if torch.device(device).type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif torch.device(device).type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"{what} would take {needed / 2**30:,.0f} GiB, and {device} has {there / 2**30:,.0f} GiB")
 
 
 def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
@@ -517,8 +655,11 @@ class Parser(argparse.ArgumentParser):
                 groups[title].add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), **options)
             else:
                 choices = ",".join(field.metadata.get("choices", ()))
-                text = "NAME" if name.endswith("_column") else "PATH"
+                text = "NAME" if name.endswith("_column") else field.metadata.get("metavar", "PATH")
                 metavar = f"{{{choices}}}" if choices else {int: "N", float: "X", str: text}[kind]
+                if name.endswith("_columns"):  # several words are taken as well as one of several names
+                    options |= {"nargs": "+", "action": _Names}
+                    metavar = "NAME"
                 groups[title].add_argument(flag, metavar=metavar, **options)
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -528,6 +669,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 word = "--" + flag[2:].replace("-", "_") + equals + value
             words.append(word)
+        if len(words) > 2000:  # argparse takes the square of their number
+            raise UserError(f"{len(words)} words on the command line; put the settings into a file: --config FILE")
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> argparse.Namespace:
@@ -556,16 +699,18 @@ class Parser(argparse.ArgumentParser):
         """A line for each word that is no flag; a word after an unknown flag is taken for its value."""
         valid = {option.lstrip("-"): option for option in self._option_string_actions}
         valid |= {name: flag_of(name) for name in FIELDS if flag_of(name) in valid.values()}
-        problems, is_value = [], False
+        problems, more, is_value = [], 0, False
         for word in words:
             flag = word.partition("=")[0]
-            if word.startswith("-"):
+            if len(problems) == _NAMED:
+                more += word.startswith("-") or not is_value
+            elif word.startswith("-"):
                 nearest = valid[_nearest(flag, valid)]
                 problems.append(f"{flag}: unknown flag, the nearest valid flag is {nearest}")
             elif not is_value:
                 problems.append(f"{_shown(word)}: unexpected argument, a setting is written --NAME VALUE")
             is_value = word.startswith("-") and word == flag
-        return problems
+        return problems + [f"{more} more unknown flags or unexpected arguments"] * bool(more)
 
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
@@ -573,6 +718,13 @@ class Parser(argparse.ArgumentParser):
             if message.startswith(f"{flag_of(name)}: expected"):
                 message += f": {_expected(field, 'none')}"
         raise UserError(message)
+
+
+class _Names(argparse.Action):
+    """--name a b and --name a,b set 'a,b'."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
 
 
 class _Switch(argparse.Action):
@@ -654,13 +806,20 @@ def worker_advice() -> Iterator[None]:
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2."""
+    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
+
+    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
+    """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
+                stream.reconfigure(errors="backslashreplace")
         try:
             remedies = ("a smaller --batch_size", "fewer processes", "no other programs")
-            with memory_advice("on this machine", remedies), worker_advice():
+            with warnings.catch_warnings(), memory_advice("on this machine", remedies), worker_advice():
+                warnings.filterwarnings("ignore", module=r"PIL\.")
                 return main(*args, **kwargs)
         except UserError as error:
             for line in str(error).split("\n"):

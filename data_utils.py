@@ -17,13 +17,18 @@ in config.DATASET_DEFAULTS.
 import hashlib
 import math
 import os
+import re
 import shutil
+import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +44,19 @@ from adapters import (
     SeriesAdapter,
     TensorAdapter,
     TextAdapter,
+    as_numbers,
     check_patch_size,
     describe,
     from_description,
     naming,
     square_pixels,
 )
-from config import FIELDS, Settings, UserError
-from data_files import (
-    Items,
-    class_order,
-    read_images,
-    read_manifest,
-    read_one_series,
-    read_series,
-    read_texts,
-    split_folders,
-)
+from config import FIELDS, OWN_DATA, Settings, UserError, as_utf8, check_memory, printable
+from data_files import Items, read_manifest, read_series, read_texts, without_effect
+from image_files import PURPOSES, depth, find_splits, read_images
+from labels import ClassNumbers, class_order, read_labels, slips
+from series_files import read_named_series, read_one_series
+from tables import FileFinder, listed
 
 Batch = dict[str, Any]
 Item = dict[str, Any]
@@ -92,12 +93,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
     """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
-    try:
-        if not isinstance(tokens, Tensor):
-            tokens = torch.from_numpy(np.require(tokens, np.float32, ["C", "W"]))
-        tokens = tokens.float()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the input is not an array of numbers: {error}") from error
+    with naming(where):
+        tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
     shape = tuple(tokens.shape)
     if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
@@ -220,6 +217,11 @@ def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]
     return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
 
 
+def check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be a whole number of at least 1")
+
+
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
 
@@ -244,8 +246,7 @@ class EpochBatchSampler(Sampler[list[int]]):
     ):
         if num_samples < 1:
             raise UserError("the data set is empty; it must hold at least one sample")
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        check_batch_size(batch_size)
         if lengths is not None and len(lengths) != num_samples:
             raise UserError(f"{len(lengths)} lengths for {num_samples} samples; give one per sample")
         self.num_samples, self.batch_size, self.shuffle, self.seed = num_samples, batch_size, shuffle, seed
@@ -413,9 +414,71 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
+def grouped_split(
+    labels: np.ndarray, groups: Sequence[str], fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `stratified_split`, but the samples of a group are all kept or all held out.
+
+    Of some random choices of groups the one whose shares of the classes are nearest to the fraction. Of each class that
+    is in several groups, at least one is held out, and at least one is kept.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    classes, label = np.unique(labels, return_inverse=True)
+    counts = np.zeros((len(names), len(classes)))
+    np.add.at(counts, (group, label), 1)
+    shares = counts / counts.sum(0)  # (groups, classes): how much of a class is in a group
+
+    def distance(held: np.ndarray) -> float:
+        return np.square(shares[held].sum(0) - fraction).sum()
+
+    tries = max(1, min(100, 100_000 // len(names)))
+    held = min((_hold_out(shares, fraction, rng.permutation(len(names))) for _ in range(tries)), key=distance)
+    if not held.any():
+        raise UserError(f"{len(names)} groups cannot be split; of a class at least two must have samples")
+    return np.flatnonzero(~held[group]), np.flatnonzero(held[group])
+
+
+def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndarray:
+    """Which groups to hold out, bool (groups,): in this order, those that bring the classes nearer to the fraction."""
+    there = shares > 0
+    held, left = np.zeros(len(shares), bool), there.sum(0)  # left: of each class, the groups that are kept
+    missing = np.full(shares.shape[1], fraction)
+
+    def hold_out(one: int) -> bool:
+        if held[one] or (left[there[one]] == 1).any():
+            return False
+        held[one] = True
+        left[there[one]] -= 1
+        missing[:] -= shares[one]
+        return True
+
+    for one in order:
+        if np.square(missing - shares[one]).sum() < np.square(missing).sum():
+            hold_out(one)
+    smallest = order[np.argsort(shares[order].sum(1), kind="stable")]
+    for number in range(len(missing)):  # a class that has none held out gives the smallest group that can go
+        if not there[held, number].any():
+            any(hold_out(one) for one in smallest if there[one, number])
+    return held
+
+
+MODALITIES: dict[str, tuple[type, ...]] = {
+    "image": (ImageAdapter,),
+    "text": (TextAdapter,),
+    "series": (SeriesAdapter, TensorAdapter),
+}
+
+
 def _known(info: Info | None, modality: str) -> Any:
     """The adapter of a description made in training; None without one."""
-    return from_description(info["adapters"][modality]) if info else None
+    if not info:
+        return None
+    if modality not in info["adapters"]:
+        raise UserError(f"the model was trained on {', '.join(info['adapters'])}; these data are for {modality}")
+    adapter = from_description(info["adapters"][modality], f"the checkpoint's adapter of {modality}")
+    if not isinstance(adapter, MODALITIES[modality]):
+        raise UserError(f"the checkpoint's adapter of {modality} is a {type(adapter).__name__}, made for other data")
+    return adapter
 
 
 def _describe(adapters: dict[str, Adapter], class_names: Sequence[str], notes: Sequence[str] = ()) -> Info:
@@ -445,11 +508,16 @@ PATTERNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 LAG = 6.0  # tokens between a pattern's arrival at the first and at the last channel
 
 
-class SequenceDataset(Dataset):
-    """Sequences in memory: `sequences` holds arrays (L, C), `labels` a class number for each."""
+def _ids(ids: Sequence[str] | None, count: int) -> np.ndarray:
+    """The names of a data set's samples; without, their numbers."""
+    return np.array([str(number) for number in range(count)] if ids is None else ids, object)
 
-    def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[int]):
-        self.sequences, self.labels = sequences, np.asarray(labels)
+
+class SequenceDataset(Dataset):
+    """Sequences in memory: `sequences` holds arrays (L, C), `labels` a class number for each, `ids` a name."""
+
+    def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[int], ids: Sequence[str] | None = None):
+        self.sequences, self.labels, self.ids = sequences, np.asarray(labels), _ids(ids, len(sequences))
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -458,7 +526,7 @@ class SequenceDataset(Dataset):
         return {"input": self.sequences[number], "label": self.labels[number]}
 
     def subset(self, numbers: np.ndarray) -> "SequenceDataset":
-        return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers])
+        return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers], self.ids[numbers])
 
 
 def make_synthetic(settings: Settings, split: str, num_samples: int) -> SequenceDataset:
@@ -469,6 +537,12 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
     Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither these nor the
     length tell the class.
     """
+    shortest, longest = settings.seq_len_range
+    tokens = num_samples * (shortest + longest) / 2 + 16 * longest  # those kept, and the float64s while one is made
+    check_memory(
+        4 * settings.feature_dim * tokens,
+        f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
+    )
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
 
@@ -552,7 +626,8 @@ class ImageDataset(Dataset):
         adapter: makes the tokens.
         margin: training images are moved by up to so many pixels (0: not).
         flip: half of the training images are mirrored.
-        seed: of margin and flip, which are drawn anew for each epoch.
+        seed: of margin and flip, which are drawn for each epoch.
+        ids: names of the samples; without, their numbers.
     """
 
     def __init__(
@@ -563,12 +638,22 @@ class ImageDataset(Dataset):
         margin: int = 0,
         flip: bool = False,
         seed: int = 0,
+        ids: Sequence[str] | None = None,
     ):
         self.images = np.ascontiguousarray(images)
         self.labels = np.array([_to_label(label, f"sample {i}") for i, label in enumerate(labels)])
         self.adapter, self.margin, self.flip, self.seed = adapter, margin, flip, seed
+        self.ids = _ids(ids, len(images))
         self.lengths = np.full(len(images), math.prod(adapter.grid_shape))
         self.set_epoch(0)
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to the images, in words, for the first lines of a run."""
+        if not (self.margin or self.flip):
+            return "neither moved nor mirrored"
+        moved = f"moved by up to {self.margin} pixel{'s' * (self.margin > 1)}" if self.margin else "not moved"
+        return f"{moved}, {'half of them mirrored (--no_flip)' if self.flip else 'not mirrored (--flip)'}"
 
     def set_epoch(self, epoch: int) -> None:
         rng = random_stream("augmentation", self.seed, epoch)
@@ -594,26 +679,32 @@ class ImageDataset(Dataset):
 def _image_splits(
     images: dict[str, np.ndarray],
     labels: dict[str, np.ndarray],
+    ids: dict[str, Sequence[str]],
     class_names: Sequence[str],
     settings: Settings,
     info: Info | None,
     margin: int,
-    any_size: bool = False,
-    notes: Sequence[str] = (),
 ) -> tuple[Splits, Info]:
-    """The splits of images and labels (validation comes out of 'train' where there is none), with augmentation."""
-    if "val" not in images:
-        kept, held_out = _split_off_validation(labels["train"], settings)
-        images = images | {"train": images["train"][kept], "val": images["train"][held_out]}
-        labels = labels | {"train": labels["train"][kept], "val": labels["train"][held_out]}
-    adapter = _known(info, "image") or ImageAdapter.fit(images["train"], settings.patch_size, any_size)
-    splits = {name: ImageDataset(images[name], labels[name], adapter) for name in ("val", "test")}
-    splits["train"] = ImageDataset(images["train"], labels["train"], adapter, **_augmentation(settings, margin))
-    return splits, _describe({"image": adapter}, class_names, notes)
+    """The splits of built-in images {'train': ..., 'test': ...}; validation comes out of 'train'."""
+    kept, held_out = _split_off_validation(labels["train"], settings)
+    parts = {"train": ("train", kept), "val": ("train", held_out), "test": ("test", slice(None))}
+    images, labels, ids = (
+        {name: np.asarray(values[source])[numbers] for name, (source, numbers) in parts.items()}
+        for values in (images, labels, ids)
+    )
+    adapter = _known(info, "image") or ImageAdapter.fit(images["train"], settings.patch_size)
+    splits = {
+        name: ImageDataset(images[name], labels[name], adapter, **_augmentation(settings, name, margin), ids=ids[name])
+        for name in images
+    }
+    return splits, _describe({"image": adapter}, class_names) | {"augmentation": splits["train"].augmentation}
 
 
-def _augmentation(settings: Settings, margin: int) -> dict[str, Any]:
-    return {"margin": margin, "flip": settings.flip, "seed": settings.seed} if settings.augment else {}
+def _augmentation(settings: Settings, split: str, margin: int) -> dict[str, Any]:
+    """What `ImageDataset` is told to do to the images of a split."""
+    if split != "train" or not settings.augment:
+        return {}
+    return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
 
 
 def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
@@ -631,6 +722,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     return _image_splits(
         {name: images[numbers] for name, numbers in parts.items()},
         {name: labels[numbers] for name, numbers in parts.items()},
+        {name: numbers.astype(str) for name, numbers in parts.items()},
         [str(name) for name in digits.target_names],
         settings,
         info,
@@ -638,13 +730,16 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     )
 
 
+CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, and as downloaded
+
+
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if not there."""
     check_patch_size(settings.patch_size, 32, 32)
     train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
-    labels = {name: np.array(numbers) for name, numbers in labels.items()}
-    return _image_splits(images, labels, train.classes, settings, info, margin=4)
+    ids = {name: np.arange(len(numbers)).astype(str) for name, numbers in labels.items()}
+    return _image_splits(images, labels, ids, train.classes, settings, info, margin=4)
 
 
 def _open_cifar10(folder: Path) -> tuple[Any, Any]:
@@ -731,10 +826,13 @@ class MultimodalDataset(Dataset):
         parts: for each modality a data set of the samples that have it, and (N,) each sample's number in it, -1 where
             it lacks the modality.
         labels: N class numbers.
+        ids: names of the samples; without, their numbers.
     """
 
-    def __init__(self, parts: dict[str, tuple[Dataset, np.ndarray]], labels: np.ndarray):
-        self.parts, self.labels = parts, labels
+    def __init__(
+        self, parts: dict[str, tuple[Dataset, np.ndarray]], labels: np.ndarray, ids: Sequence[str] | None = None
+    ):
+        self.parts, self.labels, self.ids = parts, labels, _ids(ids, len(labels))
 
     def set_epoch(self, epoch: int) -> None:
         for dataset, _ in self.parts.values():
@@ -751,54 +849,168 @@ class MultimodalDataset(Dataset):
 
 
 OwnSplits = tuple[dict[str, Items], dict[str, np.ndarray], list[str], list[str]]
-Read = Callable[[Path, Callable[[UserError], None]], Items]
+# Given the path, on_error, and the items of training where they have been read
+Read = Callable[[Path, Callable[[UserError], None], Items | None], Items]
 
 
-def _own_splits(settings: Settings, info: Info | None, read: Read) -> OwnSplits:
+def _own_splits(settings: Settings, info: Info | None, only: str | None, read: Read) -> OwnSplits:
     """(items, class numbers) of each split of the user's data, the names of the classes, and notes for the user.
 
     What data_path does not say itself (test_path, or the folders train, val and test of images) is split off, the same
-    test set for every seed.
+    test set for every seed. Where `only` one split is asked for and needs no other, it is read alone.
     """
-    if settings.data_path is None:
-        raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
-    path = Path(settings.data_path)
-    if info and not path.exists():
-        raise UserError(f"{path}: the data of training are not there; say with --data_path where they are now")
-    places = (split_folders(path) if settings.dataset_type == "images" else None) or {"train": path}
-    if settings.test_path is not None:
-        places["test"] = Path(settings.test_path)
-        if places["test"].resolve() == path.resolve():
-            raise UserError(f"test_path: {path} is the training data itself; leave it out to set a part of them aside")
+    places, notes = _places(settings, info, only)
     errors: list[UserError] = []
-    items = {name: read(place, errors.append) for name, place in places.items()}
+    items: dict[str, Items] = {}
+    for name, place in places.items():
+        items[name] = read(place, errors.append, items.get("train"))
+    notes += [note for found in items.values() for note in found.notes]
+    given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
+    notes += without_effect(places.values(), given)
+    class_names, more = _name_classes(items, info and info["class_names"], settings.data_path, errors)
+    notes += more
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if "train" in items:
+        notes += _split_off(items, numbers, settings)
+    labels = {name: np.array([numbers[label] for label in found.labels]) for name, found in items.items()}
+    for name, present in labels.items():
+        absent = np.setdiff1d(np.arange(len(class_names)), present)
+        if len(absent):
+            first = class_names[absent[0]]
+            notes.append(f"{len(absent)} of {len(class_names)} classes have no {name} sample, the first is {first}")
+    return items, labels, class_names, notes
+
+
+def _name_classes(
+    items: dict[str, Items], known: list[str] | None, path: str, errors: list[UserError]
+) -> tuple[list[str], list[str]]:
+    """(the names of the classes, notes on labels); the labels of the items become names of classes.
+
+    known: the names that a checkpoint has. Raises UserError for `errors` of reading and what is no label, together.
+    """
+    names = {}
+    for split, found in items.items():
+        names[split], wrong = read_labels(found.labels, found.places, known or ())
+        errors = errors + wrong
     refuse_together(errors)
-    class_names = info["class_names"] if info else class_order(items["train"].labels)
+    class_names = known or class_order(names["train"])
     if len(class_names) < 2:
         raise UserError(f"{path}: every item has the label {class_names[0]!r}; at least two classes are needed")
-    numbers = {name: number for number, name in enumerate(class_names)}
+    numbers = ClassNumbers(class_names)
     refuse_together(
-        UserError(f"{place}: label {label!r} does not occur in the training data; correct or remove it")
-        for found in items.values()
-        for place, label in zip(found.places, found.labels, strict=True)
-        if label not in numbers
-    )
-    streams = {
+        UserError(f"{place}: label {name!r} does not occur in the training data{numbers.nearest(name)}; correct or "
+                  "remove it")
+        for split, found in items.items()
+        for place, name in zip(found.places, names[split], strict=True)
+        if numbers.get(name) is None
+    )  # fmt: skip
+    notes = [] if known else slips(items["train"].labels, names["train"])
+    for split, found in items.items():
+        found.labels = [class_names[numbers.get(name)] for name in names[split]]
+    return class_names, notes
+
+
+def _places(settings: Settings, info: Info | None, only: str | None) -> tuple[dict[str, Path], list[str]]:
+    """({split: the file or folder that holds it}, notes)."""
+    if settings.data_path is None:
+        raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
+    find, places, notes = FileFinder(), {}, []
+    path = find(Path(settings.data_path))
+    if settings.test_path is not None:
+        places["test"] = find(Path(settings.test_path))
+        if places["test"].resolve() == path.resolve():
+            raise UserError(f"test_path: {path} is the training data itself; leave it out to set a part of them aside")
+        if settings.dataset_type == "images":
+            splits, notes = find_splits(places["test"])
+            if len(splits) > 1:
+                shown = ", ".join(map(str, splits.values()))
+                raise UserError(f"test_path: {places['test']} holds several splits; name one of {shown}")
+            places["test"] = splits["train"]
+        if info and only == "test":
+            return places, notes
+    if info and not path.exists():
+        raise UserError(f"{path}: the data of training are not there; say with --data_path where they are now, or "
+                        "evaluate another labelled set with --test_path")  # fmt: skip
+    if settings.dataset_type == "images":
+        splits, more = find_splits(path)
+        places, notes = splits | places, notes + more
+    else:
+        places = {"train": path} | places
+    if info and only in places and only != "train":
+        places = {only: places[only]}
+    return places, notes
+
+
+def _split_off(items: dict[str, Items], numbers: dict[str, int], settings: Settings) -> list[str]:
+    """Take the test and validation items that there are not yet out of those of training. Returns notes."""
+    for found in items.values():
+        found.groups = _group_names(found, settings)
+    _refuse_shared_groups(items)
+    streams = {  # the test set first: it is the same for every seed
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
     }
-    for name in (name for name in streams if name not in items):  # the test set first: it is the same for every seed
-        labels = np.array([numbers[label] for label in items["train"].labels])
-        with naming(f"{path}, to set aside data for {'the test' if name == 'test' else 'validation'}"):
-            kept, held_out = stratified_split(labels, *streams[name])
-        items[name], items["train"] = items["train"].subset(held_out), items["train"].subset(kept)
-    labels = {name: np.array([numbers[label] for label in found.labels]) for name, found in items.items()}
-    notes = list(items["train"].notes)
-    for name, present in labels.items():
-        absent = [class_names[number] for number in range(len(class_names)) if number not in present]
-        if absent:
-            notes.append(f"{len(absent)} of {len(class_names)} classes have no {name} sample, the first is {absent[0]}")
-    return items, labels, class_names, notes
+    notes, shares = [], []
+    for name, (fraction, rng) in streams.items():
+        if name in items:
+            given = name == "test" and settings.test_path  # of which unused_settings tells
+            if fraction != FIELDS[f"{name}_fraction"].default and not given:
+                notes.append(f"{name}_fraction has no effect: there is a folder for {PURPOSES[name]}")
+            continue
+        train = items["train"]
+        labels = np.array([numbers[label] for label in train.labels])
+        with naming(f"{settings.data_path}, to set aside data for {PURPOSES[name]}"):
+            if train.groups:
+                kept, held_out = grouped_split(labels, train.groups, fraction, rng)
+            else:
+                kept, held_out = stratified_split(labels, fraction, rng)
+        items[name], items["train"] = train.subset(held_out), train.subset(kept)
+        shares.append(f"{name}_fraction {fraction:g} became {len(held_out) / len(labels):.3f}")
+    if items["train"].groups:
+        counts = ", ".join(f"{len(set(items[name].groups))} for {purpose}" for name, purpose in PURPOSES.items())
+        notes.append("; ".join([f"groups: {counts}, none of them in two", *shares]))
+    return notes
+
+
+def _group_names(found: Items, settings: Settings) -> list[str] | None:
+    """The group of each item, by the settings; None where they name none. Raises UserError for items without.
+
+    Names that look the same to a person are one group: 7 and 7.0, P7 and p7. To part what belongs together would be
+    worse than to join what does not.
+    """
+    column, pattern = settings.group_column, settings.group_pattern
+    if column and pattern:
+        raise UserError("group_column, group_pattern: both say what the groups are; give one of them")
+    if column and found.groups is None:
+        raise UserError(f"group_column: {found.places[0]}: there is no column {column!r}; correct it, or find the "
+                        "groups in the ids of the items with --group_pattern")  # fmt: skip
+    groups, missing = found.groups, "the group is empty; fill it in"
+    if pattern:
+        try:
+            matches = [re.search(pattern, id) for id in found.ids]
+        except re.error as error:
+            raise UserError(f"group_pattern: {pattern!r} is no regular expression: {error}") from error
+        groups = [match and match[1 if match.re.groups else 0] for match in matches]
+        missing = f"group_pattern {pattern!r} finds no group in it; every item needs one"
+    if groups:
+        refuse_together(
+            UserError(f"{place} (id {id!r}): {missing}")
+            for place, id, group in zip(found.places, found.ids, groups, strict=True)
+            if not group
+        )
+        groups = [unicodedata.normalize("NFKC", group).casefold() for group in groups]
+        groups = [re.sub(r"^(\d+)\.0*$", r"\1", "".join(c for c in group if c.isprintable())) for group in groups]
+    return groups
+
+
+def _refuse_shared_groups(items: dict[str, Items]) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for name, found in items.items():
+        for group, place in zip(found.groups or [], found.places, strict=False):
+            split, first = seen.setdefault(group, (name, place))
+            if split != name:
+                raise UserError(f"{place}: its group {group!r} is in the data for {PURPOSES[split]} too, first "
+                                f"{first}; move all items of a group to one side")  # fmt: skip
 
 
 def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
@@ -809,18 +1021,52 @@ def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
         raise UserError("\n".join(lines[:most] + more))
 
 
-def _fingerprints(items: dict[str, Items]) -> dict[str, str]:
-    """A checksum of the samples of each split in their order: names, labels, texts, series; of other files the name."""
+def _fingerprints(items: dict[str, Items], info: Info | None) -> dict[str, str]:
+    """A checksum of the samples of each split in their order: ids, labels, texts, series, names of files.
 
-    def checksum(found: Items) -> str:
+    Where there are files, one of all their bytes follows after a "-". They were read a moment ago, for their pixels, so
+    the system still has them in memory: it costs little beside decoding them. Names may be in another normal form of
+    Unicode than those of the checkpoint: data may have moved between systems.
+    """
+    known = info["fingerprints"] if info else {}
+
+    def of_names(found: Items, in_form: Callable[[str], str]) -> str:
         result = 0
         for id, label, value in zip(found.ids, found.labels, found.values, strict=True):
-            for part in (id, label, *(value.values() if isinstance(value, dict) else [value])):
-                part = part.name if isinstance(part, Path) else part
-                result = zlib.crc32(part.encode() if isinstance(part, str) else part.tobytes(), result)
+            parts = value.values() if isinstance(value, dict) else [value]
+            parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
+            for part in (in_form(id), label, *parts):
+                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else part.tobytes(), result)
         return f"{result:08x}"
 
-    return {name: checksum(found) for name, found in items.items()}
+    def of_files(found: Items) -> str:
+        values = [list(value.values()) if isinstance(value, dict) else [value] for value in found.values]
+        files = [(part, place) for parts, place in zip(values, found.places, strict=True)
+                 for part in parts if isinstance(part, Path)]  # fmt: skip
+        if not files:
+            return ""
+        sums = _each(_file_checksum, *map(list, zip(*files, strict=True)))
+        return f"-{zlib.crc32(np.array(sums, '<u4').tobytes()):08x}"
+
+    def fingerprint(found: Items, before: str) -> str:
+        names = of_names(found, str)
+        if before and before != names:
+            others = (of_names(found, partial(unicodedata.normalize, form)) for form in ("NFC", "NFD"))
+            names = before if before in others else names
+        return names + of_files(found)
+
+    return {name: fingerprint(found, known.get(name, "").partition("-")[0]) for name, found in items.items()}
+
+
+def _file_checksum(path: Path) -> int:
+    result = 0
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(2**20):
+                result = zlib.crc32(data, result)
+    except OSError as error:
+        raise UserError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
+    return result
 
 
 def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
@@ -839,109 +1085,234 @@ def _each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequenc
     return results
 
 
+def _each_of(
+    function: Callable[[Any], Any], values: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
+) -> dict[str, list[Any]]:
+    """`_each` of the values of every split, so that the bad ones of all of them are named at once."""
+    pairs = [pair for name in values for pair in zip(values[name], places[name], strict=True)]
+    results = iter(_each(function, [value for value, _ in pairs], [place for _, place in pairs]))
+    return {name: [next(results) for _ in part] for name, part in values.items()}
+
+
+def _columns(items: dict[str, Items]) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """(values, places) of each split."""
+    return {name: found.values for name, found in items.items()}, {name: found.places for name, found in items.items()}
+
+
 def _cut_note(modality: str, lengths: Sequence[int], limit: int | None) -> list[str]:
     """What to tell the user of training items that the length limit cuts."""
     count = sum(length > (limit or math.inf) for length in lengths)
     return [f"{count} of {len(lengths)} training items are cut to max_seq_len {limit} ({modality})"] * bool(count)
 
 
-def load_images_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+def load_images_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None
+) -> tuple[Splits, Info]:
     """The user's images: a folder of a folder for each class, or of train, val and test above those.
 
     They are kept in memory as bytes, image_size x image_size x 3 each.
     """
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
-    items, labels, class_names, notes = _own_splits(settings, info, lambda path, _: read_images(path))
-    size = _known(info, "image").image_shape[0] if info else settings.image_size
-    read = partial(square_pixels, size=size)
-    images = {name: np.stack(_each(read, found.values, found.places)) for name, found in items.items()}
-    splits, description = _image_splits(
-        images, labels, class_names, settings, info, size // 8, any_size=True, notes=notes
-    )
-    return splits, description | {"fingerprints": _fingerprints(items)}
-
-
-def load_sequences_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
-    """The user's series: a .ts, .npz, .csv or .tsv file, standardised with the training split's statistics."""
-    columns = {"id_column": settings.id_column, "label_column": settings.label_column}
-    items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_series(path, **columns, on_error=on_error)
-    )
-    adapter = _known(info, "series") or _fit_series(items["train"].values, items["train"].places, settings)
-    splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
+    items, labels, class_names, notes = _own_splits(settings, info, only, lambda path, *_: read_images(path))
+    known = _known(info, "image")
+    size = known.image_shape[0] if known else settings.image_size
+    bits = known.bits if known else _bits(items["train"].values, items["train"].places, settings, notes)
+    images = _read_pixels(*_columns(items), size, bits)
+    adapter = known or ImageAdapter.fit(images["train"], settings.patch_size, any_size=True, bits=bits)
+    splits = {}
+    for name, found in items.items():
+        augmentation = _augmentation(settings, name, size // 8)
+        splits[name] = ImageDataset(images[name], labels[name], adapter, **augmentation, ids=found.ids)
+    return splits, _describe({"image": adapter}, class_names, notes) | {
+        "fingerprints": _fingerprints(items, info),
+        **({"augmentation": splits["train"].augmentation} if "train" in splits else {}),
     }
-    notes += _cut_note("series", [len(series) for series in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"series": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
 
 
-def load_text_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+def _read_pixels(
+    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
+) -> dict[str, np.ndarray]:
+    """uint8 (N, size, size, 3) of each split. Raises UserError for more than this machine's memory."""
+    number = sum(map(len, files.values()))
+    check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
+    pixels = {name: np.empty((len(paths), size, size, 3), np.uint8) for name, paths in files.items()}
+
+    def read(place: tuple[np.ndarray, int, Path]) -> None:
+        images, number, file = place
+        images[number] = square_pixels(file, size, bits)
+
+    _each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
+    return pixels
+
+
+def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:
+    """The bits in use of the training images' grey, None if it has no more than 8. Adds a note of what is assumed.
+
+    A camera of 10 or 12 bits stores them in files of 16, where they would be all but black.
+    """
+    used = {"grey": [], "colour": []}  # bits of each image
+    for found in _each(depth, files, places):
+        if found:
+            used[found[0]].append(found[1])
+    if used["colour"] and max(used["colour"]) <= 14:
+        raise UserError(f"{settings.data_path}: {len(used['colour'])} training images have colours of 16 bits, but use "
+                        f"{max(used['colour'])} of them at most, and only the upper 8 are read; save them as 8 bit")
+    if not used["grey"]:
+        return settings.image_bits
+    most = max(used["grey"])
+    bits = settings.image_bits or next((bits for bits in (8, 10, 12, 14) if bits >= most), 16)
+    notes.append(f"{len(used['grey'])} of {len(files)} training images are grey of 16 bits and use {most} of them: "
+                 f"0 is taken for black, {2**bits - 1} for white (--image_bits {bits})")  # fmt: skip
+    return bits
+
+
+def read_series_as(
+    trained: SeriesAdapter | Items | None, path: Path, settings: Settings, **options: Any
+) -> Items:
+    """Series whose features are those of training: of its adapter, or of its items; None where these are training's."""
+    if trained is None:
+        return read_series(path, settings, **options)
+    names = trained.names if isinstance(trained, SeriesAdapter) else trained.features
+    if trained.table_rows and settings.table_rows == "auto":
+        settings = replace(settings, table_rows=trained.table_rows)
+    items = read_series(path, settings, **options, known=names)
+    if names is None and len(items.features or ()) > 1 and items.table_rows == "steps":
+        items.notes.append(f"{path}: the training data name no columns, so these are taken in their order: "
+                           f"{', '.join(items.features)}")
+    return items
+
+
+def load_sequences_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None
+) -> tuple[Splits, Info]:
+    """The user's series: a file that `read_series` takes, standardised with the training split's statistics."""
+    known = _known(info, "series")
+
+    def read(path: Path, on_error: Callable[[UserError], None], train: Items | None) -> Items:
+        named = known and (known.names or known.table_rows)  # an older checkpoint has neither
+        return read_series_as(known if named else train, path, settings, on_error=on_error)
+
+    items, labels, class_names, notes = _own_splits(settings, info, only, read)
+    train = items.get("train")
+    adapter = known or _fit_series(train.values, train.places, settings, train.features, train.table_rows)
+    splits = {
+        name: SequenceDataset(tokens, labels[name], items[name].ids)
+        for name, tokens in _each_of(adapter, *_columns(items)).items()
+    }
+    about = []
+    if train:
+        about, more = _about_series(train.values, adapter)
+        notes += [*more, *_cut_note("series", [len(series) for series in train.values], adapter.max_seq_len)]
+    description = _describe({"series": adapter}, class_names, notes) | {"about": about}
+    return splits, description | {"fingerprints": _fingerprints(items, info)}
+
+
+def _about_series(series: Sequence[np.ndarray], adapter: SeriesAdapter) -> tuple[list[str], list[str]]:
+    """(a line on steps and channels of the training series; notes where they seem to be exchanged)."""
+    lengths, width = [len(one) for one in series], len(adapter.mean)
+    low, high, median = min(lengths), max(lengths), int(np.median(lengths))
+    steps, channels = f"{median} step{'s' * (median > 1)}", f"{width} channel{'s' * (width > 1)}"
+    names = f": {listed(adapter.channels)}" if adapter.channels else ""
+    line = f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"
+    if high == 1 and adapter.table_rows == "steps":
+        return [line], [f"every series has one step, of {channels}; if each row of the table is a whole series, say "
+                        "--table_rows series"]
+    if high == 1 or median < width:
+        return [line], [f"the series have {steps} and {channels}; if it is the other way round, transpose them: "
+                        "x of an .npz is (series, steps, channels)"]
+    return [line], []
+
+
+def load_text_splits(settings: Settings, info: Info | None = None, only: str | None = None) -> tuple[Splits, Info]:
     """The user's texts: a .csv, .tsv or .jsonl file."""
-    columns = {name: getattr(settings, name) for name in ("text_column", "label_column", "id_column")}
     items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_texts(path, **columns, on_error=on_error)
+        settings, info, only, lambda path, on_error, _: read_texts(path, settings, on_error=on_error)
     )
     adapter = _known(info, "text") or TextAdapter(settings.max_seq_len)
     splits = {
-        name: SequenceDataset(_each(adapter, found.values, found.places), labels[name]) for name, found in items.items()
+        name: SequenceDataset(tokens, labels[name], items[name].ids)
+        for name, tokens in _each_of(adapter, *_columns(items)).items()
     }
-    notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
-    return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items)}
+    if "train" in items:
+        notes += _cut_note("text", [len(text.encode()) for text in items["train"].values], adapter.max_seq_len)
+    return splits, _describe({"text": adapter}, class_names, notes) | {"fingerprints": _fingerprints(items, info)}
 
 
-def load_multimodal_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+def load_multimodal_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None
+) -> tuple[Splits, Info]:
     """The user's manifest: a .csv, .tsv or .jsonl file whose columns name an image, a text, a series and a label."""
     check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
     columns = {name: getattr(settings, f"{name}_column") for name in ("image", "text", "series")}
-    named = {"label_column": settings.label_column, "id_column": settings.id_column}
     items, labels, class_names, notes = _own_splits(
-        settings, info, lambda path, on_error: read_manifest(path, columns, **named, on_error=on_error)
+        settings, info, only, lambda path, on_error, _: read_manifest(path, columns, settings, on_error=on_error)
     )
-    size = _known(info, "image").image_shape[0] if info and "image" in info["adapters"] else settings.image_size
-    prepare = {"image": partial(square_pixels, size=size), "text": str, "series": read_one_series}
-    there = {name for item in items["train"].values for name in item}
-    for name, column in columns.items():
-        if name not in there and column != FIELDS[f"{name}_column"].default:
-            raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
-    known = [name for name in columns if name in (info["adapters"] if info else there)]
+    if info:
+        known = [name for name in columns if name in info["adapters"]]
+    else:
+        there = {name for item in items["train"].values for name in item}
+        for name, column in columns.items():
+            if name not in there and column != FIELDS[f"{name}_column"].default:
+                raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
+        known = [name for name in columns if name in there]
     for found in items.values():
         for item, place in zip(found.values, found.places, strict=True):
             if item.keys().isdisjoint(known):
                 raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
     unseen = {name for found in items.values() for item in found.values for name in item}.difference(known)
     notes += [f"no training item has an entry for {name}, so it is not looked at" for name in sorted(unseen)]
-    adapters, parts = {}, {name: {} for name in items}
+    adapters, parts, about = {}, {name: {} for name in items}, {}
     for modality in known:
         have = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
         raw = {name: [items[name].values[i][modality] for i in numbers] for name, numbers in have.items()}
         places = {name: [items[name].places[i] for i in numbers] for name, numbers in have.items()}
-        raw = {name: _each(prepare[modality], values, places[name]) for name, values in raw.items()}
-        adapter = adapters[modality] = _known(info, modality) or _fit(modality, raw["train"], places["train"], settings)
+        adapter = _known(info, modality)
+        if modality == "image":
+            size = adapter.image_shape[0] if adapter else settings.image_size
+            bits = adapter.bits if adapter else _bits(raw["train"], places["train"], settings, notes)
+            raw = _read_pixels(raw, places, size, bits)
+            adapter = adapter or ImageAdapter.fit(raw["train"], settings.patch_size, any_size=True, bits=bits)
+        elif modality == "series":
+            names = adapter.channels if adapter else _series_names(raw["train"])
+            raw = _each_of(partial(read_one_series, known=names), raw, places)
+            adapter = adapter or _fit_series(raw["train"], places["train"], settings, names)
+        else:
+            adapter = adapter or TextAdapter(settings.max_seq_len)
+        adapters[modality] = adapter
+        tokens = {} if modality == "image" else _each_of(adapter, raw, places)
         for name, found in items.items():
             numbers, its_labels = np.full(len(found.values), -1), labels[name][have[name]]
             numbers[have[name]] = np.arange(len(have[name]))
             if modality == "image":
-                augmentation = _augmentation(settings, size // 8) if name == "train" else {}
-                images = np.array(raw[name], np.uint8).reshape(-1, size, size, 3)
-                data = ImageDataset(images, its_labels, adapter, **augmentation)
+                data = ImageDataset(raw[name], its_labels, adapter, **_augmentation(settings, name, size // 8))
             else:
-                data = SequenceDataset(_each(adapter, raw[name], places[name]), its_labels)
+                data = SequenceDataset(tokens[name], its_labels)
             parts[name][modality] = data, numbers
-        if modality != "image":
+        if modality == "image" and "train" in items:
+            about["augmentation"] = parts["train"]["image"][0].augmentation
+        elif "train" in items:
             lengths = [len(one.encode() if modality == "text" else one) for one in raw["train"]]
             notes += _cut_note(modality, lengths, adapter.max_seq_len)
-    splits = {name: MultimodalDataset(parts[name], labels[name]) for name in items}
-    return splits, _describe(adapters, class_names, notes) | {"fingerprints": _fingerprints(items)}
+        if modality == "series" and raw.get("train"):
+            about["about"], more = _about_series(raw["train"], adapter)
+            notes += more
+    splits = {name: MultimodalDataset(parts[name], labels[name], found.ids) for name, found in items.items()}
+    return splits, _describe(adapters, class_names, notes) | about | {"fingerprints": _fingerprints(items, info)}
 
 
-def _fit(modality: str, raw: list[Any], places: list[str], settings: Settings) -> Adapter:
-    """The adapter of a modality's training items."""
-    if modality == "image":
-        return ImageAdapter.fit(np.stack(raw), settings.patch_size, any_size=True)
-    return TextAdapter(settings.max_seq_len) if modality == "text" else _fit_series(raw, places, settings)
+def _series_names(files: Sequence[Path]) -> list[str] | None:
+    """The names of the channels of series in files of their own: those of the first table."""
+    table = next((file for file in files if file.suffix.lower() in (".csv", ".tsv")), None)
+    return read_named_series(table)[1] if table else None
 
 
-def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings) -> SeriesAdapter:
+def _fit_series(
+    series: list[np.ndarray],
+    places: list[str],
+    settings: Settings,
+    names: list[str] | None,
+    table_rows: str | None = None,
+) -> SeriesAdapter:
     """The adapter of the training series; an error says where they lie."""
     width = series[0].shape[1]
     for one, place in zip(series, places, strict=True):
@@ -949,12 +1320,27 @@ def _fit_series(series: list[np.ndarray], places: list[str], settings: Settings)
             raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
                             "all must have the same")
     with naming(str(settings.data_path)):
-        return SeriesAdapter.fit(series, settings.max_seq_len)
+        return SeriesAdapter.fit(series, settings.max_seq_len, names, table_rows)
+
+
+@contextmanager
+def reading_advice() -> Iterator[None]:
+    """Turn running out of memory while data are read into a UserError with the remedies, the most helpful first."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory while the data are read ({error}); in the order that helps: fewer processes on this "
+            "machine (each holds the data), a smaller --image_size, --max_seq_len, --feature_columns, a file of fewer "
+            "items; or a Dataset of your own that reads items when they are needed"
+        ) from error
 
 
 # -- by name --------------------------------------------------------------------------------------------------
 
-DATASETS: dict[str, Callable[[Settings, Info | None], tuple[Splits, Info]]] = {
+DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
     "synthetic": load_synthetic_splits,
     "cifar10": load_cifar10_splits,
     "digits": load_digits_splits,
@@ -965,21 +1351,31 @@ DATASETS: dict[str, Callable[[Settings, Info | None], tuple[Splits, Info]]] = {
 }
 
 
-def load_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
+def load_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None
+) -> tuple[Splits, Info]:
     """The data sets {'train', 'val', 'test'} of settings.dataset_type and their description.
 
     The description holds plain values that a checkpoint can store: dataset_type, class_names, num_classes, for each
     modality the adapter (see adapters.py) and the features that the model is told of, split_sizes, split_seed, and
-    notes for the user, and for the user's own data a fingerprint of the samples of each split.
+    notes for the user, of images what is done to those of training (augmentation), and for the user's own data a
+    fingerprint of the samples of each split.
 
     info: a description made in training. Its adapters and classes are then used.
+    only: the split that is asked for. Of the user's own data it alone is read if it is not a part of another one.
     """
-    splits, specific = DATASETS[settings.dataset_type](settings, info)
+    asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
+    with reading_advice():
+        splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
+    sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
+    prints, known = specific.get("fingerprints", {}), info["fingerprints"] if info else {}
+    # Earlier versions looked at the names of files alone: where these are the same, no more can be told
+    prints = {name: known[name] if text.partition("-")[0] == known.get(name) else text for name, text in prints.items()}
     return splits, {
         "dataset_type": settings.dataset_type,
         "num_classes": len(specific["class_names"]),
-        "fingerprints": {},
         **specific,
-        "split_sizes": {name: len(splits[name]) for name in ("train", "val", "test")},
+        "fingerprints": prints,
+        "split_sizes": (info["split_sizes"] if info else {}) | sizes,
         "split_seed": settings.seed,
     }

@@ -3,6 +3,9 @@
 Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
 
+import copy
+import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import memory_advice
+from config import as_utf8, memory_advice, spreadsheet_cell
 from files import PathLike, written_whole
 
 Device = str | torch.device
@@ -25,16 +28,29 @@ Batch = Mapping[str, Any]
 
 @contextmanager
 def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in before.
+
+    Nothing of a model in evaluation mode is changed, so any number of threads may use it at once. One that trains is
+    switched over, which its other users see: give threads what `in_evaluation_mode` makes of it.
+    """
+    switched = [module for module in model.modules() if module.training]
+    if switched:
+        model.eval()
     autocast = torch.autocast(torch.device(device).type, dtype=amp_dtype, enabled=amp_dtype is not None)
     try:
         with torch.inference_mode(), autocast:
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in switched:
+            module.training = True
+
+
+def in_evaluation_mode(model: nn.Module) -> nn.Module:
+    """The model, or, where a part of it trains, a copy in evaluation mode that has the same weights in common."""
+    if not any(module.training for module in model.modules()):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
 
 
 def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
@@ -46,6 +62,18 @@ def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
     mask = batch["mask"]
     x = batch["input"].to(device, non_blocking=True)
     return x, None if mask.all() else mask.to(device, non_blocking=True)
+
+
+def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
+    """`model_inputs` in the precision of the weights; but numbers of tokens stay float32, which keeps them whole."""
+    x, mask = model_inputs(batch, device)
+    dtype = next((weights.dtype for weights in model.parameters()), torch.float32)
+    if dtype == torch.float32:
+        return x, mask
+    features = {name for name, tokens in model.modalities.items() if tokens.embedding is None}
+    if isinstance(x, dict):
+        return {name: values.to(dtype) if name in features else values for name, values in x.items()}, mask
+    return x.to(dtype) if features else x, mask
 
 
 def token_counts(batch: Batch) -> torch.Tensor:
@@ -65,7 +93,7 @@ def collect_predictions(
     logits, labels, lengths = [], [], []
     with evaluating(model, device, amp_dtype):
         for batch in loader:
-            logits.append(model(*model_inputs(batch, device)).float())
+            logits.append(model(*inputs_for(model, batch, device)).float())
             labels.append(batch["label"].clone())  # what a worker sent holds a file descriptor as long as it is kept
             lengths.append(token_counts(batch))
     if not logits:
@@ -79,14 +107,14 @@ def collect_latents(
 ) -> np.ndarray:
     """Pooled latents (N, D) float32 of the samples of `loader`, in its order."""
     with evaluating(model, device, amp_dtype):
-        latents = [model.pooled_latents(*model_inputs(batch, device)).float() for batch in loader]
+        latents = [model.pooled_latents(*inputs_for(model, batch, device)).float() for batch in loader]
     return torch.cat(latents).cpu().numpy()
 
 
 def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") -> list[np.ndarray]:
     """Cross-attention weights of one batch: (B, heads, latents, L) float32 for each cross-attend."""
     with evaluating(model, device, None):
-        _, maps = model(*model_inputs(batch, device), return_attention=True)
+        _, maps = model(*inputs_for(model, batch, device), return_attention=True)
     return [weights.float().cpu().numpy() for weights in maps]
 
 
@@ -95,6 +123,16 @@ def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") ->
 
 def _log_probabilities(logits: np.ndarray) -> np.ndarray:
     return torch.log_softmax(torch.as_tensor(logits, dtype=torch.float64), dim=-1).numpy()
+
+
+def _ahead(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes have a higher logit than the true one, (N,); of equal ones the lower class number is ahead."""
+    of_label = np.take_along_axis(logits, labels[:, None], 1)
+    return ((logits > of_label) | ((logits == of_label) & (np.arange(logits.shape[1]) < labels[:, None]))).sum(1)
+
+
+def _brier_scores(log_p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.square(np.exp(log_p) - np.eye(log_p.shape[1])[labels]).sum(1)
 
 
 def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +174,7 @@ def compute_metrics(
     log_p = _log_probabilities(logits)
     confidence, correct = confidences(logits, labels)
     predicted = logits.argmax(1)
-    of_label = np.take_along_axis(logits, labels[:, None], 1)
-    ahead = (logits > of_label) | ((logits == of_label) & (np.arange(classes) < labels[:, None]))
-    every = range(classes)
+    ahead, every = _ahead(logits, labels), range(classes)
     per_class = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=np.nan)
     _, recall, f1, support = per_class
     keys = ("class", "precision", "recall", "f1", "support")
@@ -150,10 +186,10 @@ def compute_metrics(
             "accuracy": correct.mean(),
             "balanced_accuracy": np.nanmean(recall),
             "macro_f1": np.nanmean(f1),
-            **{f"top_{k}_accuracy": (ahead.sum(1) < k).mean() for k in top_k if k < classes},
+            **{f"top_{k}_accuracy": (ahead < k).mean() for k in top_k if k < classes},
             "majority_baseline": support.max() / len(labels),
             "negative_log_likelihood": -np.take_along_axis(log_p, labels[:, None], 1).mean(),
-            "brier_score": np.square(np.exp(log_p) - np.eye(classes)[labels]).sum(1).mean(),
+            "brier_score": _brier_scores(log_p, labels).mean(),
             "expected_calibration_error": calibration_error(reliability_table(confidence, correct)),
             "mean_confidence": confidence.mean(),
             "per_class": [dict(zip(keys, row, strict=True)) for row in rows],
@@ -195,34 +231,57 @@ def accuracy_by_length(lengths: np.ndarray, correct: np.ndarray, num_bins: int =
     return _plain(rows)
 
 
-def most_confident_mistakes(
-    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], limit: int = 16
-) -> list[dict]:
-    """The wrong predictions of highest confidence, highest first; `index` is the place among the `labels`."""
+def item_rows(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    class_names: Sequence[str],
+    ids: Sequence[str],
+    split: str = "",
+) -> list[dict[str, Any]]:
+    """A row for each item, in their order, from which every metric and every analysis can be computed again.
+
+    `confidence` is the probability of the predicted class; `rank_of_true` is 1 where that is the true one;
+    `negative_log_likelihood` and `brier_score` are the item's terms of the means of `compute_metrics`; `tokens` is its
+    length.
+    """
+    log_p = _log_probabilities(logits)
+    p, predicted, every = np.exp(log_p), logits.argmax(1), np.arange(len(labels))
+    columns = {
+        "id": [as_utf8(str(id)) for id in ids],
+        "split": [split] * len(labels),
+        "true": [class_names[label] for label in labels],
+        "predicted": [class_names[number] for number in predicted],
+        "confidence": p[every, predicted],
+        "probability_of_true": p[every, labels],
+        "rank_of_true": 1 + _ahead(logits, labels),
+        "negative_log_likelihood": np.abs(log_p[every, labels]),  # of -0.0
+        "brier_score": _brier_scores(log_p, labels),
+        "tokens": lengths,
+    }
+    rows = zip(*(_plain(list(column)) for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def most_confident_mistakes(logits: np.ndarray, labels: np.ndarray, limit: int = 16) -> np.ndarray:
+    """Places among the `labels` of the wrong predictions of highest confidence, highest first."""
     p, predicted = np.exp(_log_probabilities(logits)), logits.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
-    order = wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")][:limit]
-    return [
-        {
-            "index": int(i),
-            "true": class_names[labels[i]],
-            "predicted": class_names[predicted[i]],
-            "confidence": float(p[i, predicted[i]]),
-            "probability_of_true": float(p[i, labels[i]]),
-        }
-        for i in order
-    ]
+    return wrong[np.argsort(-p[wrong, predicted[wrong]], kind="stable")][:limit]
 
 
 def analyze_predictions(
-    logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, class_names: Sequence[str]
+    logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, items: Sequence[dict[str, Any]]
 ) -> dict[str, list[dict]]:
-    """What an analysis adds: `reliability`, `accuracy_by_length` and `most_confident_mistakes`."""
+    """What an analysis adds: `reliability`, `accuracy_by_length` and `most_confident_mistakes`; items: `item_rows`."""
     confidence, correct = confidences(logits, labels)
+    shown = ("id", "true", "predicted", "confidence", "probability_of_true")
     return {
         "reliability": reliability_table(confidence, correct),
         "accuracy_by_length": accuracy_by_length(lengths, correct),
-        "most_confident_mistakes": most_confident_mistakes(logits, labels, class_names),
+        "most_confident_mistakes": [
+            {key: items[place][key] for key in shown} for place in most_confident_mistakes(logits, labels)
+        ],
     }
 
 
@@ -244,22 +303,44 @@ def write_results(path: PathLike, results: Mapping[str, Any]) -> None:
     """Write strict JSON, the whole file or none; numbers stay numbers, NaN and infinity become null."""
     text = json.dumps(_plain(results), indent=2, allow_nan=False, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\n *", " ", row[0]), text)  # matrix rows
+    write_file(path, f"{text}\n".encode())
+
+
+def write_file(path: PathLike, data: bytes) -> None:
+    """Write a file, with its folders, so that the old one or the whole new one is there at every moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    with written_whole(path, "wb") as file:
+        file.write(data)
+
+
+def write_rows(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a .csv file that names its columns, the whole of it or nothing, for spreadsheets and for `read_table`.
+
+    Beyond ASCII it begins with a byte order mark, without which Excel takes another encoding. What a spreadsheet would
+    run as a formula gets an apostrophe before it, which `tables.read_table` takes off. Numbers are exact.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerows([rows[0].keys(), *([spreadsheet_cell(str(cell)) for cell in row.values()] for row in rows)])
+    data = as_utf8(text.getvalue())
+    write_file(path, data.encode("utf-8" if data.isascii() else "utf-8-sig"))
 
 
 def save_evaluation(
-    output_dir: PathLike, results: Mapping[str, Any], figures: Mapping[str, Callable[[Path], None]]
+    output_dir: PathLike,
+    results: Mapping[str, Any],
+    items: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Callable[[Path], None]],
 ) -> None:
-    """Write results.json, then draw each figure (file name -> function of its path) into `output_dir`.
+    """Write results.json and items.csv, then draw each figure (file name -> function of its path) into `output_dir`.
 
     A figure that fails costs neither the results nor the other figures. It leaves no picture, not even one of
     an earlier run, and at the end an ExceptionGroup names those that failed and holds their exceptions.
     """
     output_dir = Path(output_dir)
     write_results(output_dir / "results.json", results)
+    write_rows(output_dir / "items.csv", items)
     errors = {}
     for name, draw in figures.items():
         try:

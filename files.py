@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from config import UserError
+from config import UserError, print_note
 
 try:
     import fcntl
@@ -167,7 +167,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 owner = file.read().decode(errors="replace").strip()
                 file.close()
                 raise _in_use(folder, owner) from error
-            print(f"note: the disk of {folder} has no locks ({error.strerror}): let no other run use this folder")
+            print_note(f"the disk of {folder} has no locks ({error.strerror}): let no other run use this folder")
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break

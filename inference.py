@@ -4,21 +4,21 @@
     python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
     python inference.py --model_path checkpoints/best_model.pth --input new_images/
 
-The first two write results.json, confusion_matrix.png, confidence_histogram.png and confidence_analysis.png; --analyze
-adds the calibration table, accuracy by length, the most confident mistakes, attention maps and a projection of the
-latents. --input writes predictions.csv: id, class, confidence and the next best classes. It takes what the model was
-trained on (a folder of images, a .ts, .npz or .csv of series, a table of texts, a manifest; no labels needed) or a
-single image, .txt or .npy. Data set, preprocessing and model come from the checkpoint.
+The first two write results.json, items.csv (each item with its true and predicted class), confusion_matrix.png,
+confidence_histogram.png and confidence_analysis.png; --analyze adds the calibration table, accuracy by length, the most
+confident mistakes, attention maps and a projection of the latents. --test_path evaluates all of another labelled set,
+without the data of training. --input writes predictions.csv: id, class, confidence and the next best classes. It takes
+what the model was trained on (a folder of images, a .ts, .npz or .csv of series, a table of texts, a manifest; no
+labels needed) or a single image, .txt or .npy. Data set, preprocessing and model come from the checkpoint.
 
     from inference import load_model, predict
     model, settings = load_model("checkpoints/best_model.pth")
     predict(model, [image_or_series_or_text, ...])
 """
 
-import csv
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,30 +33,54 @@ import plots
 from adapters import ImageAdapter, TextAdapter, from_description, naming
 from checkpoint import build_model, load_checkpoint
 from config import (
+    FIELDS,
+    OWN_DATA,
     Parser,
     Settings,
     UserError,
+    as_utf8,
+    check_folder,
     choose_device,
     choose_precision,
     exit_on_user_error,
     memory_advice,
+    print_note,
+    printable,
     resolve,
     unused_settings,
+    usable_device,
 )
-from data_files import Items, read_images, read_manifest, read_series, read_texts
-from data_utils import Item, collate, create_dataloader, load_splits
+from data_files import Items, read_manifest, read_texts, without_effect
+from data_utils import (
+    CIFAR10_FILES,
+    Item,
+    check_batch_size,
+    collate,
+    create_dataloader,
+    load_splits,
+    read_series_as,
+    reading_advice,
+)
 from distributed import refuse_processes
-from files import written_whole
+from image_files import read_images
 from perceiver_model import PerceiverModel
+from schema import shown
+from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
+FEATURES = ("feature_columns", "ignore_columns", "table_rows")
+LOOKS = ("delimiter", "encoding", "quoting")  # of one file, not of another
 # Settings that evaluation may choose anew
-OVERRIDES = ("data_path", "test_path", *COLUMNS, "data_dir", "num_workers", "batch_size", "amp", "device")
+OVERRIDES = (
+    "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
+    "amp", "device",
+)  # fmt: skip
 EXAMPLES = 3  # samples whose attention maps are drawn
 TOP = 3  # classes of an item in predictions.csv
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
 MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
 MANIFESTS = (".csv", ".tsv", ".jsonl")
+NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use float32 (model.float(), --amp off)"
 
 
 # --- In a notebook ---------------------------------------------------------------------------------------------------
@@ -67,39 +91,65 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
 
     ``model.data_info`` describes the data (class names, splits, ...; see data_utils.py), ``model.adapters`` prepares
     raw items of each modality (see adapters.py).
-    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project.
+    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project, whatever is
+    wrong in it, and for a device that is not there.
     """
     checkpoint = load_checkpoint(path)
-    return _model(checkpoint, device), checkpoint["settings"]
+    Settings.from_dict(checkpoint["settings"])
+    return _model(checkpoint, usable_device(device)), checkpoint["settings"]
 
 
-def _model(checkpoint: dict[str, Any], device: str | torch.device) -> PerceiverModel:
-    model = build_model(checkpoint).to(device)
+def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
+    model = build_model(checkpoint)
     model.data_info = checkpoint["data"]
-    model.adapters = {name: from_description(known) for name, known in checkpoint["data"]["adapters"].items()}
-    return model
+    model.adapters = {
+        name: from_description(known, f"the checkpoint's adapter of {name}")
+        for name, known in checkpoint["data"]["adapters"].items()
+    }
+    made = {name: adapter.features for name, adapter in model.adapters.items()}
+    if checkpoint["data"].get("features", made) != made:
+        raise UserError(f"the checkpoint's adapters make {made}, its features are {checkpoint['data']['features']}")
+    taken = checkpoint["model_args"]["input_dim"]
+    taken = taken if isinstance(taken, dict) else dict.fromkeys(model.modalities, {"input_dim": taken})
+    for name in sorted(made.keys() | taken.keys()):
+        makes, takes = made.get(name, {}), taken.get(name, {})
+        if not makes or any(_as_list(takes.get(what)) != value for what, value in makes.items()):
+            raise UserError(f"the checkpoint's adapter of {shown(name)} makes {makes}, its model takes {takes}")
+    return model.to(device)
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
     """Classify raw items with a model from :func:`load_model`.
 
     Args:
-        items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN where a
-            value is missing; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of
-            any size where the model was trained on the user's own images, else as stored (of the digits 0..16). A
-            series or an image may also be the path of its file. For a model of several modalities, dicts of them; one
-            that is missing is left out.
+        items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN or
+            masked where a value is missing, or DataFrames of a row for each step, whose columns are put in order by
+            name; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size
+            where the model was trained on the user's own images, else as stored (of the digits 0..16). A series or an
+            image may also be the path of its file. For a model of several modalities, dicts of them; one that is
+            missing is left out.
         batch_size: items at a time; it changes no result.
+
+    The model may be in half, bfloat16 or double precision, and in any mode: it answers as in evaluation, and nothing
+    of it is changed. Any number of threads may call this at once.
 
     Returns:
         for each item {'label': class number, 'class': its name, 'confidence': its probability,
         'probabilities': {class name: probability}}.
 
     Raises:
-        UserError: an item that the model cannot take.
+        UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
     """
-    if isinstance(items, (str, bytes, dict)):
+    if isinstance(items, (str, bytes, dict)) or type(items).__name__ == "DataFrame":
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
+    if hasattr(items, "columns"):  # iterating it would give the names of its columns
+        raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
+                        "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
+    check_batch_size(batch_size)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_classify(model, prepared, batch_size))
 
@@ -120,12 +170,14 @@ def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
 
 
 def _classify(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> Iterator[dict[str, Any]]:
+    names, model = model.data_info["class_names"], evaluation.in_evaluation_mode(model)
     device = next(model.parameters()).device
-    names = model.data_info["class_names"]
     while batch := list(islice(items, batch_size)):
         with evaluation.evaluating(model, device, None):
-            logits = model(*evaluation.model_inputs(collate(batch), device))
-        for row in logits.cpu().double().softmax(1):
+            logits = model(*evaluation.inputs_for(model, collate(batch), device)).cpu().double()
+        if not logits.isfinite().all():
+            raise UserError(NOT_FINITE)
+        for row in logits.softmax(1):
             label, probabilities = int(row.argmax()), row.tolist()
             yield {
                 "label": label,
@@ -148,24 +200,30 @@ def evaluate(
     """Metrics of a model from :func:`load_model` over a labelled data set, as plain data (see evaluation.py).
 
     Args:
+        dataset: its attribute ``ids``, if it has one, names the samples; else their numbers do.
         analyze: add calibration, accuracy by length and the most confident mistakes.
-        output_dir: where to write results.json and the figures; None writes nothing.
+        output_dir: where to write results.json, items.csv and the figures; None writes nothing.
         about: put first into the results.
     """
-    data, device = model.data_info, next(model.parameters()).device
-    names = data["class_names"]
+    model = evaluation.in_evaluation_mode(model)
+    names, device = model.data_info["class_names"], next(model.parameters()).device
     loader = create_dataloader(dataset, batch_size, num_classes=len(names), num_workers=num_workers)
     found = evaluation.collect_predictions(model, loader, device, amp_dtype)
     logits, labels, lengths = found["logits"], found["labels"], found["lengths"]
-    results = {**(about or {}), **evaluation.compute_metrics(logits, labels, names)}
+    if not np.isfinite(logits).all():
+        raise UserError(NOT_FINITE)
+    about = about or {}
+    results = {**about, **evaluation.compute_metrics(logits, labels, names)}
+    ids = getattr(dataset, "ids", range(len(labels)))
+    items = evaluation.item_rows(logits, labels, lengths, names, ids, about.get("split", ""))
     figures = plots.evaluation_figures(logits, labels, names)
     if analyze:
-        results["analysis"] = evaluation.analyze_predictions(logits, labels, lengths, names)
+        results["analysis"] = evaluation.analyze_predictions(logits, labels, lengths, items)
     if output_dir is not None:
         if analyze:
             figures |= _analysis_figures(model, dataset, loader, found, results["analysis"], amp_dtype)
         results["figures"] = list(figures)
-        evaluation.save_evaluation(output_dir, results, figures)
+        evaluation.save_evaluation(output_dir, results, items, figures)
     return results
 
 
@@ -212,9 +270,9 @@ def _analysis_figures(
             plots.plot_sequence_attention(tokens.numpy(), mask, maps, captions, path)
 
     def mistakes(path: Path) -> None:
-        rows = analysis["most_confident_mistakes"]
-        tokens = [dataset[row["index"]]["input"] for row in rows]
-        plots.plot_mistakes(rows, adapters["image"].images(torch.stack(tokens)) if rows else [], path)
+        tokens = [dataset[place]["input"] for place in evaluation.most_confident_mistakes(found["logits"], labels)]
+        images = adapters["image"].images(torch.stack(tokens)) if tokens else []
+        plots.plot_mistakes(analysis["most_confident_mistakes"], images, path)
 
     there = [name for name in adapters if any(name in by_modality(number) for number in range(len(labels)))]
     figures = {f"attention_{name}.png": partial(attention, name) for name in there}
@@ -237,7 +295,7 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     options = {"labelled": False, "on_error": on_error}
     if settings.dataset_type == "multimodal" and path.suffix.lower() in MANIFESTS:
         columns = {name: getattr(settings, f"{name}_column") for name in modalities}
-        items = read_manifest(path, columns, settings.label_column, **options, id_column=settings.id_column)
+        items = read_manifest(path, columns, settings, **options)
         lacking = [name for name in modalities if not any(name in value for value in items.values)]
         items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
@@ -248,9 +306,9 @@ def read_input(path: Path, model: PerceiverModel, settings: Settings, on_error: 
     if modality == "image":
         items = read_images(path, labelled=False)
     elif modality == "text":
-        items = read_texts(path, settings.text_column, settings.label_column, **options, id_column=settings.id_column)
+        items = read_texts(path, settings, **options)
     else:
-        items = read_series(path, settings.id_column, settings.label_column, **options)
+        items = read_series_as(model.adapters[modality], path, settings, **options)
     items.values = [{modality: value} for value in items.values]
     return items
 
@@ -274,17 +332,16 @@ def write_predictions(
             done.append(id)
             yield item
 
-    top = min(TOP, len(model.data_info["class_names"]))
-    header = ["id", "class", "confidence"]
-    header += [f"{what}_{rank}" for rank in range(2, top + 1) for what in ("class", "confidence")]
     rows = []
     for answer in _classify(model, prepared(), batch_size):
-        best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:top]
-        rows.append([done[len(rows)], *(cell for name, share in best for cell in (name, f"{share:.6f}"))])
+        row = {"id": done[len(rows)]}
+        best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:TOP]
+        for rank, (name, share) in enumerate(best, 1):
+            suffix = f"_{rank}" if rank > 1 else ""
+            row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
+        rows.append(row)
     if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
+        evaluation.write_rows(path, rows)
     return len(rows)
 
 
@@ -299,7 +356,7 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"{name.replace('_', ' '):<28}{shown:>8}")
     rows = results["per_class"]
     if len(rows) <= 20:
-        rows = [row | {"class": "".join(c if c.isprintable() else "\u00b7" for c in row["class"])} for row in rows]
+        rows = [row | {"class": printable(row["class"])} for row in rows]
         width = max(len("class"), *(len(row["class"]) for row in rows))
         print(f"\n{'class':<{width}}  precision  recall      f1  support")
         for row in rows:
@@ -307,8 +364,13 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"{row['class']:<{width}}  {figures[0]:>9}  {figures[1]:>6}  {figures[2]:>6}  {row['support']:>7}")
 
 
-def predict_files(model: PerceiverModel, path: str, settings: Settings, output_dir: str) -> int:
-    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others."""
+def predict_files(
+    model: PerceiverModel, path: str, settings: Settings, output_dir: str, given: Collection[str] = ()
+) -> int:
+    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others.
+
+    given: names of the settings that are flags of this command.
+    """
     errors = []
 
     def report(error: UserError) -> None:
@@ -319,9 +381,11 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
     table = Path(output_dir) / "predictions.csv"
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise UserError(f"cannot write into {output_dir}: it is a file; take another --output_dir")
-    items = read_input(Path(path), model, settings, report)
-    for note in items.notes:
-        print(f"note: {note}")
+    source = FileFinder()(Path(path))
+    with reading_advice():
+        items = read_input(source, model, settings, report)
+    for note in [*items.notes, *without_effect([source], given)]:
+        print_note(note)
     try:
         count = write_predictions(model, items, settings.batch_size, table, report)
     except OSError as error:
@@ -331,7 +395,7 @@ def predict_files(model: PerceiverModel, path: str, settings: Settings, output_d
     left_out = f"; {len(errors)} could not be read" if errors else ""
     if not count:
         raise UserError(f"{path}: no item could be read, so no predictions were written")
-    print(f"wrote {table}: {count} {'prediction' if count == 1 else 'predictions'}{left_out}")
+    print(f"wrote {printable(str(table))}: {count} {'prediction' if count == 1 else 'predictions'}{left_out}")
     return 0
 
 
@@ -342,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
     parser.add_argument("--analyze", action="store_true", help="write the analysis too, and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
-    parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"), default="test",
+    parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"),
                         help="what to evaluate on (default test); train is taken without augmentation")  # fmt: skip
     parser.add_argument("--input", metavar="PATH", help="predict the classes of these items, instead of evaluating")
     parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
@@ -352,42 +416,58 @@ def main(argv: list[str] | None = None) -> int:
     refuse_processes("inference.py runs in one, start it with python")
 
     checkpoint = load_checkpoint(args.model_path)
+    # A test file of the user's own needs nothing of the data of training
+    new_data = "test_path" in args.flags and args.split in (None, "test") and args.input is None
+    new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
+    if new_data and args.flags.pop("data_path", None):
+        print_note("data_path has no effect: all of test_path is evaluated")
     here = {"device": "auto", "augment": False}  # the device of training may not exist here
+    if args.input is not None or new_data:
+        here |= {name: FIELDS[name].default for name in LOOKS}
     settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
     for note in unused_settings(settings, sources):
-        print(f"note: {note}")
+        print_note(note)
     device = choose_device(settings.device)
+    if args.input is not None:
+        without_effect = [name for name in ("data_path", "test_path", "data_dir", "num_workers") if name in args.flags]
+        without_effect += ["split"] * (args.split is not None)
+        without_effect += ["amp"] * ("amp" in args.flags and settings.amp not in ("off", "auto"))
+        for name in without_effect:
+            print_note(f"{name} has no effect with --input" + " (predictions are made in float32)" * (name == "amp"))
+        return predict_files(_model(checkpoint, device), args.input, settings, args.output_dir, args.flags)
+    split = args.split or "test"
     if settings.amp == "fp16" and device.type != "cuda" and "amp" not in args.flags:
-        print(f"note: trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
+        print_note(f"trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
         amp_dtype = None
     else:
         amp_dtype = choose_precision(settings.amp, device)
     model = _model(checkpoint, device)
-    if args.input is not None:
-        for name in {"data_path", "test_path", "data_dir", "num_workers"} & args.flags.keys():
-            print(f"note: {name} has no effect with --input")
-        return predict_files(model, args.input, settings, args.output_dir)
-    splits, data = load_splits(settings, model.data_info)
+    check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+    splits, data = load_splits(settings, model.data_info, split)
+    for note in data["notes"]:
+        print_note(note)
     about = {
-        "model_path": args.model_path,
+        "model_path": as_utf8(args.model_path),
         "epoch": checkpoint["epoch"],
         "dataset": settings.dataset_type,
-        "split": args.split,
+        "split": split,
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
-    known, found = (info["fingerprints"].get(args.split) for info in (model.data_info, data))
+    known, found = (info.get("fingerprints", {}).get(split) for info in (model.data_info, data))
     about["samples_as_in_training"] = known == found
-    if known != found:
-        print(
-            f"note: these are not the samples of training's {args.split} split (other data, or in another order); what "
-            "was split off data_path may now hold samples that the model was trained on"
+    if new_data:
+        print_note(f"all {len(splits['test'])} items of {settings.test_path} are evaluated")
+    elif known != found:
+        print_note(
+            f"these are not the samples of training's {split} split (other data, or in another order); what was split "
+            "off data_path may now hold samples that the model was trained on"
         )
-    print(f"{args.model_path}: {settings.dataset_type}, {args.split} split, on {device}")
+    print(f"{printable(args.model_path)}: {settings.dataset_type}, {split} split, on {device}")
     try:
         with memory_advice("in evaluation", MEMORY_REMEDIES):
             results = evaluate(
-                model, splits[args.split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
+                model, splits[split], settings.batch_size, amp_dtype, settings.num_workers, args.analyze,
                 args.output_dir, about,
             )  # fmt: skip
     except OSError as error:
@@ -400,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = f"{first.strerror}; take another --output_dir" if isinstance(first, OSError) else first
         raise UserError(f"{error.message}: {reason}") from error
     print_results(results)
-    print(f"\nwrote {', '.join(['results.json', *results['figures']])} into {args.output_dir}")
+    print(f"\nwrote {', '.join(['results.json', 'items.csv', *results['figures']])} into {printable(args.output_dir)}")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""The Perceiver (Jaegle et al. 2021, arXiv 2103.03206) for classification, in the order in which the data flows.
+"""The Perceiver (Jaegle et al. 2021, arXiv 2103.03206) and Perceiver IO (2107.14795), in the order of the data flow.
 
-A Perceiver reads any number of input tokens through a small set of learned latents: a cross-attend copies what the
-latents ask for out of the input, self-attention layers think about it, and the cost of a token stays that of one
-row in one cross-attend. Keys and values come straight from the input channels (features + positions).
+A Perceiver reads any number of input tokens through a small set of learned latents. A cross-attend copies what the
+latents ask for out of the input, self-attention layers work on the latents, and a head reads the answer out of them:
+time and memory grow as O(L N) with the input. Keys and values come straight from the input channels.
 
-    x (B, L, features) -> + positions -> [cross-attend, self-attention layers] x repeats -> mean over latents -> logits
+    x (B, L, features) -> + positions -> [cross-attend, self-attention layers] x repeats -> latents -> head -> logits
 
 Several modalities are read at once as tokens one after another, filled up to the same channels by learned encodings.
 
@@ -12,6 +12,7 @@ Letters used for shapes in this file:
 
     B  batch              C  input channels: features + position features     N  latents
     L  input tokens       D  latent width (d_model)                           H  heads
+    O  output queries     Q  channels of an output query
     E  attention width: H heads of E // H channels each
 
 Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; latents need none.
@@ -20,6 +21,7 @@ Masks are True (or 1) at real tokens and False (or 0) at padding, everywhere; la
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from token_features import TokenFeatures, check_names, check_shares, check_sizes, check_switches
+from token_features import TokenFeatures, check_effects, check_names, check_shares, check_sizes, check_switches
 
 MAX_FUSED_WIDTH = 256  # of a head, for the fast attention kernels of CUDA; wider ones take ten times as long
 CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
@@ -297,6 +299,15 @@ class SelfAttentionBlock(nn.Module):
 # --- Encoder ---------------------------------------------------------------------------------------------------------
 
 
+def check_heads(*rows: tuple[str, int | None, str, int]) -> None:
+    """Refuse by name, with a ValueError, a width that its heads do not divide: (name, width, name of heads, heads)."""
+    for name, width, heads_name, heads in rows:
+        if width is not None:
+            check_sizes(**{name: width})
+            if width % heads:
+                raise ValueError(f"{name}={width} is not divisible by {heads_name}={heads}")
+
+
 class PerceiverEncoder(nn.Module):
     """Learned latents that cross-attend to the input and then to each other, repeatedly (paper section 3.1).
 
@@ -362,18 +373,14 @@ class PerceiverEncoder(nn.Module):
         check_switches(
             query_bias=query_bias, share_weights=share_weights, gradient_checkpointing=gradient_checkpointing
         )
-        for name, width, by, heads in (
+        check_heads(
             ("d_model", d_model, "num_heads", num_heads if self_attention_dim is None else 1),
             ("self_attention_dim", self_attention_dim, "num_heads", num_heads),
             ("self_attention_value_dim", self_attention_value_dim, "num_heads", num_heads),
             ("d_model", d_model, heads_name, cross_heads if cross_attention_dim is None else 1),
             ("cross_attention_dim", cross_attention_dim, heads_name, cross_heads),
             ("cross_attention_value_dim", cross_attention_value_dim, heads_name, cross_heads),
-        ):
-            if width is not None:
-                check_sizes(**{name: width})
-                if width % heads:
-                    raise ValueError(f"{name}={width} is not divisible by {by}={heads}")
+        )
         repeats, layers = num_cross_attention_layers, num_self_attention_layers
         if share_weights and layers % repeats:
             raise ValueError(
@@ -475,14 +482,96 @@ class PerceiverDecoder(nn.Module):
         return (answers, weights) if return_attention else answers
 
 
+class OutputQueries(nn.Module):
+    """Learned output queries and the decoder that answers them; (B, N, D) -> (B, O, outputs).
+
+    Args:
+        d_model: latent width D.
+        num_outputs, query_residual: see :class:`PerceiverDecoder`.
+        num_queries: how many are learned.
+        query_dim: channels of a query (Q); default d_model.
+        num_decoder_heads, decoder_dim, decoder_value_dim: heads H and widths E (default Q) and V (default E) of the
+            decoder's attention.
+        decoder_mlp_ratio: hidden width of the decoder's MLP over Q.
+        block: dropout, attention_dropout and query_bias, see :class:`CrossAttentionBlock`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_outputs: int | None,
+        query_residual: bool,
+        num_queries: int = 1,
+        query_dim: int | None = None,
+        num_decoder_heads: int = 1,
+        decoder_dim: int | None = None,
+        decoder_value_dim: int | None = None,
+        decoder_mlp_ratio: int = 1,
+        **block: Any,
+    ):
+        super().__init__()
+        query_dim = d_model if query_dim is None else query_dim
+        check_sizes(
+            num_queries=num_queries, num_decoder_heads=num_decoder_heads, decoder_mlp_ratio=decoder_mlp_ratio
+        )
+        check_heads(
+            ("query_dim", query_dim, "num_decoder_heads", num_decoder_heads if decoder_dim is None else 1),
+            ("decoder_dim", decoder_dim, "num_decoder_heads", num_decoder_heads),
+            ("decoder_value_dim", decoder_value_dim, "num_decoder_heads", num_decoder_heads),
+        )
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, query_dim), std=0.02))
+        self.decoder = PerceiverDecoder(
+            query_dim,
+            d_model,
+            num_outputs,
+            num_decoder_heads,
+            query_residual,
+            decoder_mlp_ratio,
+            attention_dim=decoder_dim,
+            value_dim=decoder_value_dim,
+            **block,
+        )
+
+    def forward(self, latents: Tensor, num_queries: int | None = None) -> Tensor:
+        """latents (B, N, D) -> the answers (B, O, outputs) to the first num_queries, by default to all."""
+        return self.decoder(self.queries[None, :num_queries], latents)
+
+
 # --- Model -----------------------------------------------------------------------------------------------------------
 
+HEADS = ("mean", "query", "positions")
 MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are filled up to its width
 Modal = Tensor | dict[str, Tensor]  # of one modality, or of each by its name
 
 
+def keyword_arguments(of: Callable, *without: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a class or function that can be given by name, but for some and for what it only passes on."""
+    return {
+        name: argument.replace(kind=argument.KEYWORD_ONLY)
+        for name, argument in inspect.signature(of).parameters.items()
+        if name not in without and argument.kind is not argument.VAR_KEYWORD
+    }
+
+
+def naming(arguments: dict[str, inspect.Parameter]) -> Callable[[Callable], Callable]:
+    """Decorator: help and completion show these arguments in the place of the function's ``**kwargs``."""
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        own = [argument for argument in signature.parameters.values() if argument.kind is not argument.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*own, *arguments.values()])
+        return function
+
+    return decorate
+
+
+FEATURES = keyword_arguments(TokenFeatures, "input_dim")
+ENCODER = keyword_arguments(PerceiverEncoder, "input_dim")
+DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_residual")
+
+
 class PerceiverModel(nn.Module):
-    """A Perceiver that classifies a set of tokens: token features, encoder, mean over latents, linear classifier.
+    """A Perceiver: token features, encoder, and a head that reads the answer out of the latents.
 
     The tokens of several modalities stand one after another; each has its own positions, and channels filled up to a
     common width by a learned encoding (as the paper does for audio and video). One modality is the case of one entry.
@@ -491,45 +580,94 @@ class PerceiverModel(nn.Module):
         input_dim: features of a token; or, for several modalities, a dict from the name of each to its arguments of
             :class:`TokenFeatures`, such as {"image": {"input_dim": 48, "grid_shape": (8, 8)}, "text": {"vocab_size":
             256}}.
-        num_classes: logits.
-        features: further arguments of :class:`TokenFeatures`; with a dict, those that a modality does not give itself.
-        encoder: the arguments of :class:`PerceiverEncoder` after input_dim, and their defaults (the base preset).
+        num_classes: logits of an answer.
+        head: how the latents become logits.
+
+            - "mean": mean over the normalised latents, linear layer; (B, num_classes), as in the Perceiver paper.
+            - "query": the answer to one learned query; (B, num_classes), as Perceiver IO classifies.
+            - "positions": the answers to a learned query for each position, num_queries in all; (B, L, num_classes), as
+              Perceiver IO's masked language model. What the mask hides is answered, too.
+        tie_embedding: with head "positions", the logits of an answer are its products with the embeddings of the
+            vocabulary, plus a bias.
+        features_encoder_decoder: the other arguments are described where they are used. Those of tokens, in
+            :class:`TokenFeatures`, are for the modalities that do not give their own. Those of the encoder are in
+            :class:`PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which the heads
+            "query" and "positions" have, are in :class:`OutputQueries`; it shares dropouts and query_bias.
 
     Raises:
-        ValueError: as for :class:`PerceiverEncoder` and :class:`TokenFeatures`.
+        ValueError: a value that one of these classes refuses, arguments that do not go together or have no effect.
+        TypeError: an unknown argument; the nearest valid name is given.
     """
 
-    def __init__(self, input_dim: int | dict[str, dict], num_classes: int, **features_and_encoder):
+    @naming(FEATURES | ENCODER | DECODER)
+    def __init__(
+        self,
+        input_dim: int | dict[str, dict],
+        num_classes: int,
+        *,
+        head: str = "mean",
+        tie_embedding: bool = False,
+        **features_encoder_decoder: Any,
+    ):
         super().__init__()
         check_sizes(num_classes=num_classes)
-        check_names(features_and_encoder, FEATURES | ENCODER, "PerceiverModel()")
-        features = {name: features_and_encoder.pop(name) for name in FEATURES & features_and_encoder.keys()}
+        check_switches(tie_embedding=tie_embedding)
+        check_names(features_encoder_decoder, inspect.signature(PerceiverModel).parameters, "PerceiverModel()")
+        features, encoder, decoder = (
+            {name: value for name, value in features_encoder_decoder.items() if name in group}
+            for group in (FEATURES, ENCODER, DECODER)
+        )
         modalities = input_dim if isinstance(input_dim, dict) else {"input": {"input_dim": input_dim}}
         if not modalities:
             raise ValueError("input_dim is a dict of no modality; it needs at least one")
         for name, own in modalities.items():
-            check_names(own, FEATURES | {"input_dim"}, f"the modality {name!r}")
-        arguments = {name: features | own for name, own in modalities.items()}
-        for argument, needed in {"embedding_dim": "vocab_size", "num_frequency_bands": "use_positions"}.items():
-            there = any(each.get(needed, needed == "use_positions") for each in arguments.values())
-            if features.get(argument) is not None and not there:
-                raise ValueError(f"{argument}={features[argument]} has no effect without {needed}")
-        self.modalities = nn.ModuleDict({name: TokenFeatures(**each) for name, each in arguments.items()})
+            check_names(own, ["input_dim", *FEATURES], f"the modality {name!r}")
+        check_effects(features, modalities)
+        self.modalities = nn.ModuleDict({name: TokenFeatures(**features | own) for name, own in modalities.items()})
         width = max(tokens.num_channels for tokens in self.modalities.values())
         if len(self.modalities) > 1:
             width += MODALITY_CHANNELS
             for tokens in self.modalities.values():
                 tokens.pad_channels(width)
-        self.encoder = PerceiverEncoder(width, **features_and_encoder)
+        self.encoder = PerceiverEncoder(width, **encoder)
         d_model = self.encoder.latents.size(1)
-        self.norm = nn.LayerNorm(d_model)
-        self.classifier = nn.Linear(d_model, num_classes)
+        self.head, self.tie_embedding = head, tie_embedding
+        self._check_head(num_classes, decoder)
+        if head == "mean":
+            self.norm = nn.LayerNorm(d_model)
+            self.classifier = nn.Linear(d_model, num_classes)
+        else:
+            shared = {n: encoder[n] for n in ("dropout", "attention_dropout", "query_bias") if n in encoder}
+            num_outputs = None if tie_embedding else num_classes
+            self.output = OutputQueries(d_model, num_outputs, head == "query", **decoder, **shared)
+        if tie_embedding:
+            self.output_bias = nn.Parameter(torch.zeros(num_classes))
         self.apply(initialise)
+
+    def _check_head(self, num_classes: int, decoder: dict[str, Any]) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
+        for name, value in decoder.items():
+            used_by = ("positions",) if name == "num_queries" else ("query", "positions")
+            if self.head not in used_by and value != DECODER[name].default:
+                raise ValueError(f"{name}={value!r} has no effect with head={self.head!r}")
+        if self.head == "positions" and "num_queries" not in decoder:
+            raise ValueError("head='positions' needs num_queries, the tokens of the longest input")
+        if self.head == "positions" and len(self.modalities) > 1:
+            raise ValueError(f"head='positions' is for one modality, not for {', '.join(self.modalities)}")
+        if self.tie_embedding:
+            embedding = next(iter(self.modalities.values())).embedding
+            if self.head != "positions" or embedding is None:
+                raise ValueError("tie_embedding=True needs head='positions' and vocab_size")
+            needed = {"num_classes": num_classes, "query_dim": decoder.get("query_dim", self.encoder.latents.size(1))}
+            for (name, value), size in zip(needed.items(), embedding.weight.shape, strict=True):
+                if value != size:
+                    raise ValueError(f"tie_embedding=True needs {name}={size}, as the embedding has it, not {value}")
 
     def forward(
         self, x: Modal, mask: Modal | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Classify a batch.
+        """Answer a batch.
 
         Args:
             x: float (B, L, input_dim), or a dict of them by modality. What it holds at padding (NaN and infinity
@@ -540,32 +678,65 @@ class PerceiverModel(nn.Module):
             return_attention: also return the cross-attention maps.
 
         Returns:
-            logits (B, num_classes), and with ``return_attention`` one map (B, H, N, L) per cross-attend, whose rows
-            sum to 1 over real tokens and are 0 at padding. L runs over the modalities in the order of the model.
+            logits (B, num_classes), with head "positions" (B, L, num_classes); and with ``return_attention`` one map
+            (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0 at padding. L runs over the
+            modalities in the order of the model, each behind its stem.
 
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
         """
-        latents, *maps = self._encode(x, mask, return_attention)
-        logits = self.classifier(self._pool(latents))
+        tokens, mask = self._tokens(x, mask)
+        encoded = self.encoder(tokens, mask, return_attention)
+        latents, *maps = encoded if return_attention else (encoded,)
+        logits = self._read_out(latents, tokens)
         return (logits, *maps) if return_attention else logits
 
+    def encode(self, x: Modal, mask: Modal | None = None) -> Tensor:
+        """The latents (B, N, D) that the head reads. Arguments as for forward."""
+        return self.encoder(*self._tokens(x, mask))
+
     def pooled_latents(self, x: Modal, mask: Modal | None = None) -> Tensor:
-        """What the classifier reads: the mean over the normalised latents, (B, D). Arguments as for forward."""
-        return self._pool(self._encode(x, mask, False)[0])
+        """One vector for a sample. Arguments as for forward.
+
+        Returns:
+            what the last linear layer classifies: with head "mean" the mean over the normalised latents (B, D), with
+            "query" the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
+        """
+        return self._pool(self.encode(x, mask))
 
     def _pool(self, latents: Tensor) -> Tensor:
-        return self.norm(latents).mean(1)  # (B, N, D) -> (B, D)
+        """latents (B, N, D) -> (B, D or Q)."""
+        if self.head == "mean":
+            return self.norm(latents).mean(1)
+        if self.head == "query":
+            return self.output.decoder.cross_attention(self.output.queries[None], latents)[:, 0]
+        return latents.mean(1)
+
+    def _read_out(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """latents (B, N, D), tokens (B, L, C) -> logits (B, num_classes) or (B, L, num_classes)."""
+        if self.head == "mean":
+            return self.classifier(self._pool(latents))
+        if self.head == "query":
+            return self.output(latents)[:, 0]
+        length, longest = tokens.size(1), self.output.queries.size(0)
+        if length > longest:
+            raise ValueError(f"the input has {length} tokens, but the model has queries for {longest} (num_queries)")
+        answers = self.output(latents, length)
+        if not self.tie_embedding:
+            return answers
+        (features,) = self.modalities.values()
+        return F.linear(answers, features.embedding.weight, self.output_bias)
 
     def token_ranges(self, x: Modal) -> dict[str, slice]:
         """Where the tokens of each modality stand along the L of the attention maps of this input."""
         x, start, ranges = self._by_modality(x, "input"), 0, {}
         for name, tokens in self.modalities.items():
-            length = x[name].size(1) if name in x else tokens.missing_length
+            length = tokens.num_tokens(x[name].size(1) if name in x else tokens.missing_length)
             ranges[name] = slice(start, start := start + length)
         return ranges
 
-    def _encode(self, x: Modal, mask: Modal | None, return_attention: bool) -> tuple:
+    def _tokens(self, x: Modal, mask: Modal | None) -> tuple[Tensor, Tensor | None]:
+        """What the encoder reads (B, L, C) and its mask (B, L), which is None where nothing can be masked."""
         x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
         if not x:
             raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
@@ -584,12 +755,10 @@ class PerceiverModel(nn.Module):
                 real = _as_bool(real, values.shape, name if several else "input")
             elif several:
                 real = torch.ones(values.shape[:2], dtype=torch.bool, device=like.device)
-            inputs.append(tokens(values, real))  # (B, L of this modality, C)
+            values, real = tokens(values, real)  # (B, L of this modality, C), (B, L of this modality)
+            inputs.append(values)
             masks.append(real)
-        if several:
-            inputs, masks = [torch.cat(inputs, 1)], [torch.cat(masks, 1)]  # (B, L, C), (B, L)
-        encoded = self.encoder(inputs[0], masks[0], return_attention)
-        return encoded if return_attention else (encoded,)
+        return (torch.cat(inputs, 1), torch.cat(masks, 1)) if several else (inputs[0], masks[0])
 
     def _by_modality(self, values: Modal, what: str) -> dict[str, Tensor]:
         if not isinstance(values, dict):
@@ -601,10 +770,6 @@ class PerceiverModel(nn.Module):
         return values
 
 
-FEATURES = set(inspect.signature(TokenFeatures).parameters) - {"input_dim"}
-ENCODER = set(inspect.signature(PerceiverEncoder).parameters) - {"input_dim"}
-
-
 def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
     if mask.shape != input_shape[:2]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, but the {name} needs {tuple(input_shape[:2])}")
@@ -614,9 +779,10 @@ def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Linear weights from a truncated normal of variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
-    if isinstance(module, nn.Linear):
-        sigma = module.in_features**-0.5 / 0.87962566  # a normal cut at two sigma has 0.88 of its deviation
+    """Weights from a truncated normal of variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        inputs = module.weight[0].numel()
+        sigma = inputs**-0.5 / 0.87962566  # a normal cut at two sigma has 0.88 of its deviation
         nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -633,6 +799,7 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
 }
 
 
+@naming(keyword_arguments(PerceiverModel, "input_dim", "num_classes"))
 def create_perceiver_model(
     input_dim: int | dict[str, dict], num_classes: int, model_size: str = "base", **overrides
 ) -> PerceiverModel:
@@ -642,7 +809,7 @@ def create_perceiver_model(
         input_dim: features of a token, or a dict of modalities, see :class:`PerceiverModel`.
         num_classes: logits.
         model_size: a name in MODEL_SIZES.
-        overrides: any argument of :class:`TokenFeatures` or :class:`PerceiverEncoder`, over the preset.
+        overrides: any argument of :class:`PerceiverModel`, instead of the preset's.
 
     Raises:
         ValueError: an unknown model_size, or a value that the model refuses.

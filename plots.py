@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from config import print_note, printable
 from evaluation import calibration_error, confidences, reliability_table
 from files import PathLike, written_whole
 
@@ -67,9 +68,9 @@ def missing_glyphs_noted() -> Iterator[None]:
 
 @lru_cache  # once in a process
 def _note_boxes() -> None:
-    print(
-        "note: some characters are drawn as boxes in the figures, no font here has them; install one that does, such "
-        f"as {OTHER_FONTS[0]}"
+    print_note(
+        "some characters are drawn as boxes in the figures, no font here has them; install one that does, such as "
+        f"{OTHER_FONTS[0]}"
     )
 
 
@@ -100,7 +101,8 @@ def _page(path: PathLike, width: float, height: float) -> Iterator[Figure]:
 
 
 def short(name: str, limit: int = 18) -> str:
-    """The name; where it is longer than `limit` characters, its middle is left out."""
+    """The name as it can be shown; where it is longer than `limit` characters, its middle is left out."""
+    name = printable(name)
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - limit // 2 - 1) :]}"
 
 
@@ -130,7 +132,8 @@ def _bars(axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width
     axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
     dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
     label = "accuracy with 95 % interval"
-    axes.errorbar(x if at is None else at, share, (share - low, high - share), label=label, **dots)
+    reach = [(share - low).tolist(), (high - share).tolist()]
+    axes.errorbar(x if at is None else at, share, reach, label=label, **dots)
     axes.set(ylabel="accuracy", ylim=(0, 1))
 
 
@@ -268,9 +271,10 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
-    """Images of any scale from 0 (0..255, 0..16, 0..1) as floats in [0, 1]."""
+    """Images of a scale from 0 to 255, 16 or 1, the smallest that holds them, as floats in [0, 1]."""
     images = np.asarray(images, dtype=np.float64)
-    return np.clip(images / max(images.max(initial=0), 1e-12), 0, 1)
+    top = next(top for top in (1, 16, 255, np.inf) if images.max(initial=0) <= top)
+    return np.clip(images / top, 0, 1)
 
 
 def _show_image(axes: Axes, image: np.ndarray) -> None:
@@ -282,7 +286,7 @@ def _show_image(axes: Axes, image: np.ndarray) -> None:
 def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) -> None:
     """The images (M, H, W, 1 or 3), before normalisation, of M `most_confident_mistakes`, in their order."""
     rows = -(-len(mistakes) // 4)
-    with _page(path, 7.6, 2.25 * rows + 0.4) as figure:
+    with _page(path, 7.6, 2.4 * rows + 0.4) as figure:
         figure.suptitle("Most confident mistakes" if mistakes else "No mistakes")
         if not mistakes:
             return
@@ -292,7 +296,8 @@ def plot_mistakes(mistakes: Sequence[dict], images: np.ndarray, path: PathLike) 
         for axes, mistake, image in zip(grid[: len(mistakes)], mistakes, _unit_range(images), strict=True):
             _show_image(axes, image)
             true, predicted = short(mistake["true"]), short(mistake["predicted"])
-            title = f"true {true}\npredicted {predicted}\nconfidence {mistake['confidence']:.1%}"
+            name = short(mistake["id"], 28)
+            title = f"{name}\ntrue {true}\npredicted {predicted}\nconfidence {mistake['confidence']:.1%}"
             axes.set_title(title, fontsize=7.5, weight="normal")
 
 

@@ -20,7 +20,7 @@ import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, load_checkpoint
-from config import FIELDS, Settings, UserError
+from config import FIELDS, Settings, UserError, print_note, printable
 from files import disk_advice, make_folder, new_folder, replace, written_whole
 from progress import STOP_SIGNALS, Progress, StopRequest
 
@@ -100,13 +100,16 @@ def print_run(
     print(
         f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} test "
         f"samples; {data['num_classes']} classes; {describe_tokens(data['features'])}\n"
+        + "".join(f"{line}\n" for line in data.get("about", [])) +
         "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
         "{num_self_attention_layers} self-attention layers; ".format(**model_args)
         + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
         f"device  {device}, {precision}" + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
     )
+    if "augmentation" in data:
+        print(f"images  in training {data['augmentation']}")
     for note in data["notes"]:
-        print(f"note: {note}")
+        print_note(note)
 
 
 def say(text: str) -> None:
@@ -190,7 +193,8 @@ def write_log(folder: Path, progress: Progress) -> None:
         with written_whole(folder / "log.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in progress.history)
     except PermissionError as error:
-        say(f"note: cannot write {folder / 'log.jsonl'} ({error.strerror}); it is written again after the next epoch")
+        log = printable(str(folder / "log.jsonl"))
+        say(f"note: cannot write {log} ({error.strerror}); it is written again after the next epoch")
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -255,11 +259,12 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Ev
     try:
         from torch.utils.tensorboard import summary
     except ImportError:
-        print("note: tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
+        print_note("tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
         return None
     writer = EventWriter(folder, 0 if step is None else step + 1)  # what is later comes again
     if step is None:
-        rows = [f"| {name} | {value} |" for name, value in settings.to_dict().items()]
+        cells = {name: printable(str(value)).replace("|", "\\|") for name, value in settings.to_dict().items()}
+        rows = [f"| {name} | {value} |" for name, value in cells.items()]
         writer.add(summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows])), 0)
         # Without a list of all settings, HPARAMS makes one in which those that differ between runs come first
         _, start, _ = summary.hparams(_hyperparameters(settings), {})
@@ -306,12 +311,12 @@ def open_run(settings: Settings, folder: Path, progress: Progress, resumed: Path
             left.unlink(missing_ok=True)
     if resumed is None:
         if kept := set_aside(folder, RUN_FILES):
-            print(f"note: the earlier run in {folder} was moved to {kept}")
+            print_note(f"the earlier run in {folder} was moved to {kept}")
         progress.run_name = new_folder(log_dir, progress.run_name).name
     else:
         if kept := set_aside(folder, files_beyond(folder, resumed, progress)):
-            print(
-                f"note: the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
+            print_note(
+                f"the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
                 f"held beyond that, or of another run, was moved to {kept}"
             )
         with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end

@@ -1,18 +1,24 @@
 """What the encoder reads of a token: its features, its position and, among several modalities, which one it is.
 
-    tokens (B, L, features) -> [embedding of whole numbers] -> + positions -> + encoding of the modality -> (B, L, C)
+    tokens (B, L, features) -> [embedding or stem] -> + positions -> [+ encoding of the modality] -> (B, L, C)
 
 Letters used for shapes, as in perceiver_model.py:
 
     B  batch        L  input tokens        C  input channels: features + position features [+ encoding]
+
+A stem may turn the L tokens it is given into fewer; behind it, L is how many there are then.
 """
 
 import difflib
+import inspect
+import itertools
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- Checks of arguments ---------------------------------------------------------------------------------------------
@@ -39,11 +45,21 @@ def check_switches(**switches: bool) -> None:
             raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
+def check_grids(**grids: tuple[int, int] | None) -> None:
+    """Refuse by name, with a ValueError, a grid that is neither (rows, cols) of whole numbers of 1 or more nor None."""
+    for name, grid in grids.items():
+        if grid is None:
+            continue
+        if not (isinstance(grid, (tuple, list)) and len(grid) == 2):
+            raise ValueError(f"{name} must be (rows, cols), not {grid!r}")
+        check_sizes(**dict(zip((f"rows of {name}", f"cols of {name}"), grid, strict=True)))
+
+
 def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Refuse, with a TypeError, a name that is not valid; the nearest valid one is given."""
-    for name in sorted(set(given) - set(valid), key=str):
-        nearest = difflib.get_close_matches(str(name), valid, 1, 0)[0]
-        raise TypeError(f"{where} got an unknown argument {name!r}; did you mean {nearest!r}?")
+    """Refuse, with a TypeError, a name that is not valid; the nearest valid ones, or the nearest one, are given."""
+    for name in sorted(map(str, set(given) - set(valid))):
+        nearest = difflib.get_close_matches(name, valid, 2, 0.7) or difflib.get_close_matches(name, valid, 1, 0)
+        raise TypeError(f"{where} got an unknown argument {name!r}; did you mean {' or '.join(map(repr, nearest))}?")
 
 
 # --- Positions -------------------------------------------------------------------------------------------------------
@@ -64,9 +80,16 @@ def sequence_positions(length: int, num_bands: int, device: torch.device | str =
     return torch.cat([angles.sin().float(), angles.cos().float()], 1)
 
 
-def grid_positions(rows: int, cols: int, num_bands: int, device: torch.device | str = "cpu") -> Tensor:
+def grid_positions(
+    rows: int,
+    cols: int,
+    num_bands: int,
+    device: torch.device | str = "cpu",
+    max_resolution: tuple[int, int] | None = None,
+) -> Tensor:
     """The 2-D Fourier features of the paper (section 3.2): coordinates in [-1, 1] from edge to edge, and their sines
-    and cosines at num_bands frequencies from 1 to the Nyquist frequency of each axis, half its number of tokens.
+    and cosines at num_bands frequencies from 1 to the Nyquist frequency of each axis, half its number of tokens (or
+    half of max_resolution).
 
     Returns:
         float32 (rows * cols, 4 num_bands + 2) in row-major order: the coordinates, all sines, all cosines.
@@ -74,7 +97,7 @@ def grid_positions(rows: int, cols: int, num_bands: int, device: torch.device | 
     exact = {"dtype": torch.float64, "device": device}
     axes = [torch.linspace(-1, 1, size, **exact) for size in (rows, cols)]
     coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (rows cols, 2)
-    bands = [torch.linspace(1, max(1, size / 2), num_bands, **exact) for size in (rows, cols)]
+    bands = [torch.linspace(1, max(1, size / 2), num_bands, **exact) for size in max_resolution or (rows, cols)]
     angles = math.pi * (coordinates[:, :, None] * torch.stack(bands)).flatten(1)  # (rows cols, 2 num_bands)
     return torch.cat([coordinates, angles.sin(), angles.cos()], 1).float()
 
@@ -86,21 +109,29 @@ class PositionFeatures(nn.Module):
         grid_shape: (rows, cols) of an image's tokens in row-major order; None for a sequence of any length.
         num_bands: frequencies; each is a sine and a cosine per axis and token, and costs what two features do. Default
             8 for sequences; for grids one per whole frequency up to the Nyquist limit, at most 64 (as on ImageNet).
+        max_resolution: (rows, cols) of the grid whose Nyquist limits end the bands; default grid_shape. A model that
+            reads images of another size than those it was trained on keeps the frequencies that it knows.
     """
 
-    def __init__(self, grid_shape: tuple[int, int] | None = None, num_bands: int | None = None):
+    def __init__(
+        self,
+        grid_shape: tuple[int, int] | None = None,
+        num_bands: int | None = None,
+        max_resolution: tuple[int, int] | None = None,
+    ):
         super().__init__()
+        max_resolution = max_resolution or grid_shape
         if num_bands is None:
-            num_bands = 8 if grid_shape is None else min(max(1, max(grid_shape) // 2), 64)
+            num_bands = 8 if grid_shape is None else min(max(1, max(max_resolution) // 2), 64)
         check_sizes(num_frequency_bands=num_bands)
-        self.grid_shape, self.num_bands = grid_shape, num_bands
+        self.grid_shape, self.num_bands, self.max_resolution = grid_shape, num_bands, max_resolution
         self.num_channels = 2 * self.num_bands if grid_shape is None else 4 * self.num_bands + 2
         self.table = torch.empty(0, self.num_channels)
 
     def _make(self, length: int, device: torch.device) -> Tensor:
         exact = "cpu" if device.type == "mps" else device  # MPS has no float64
         if self.grid_shape:
-            return grid_positions(*self.grid_shape, self.num_bands, exact).to(device)
+            return grid_positions(*self.grid_shape, self.num_bands, exact, self.max_resolution).to(device)
         return sequence_positions(length, self.num_bands, exact).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +147,74 @@ class PositionFeatures(nn.Module):
         return table[:length].to(x)
 
 
+class LearnedPositions(nn.Module):
+    """A learned vector for each position, optionally through a linear layer (Perceiver IO's learned features).
+
+    Args:
+        num_positions: positions there are vectors for.
+        num_channels: of a vector.
+        project: pass the vectors through a linear layer of the same width.
+    """
+
+    def __init__(self, num_positions: int, num_channels: int, project: bool = False):
+        super().__init__()
+        self.num_channels = num_channels
+        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_positions, num_channels), std=0.02))
+        self.projection = nn.Linear(num_channels, num_channels) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, features) -> (L, num_channels); of x nothing but its length is looked at."""
+        return self.projection(self.table[: x.size(1)])
+
+
+# --- Stems -----------------------------------------------------------------------------------------------------------
+
+
+class LinearStem(nn.Linear):
+    """A linear layer over the features of each token; for pixels, a 1 x 1 convolution."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, features), mask bool (B, L) -> (B, L, channels), mask (B, L)."""
+        return super().forward(x), mask
+
+
+class ConvStem(nn.Module):
+    """Perceiver IO's convolutional preprocessing of images: 7 x 7 convolution of stride 2, batch norm, ReLU and 3 x 3
+    max pooling of stride 2, so that one token stands for about 4 x 4 (224 x 224 pixels become 55 x 55 tokens).
+
+    Padding is that of transformers' PerceiverForImageClassificationConvProcessing, whose results these are: 3 zeros on
+    every side before the convolution and none before the pooling. (The authors' JAX code pads 2 and 3 zeros, and
+    the pooling by one row and column at the end, and so has 56 x 56 tokens.)
+
+    Args:
+        input_dim: channels of a pixel.
+        num_channels: channels of a token.
+        grid_shape: (rows, cols) of the pixels, 5 or more each.
+    """
+
+    def __init__(self, input_dim: int, num_channels: int, grid_shape: tuple[int, int]):
+        super().__init__()
+        if min(grid_shape) < 5:
+            raise ValueError(f"stem='conv' needs 5 rows and columns or more, grid_shape is {tuple(grid_shape)}")
+        self.grid_shape = tuple(grid_shape)
+        self.token_grid = tuple(((side + 1) // 2 - 1) // 2 for side in grid_shape)
+        self.convolution = nn.Conv2d(input_dim, num_channels, 7, stride=2, padding=3, bias=False)
+        self.norm = nn.BatchNorm2d(num_channels)
+        self.pool = nn.MaxPool2d(3, stride=2)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, rows * cols, features), mask bool -> tokens (B, L, channels), mask (B, L).
+
+        A token is real where it sees a real pixel. In training, batch norm counts the pixels of masked images, too.
+        """
+        pixels = x.mT.unflatten(2, self.grid_shape)  # (B, features, rows, cols)
+        tokens = self.pool(self.norm(self.convolution(pixels)).relu()).flatten(2).mT  # (B, L, channels)
+        if mask is not None:
+            seen = mask[:, None].unflatten(2, self.grid_shape).to(x.dtype)  # (B, 1, rows, cols)
+            mask = self.pool(F.max_pool2d(seen, 7, stride=2, padding=3)).flatten(1) > 0  # (B, L)
+        return tokens, mask
+
+
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,11 +227,17 @@ class TokenFeatures(nn.Module):
             text (section 4.1); input_dim is then 1. None for tokens that are features already.
         embedding_dim: width of that embedding.
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
-        use_positions: concatenate position features; off for data that carries its own.
-        num_frequency_bands: see :class:`PositionFeatures`.
+        use_positions: tell the encoder where each token stands; off for data that carries its own positions.
+        num_frequency_bands, max_resolution: of computed positions, see :class:`PositionFeatures`.
+        stem: what the features pass first, "linear" (:class:`LinearStem`) or "conv" (:class:`ConvStem`, for images).
+        stem_dim: features of a token behind the stem; default 64.
+        learned_positions: learn a vector for each position, as wide as the features, instead of computing one.
+        max_length: tokens of the longest sequence that positions are learned for; a longer one is refused.
+        add_positions: add the learned positions to the features instead of concatenating them.
+        project_positions: pass the learned positions through a linear layer.
 
     Raises:
-        ValueError: a size that is not a whole number of 1 or more, or that does not fit another.
+        ValueError: a size that is not a whole number of 1 or more, or arguments that do not go together.
     """
 
     def __init__(
@@ -143,41 +248,81 @@ class TokenFeatures(nn.Module):
         grid_shape: tuple[int, int] | None = None,
         use_positions: bool = True,
         num_frequency_bands: int | None = None,
+        max_resolution: tuple[int, int] | None = None,
+        stem: str | None = None,
+        stem_dim: int | None = None,
+        learned_positions: bool = False,
+        max_length: int | None = None,
+        add_positions: bool = False,
+        project_positions: bool = False,
     ):
         super().__init__()
         check_sizes(input_dim=input_dim, embedding_dim=embedding_dim)
-        check_switches(use_positions=use_positions)
-        if grid_shape is not None:
-            if not (isinstance(grid_shape, (tuple, list)) and len(grid_shape) == 2):
-                raise ValueError(f"grid_shape must be (rows, cols), not {grid_shape!r}")
-            check_sizes(**dict(zip(("rows of grid_shape", "cols of grid_shape"), grid_shape, strict=True)))
-        self.input_dim, self.grid_shape, self.embedding = input_dim, grid_shape, None
+        check_switches(
+            use_positions=use_positions,
+            learned_positions=learned_positions,
+            add_positions=add_positions,
+            project_positions=project_positions,
+        )
+        check_grids(grid_shape=grid_shape, max_resolution=max_resolution)
+        self.input_dim, self.grid_shape, self.token_grid = input_dim, grid_shape, grid_shape
+        self.embedding = self.stem = self.positions = self.encoding = None
+        width = input_dim
         if vocab_size is not None:
             check_sizes(vocab_size=vocab_size)
             if input_dim != 1:
                 raise ValueError(f"with vocab_size a token is one whole number: input_dim must be 1, not {input_dim}")
-            # From a unit normal, as large as the position features beside it: the layer norm is over both
-            self.embedding = nn.Embedding(vocab_size, embedding_dim)
-        self.positions = PositionFeatures(grid_shape, num_frequency_bands) if use_positions else None
-        self.num_channels = input_dim if vocab_size is None else embedding_dim
-        self.num_channels += self.positions.num_channels if use_positions else 0
+            if stem is not None:
+                raise ValueError(f"with vocab_size the embedding makes the features: stem must be None, not {stem!r}")
+            width = embedding_dim
+            # From a unit normal, as large as the computed positions beside it: the layer norm is over both
+            self.embedding = nn.Embedding(vocab_size, width)
+            if add_positions:  # as small as the learned positions that it is added to
+                nn.init.trunc_normal_(self.embedding.weight, std=0.02)
+        if stem is not None:
+            width = 64 if stem_dim is None else stem_dim
+            check_sizes(stem_dim=width)
+            self.stem = _make_stem(stem, input_dim, width, grid_shape)
+            self.token_grid = getattr(self.stem, "token_grid", grid_shape)  # (rows, cols) behind the stem
+        self.num_channels = width
+        if learned_positions:
+            if grid_shape is not None:
+                max_length = math.prod(self.token_grid)
+            check_sizes(max_length=max_length)
+            self.positions = LearnedPositions(max_length, width, project_positions)
+        elif use_positions:
+            self.positions = PositionFeatures(self.token_grid, num_frequency_bands, max_resolution)
+        self.max_length, self.add_positions = max_length, add_positions
+        if self.positions is not None and not add_positions:
+            self.num_channels += self.positions.num_channels
         self.missing_length = math.prod(grid_shape) if grid_shape else 1  # tokens of a modality that is not there
-        self.encoding = None
 
     def pad_channels(self, width: int) -> None:
         """Fill up to `width` channels with a learned encoding of the modality (as in the paper, audio and video)."""
         self.encoding = nn.Parameter(nn.init.trunc_normal_(torch.empty(width - self.num_channels), std=0.02))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, input_dim), mask bool (B, L) -> (B, L, C)."""
+    def num_tokens(self, length: int) -> int:
+        """How many tokens the encoder reads where `length` are given."""
+        return math.prod(self.token_grid) if self.token_grid else length
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, input_dim), mask bool (B, L) -> what the encoder reads (B, L, C), mask (B, L), L behind the stem."""
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
-        features = [x if self.embedding is None else self.embedding(x[..., 0].long())]  # (B, L, features)
+        if self.embedding is not None:
+            x = self.embedding(x[..., 0].long())  # (B, L, features)
+        if self.stem is not None:
+            x, mask = self.stem(x, mask)  # (B, L, features), (B, L)
+        features = [x]
         if self.positions is not None:
-            features.append(self.positions(features[0]).expand(x.size(0), -1, -1))
+            positions = self.positions(x)  # (L, channels)
+            if self.add_positions:
+                features = [x + positions]
+            else:
+                features.append(positions.expand(x.size(0), -1, -1))
         if self.encoding is not None:
             features.append(self.encoding.expand(*x.shape[:2], -1))
-        return torch.cat(features, -1) if len(features) > 1 else features[0]
+        return torch.cat(features, -1) if len(features) > 1 else features[0], mask
 
     def check(self, x: Tensor, name: str) -> None:
         """Raise ValueError if x is no batch of these tokens."""
@@ -187,3 +332,49 @@ class TokenFeatures(nn.Module):
         if self.grid_shape and x.size(1) != math.prod(self.grid_shape):
             rows, cols = self.grid_shape
             raise ValueError(f"{name} has {x.size(1)} tokens, but grid_shape {rows} x {cols} needs {rows * cols}")
+        if self.max_length and not self.grid_shape and x.size(1) > self.max_length:
+            raise ValueError(f"{name} has {x.size(1)} tokens, but the model has learned {self.max_length} positions")
+
+
+def _make_stem(kind: str, input_dim: int, num_channels: int, grid_shape: tuple[int, int] | None) -> nn.Module:
+    if kind == "linear":
+        return LinearStem(input_dim, num_channels)
+    if kind != "conv":
+        raise ValueError(f"stem must be 'linear', 'conv' or None, not {kind!r}")
+    if grid_shape is None:
+        raise ValueError("stem='conv' is for images; it needs their grid_shape")
+    return ConvStem(input_dim, num_channels, grid_shape)
+
+
+NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: (those, whether they are given)
+    "embedding_dim": ("vocab_size", lambda given: given["vocab_size"] is not None),
+    "stem_dim": ("stem", lambda given: given["stem"] is not None),
+    "num_frequency_bands": (
+        "computed positions (use_positions)",
+        lambda given: given["use_positions"] and not given["learned_positions"],
+    ),
+    "max_resolution": (
+        "computed positions of a grid (use_positions, grid_shape)",
+        lambda given: given["grid_shape"] and given["use_positions"] and not given["learned_positions"],
+    ),
+    "learned_positions": ("use_positions", lambda given: given["use_positions"]),
+    "max_length": (
+        "learned_positions of a sequence",
+        lambda given: given["learned_positions"] and given["grid_shape"] is None,
+    ),
+    "add_positions": ("learned_positions", lambda given: given["learned_positions"]),
+    "project_positions": ("learned_positions", lambda given: given["learned_positions"]),
+}
+_DEFAULTS = {name: each.default for name, each in inspect.signature(TokenFeatures).parameters.items()}
+
+
+def check_effects(shared: dict[str, Any], modalities: dict[str, dict[str, Any]]) -> None:
+    """Refuse, with a ValueError, arguments of TokenFeatures without effect: a modality's own ones in this modality, and
+    those that all share in each of them."""
+    complete = {name: _DEFAULTS | shared | own for name, own in modalities.items()}
+    groups = [(shared, list(complete.values()))]
+    groups += [(own, [complete[name]]) for name, own in modalities.items()]
+    for (given, where), (name, (needed, has_effect)) in itertools.product(groups, NEEDS.items()):
+        value = given.get(name)
+        if value is not None and value is not False and not any(map(has_effect, where)):
+            raise ValueError(f"{name}={value!r} has no effect without {needed}")

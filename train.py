@@ -34,12 +34,25 @@ from torch.utils.data import DataLoader
 import distributed
 import evaluation
 import plots
-from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, model_arguments, save_checkpoint
+from checkpoint import (
+    BEST,
+    LAST,
+    build_model,
+    check_model_arguments,
+    check_weights,
+    load_checkpoint,
+    load_weights,
+    model_arguments,
+    save_checkpoint,
+)
 from config import (
+    FIELDS,
     OWN_DATA,
     Settings,
     UserError,
     changed_settings,
+    check_folder,
+    check_memory,
     choose_device,
     choose_precision,
     exit_on_user_error,
@@ -48,10 +61,22 @@ from config import (
     has_effect,
     make_parser,
     memory_advice,
+    print_note,
+    printable,
+    quoted,
     resolve,
     unused_settings,
 )
-from data_utils import create_dataloader, load_splits, loaded_of, random_stream, set_epoch, share_of, unshared
+from data_utils import (
+    CIFAR10_FILES,
+    create_dataloader,
+    load_splits,
+    loaded_of,
+    random_stream,
+    set_epoch,
+    share_of,
+    unshared,
+)
 from files import disk_advice, owned
 from perceiver_model import PerceiverModel
 from progress import (
@@ -60,11 +85,15 @@ from progress import (
     Schedule,
     StopRequest,
     begin_worker,
+    check_run,
     moving_average,
     random_state,
+    restore_optimizer,
+    restore_scaler,
     set_random_state,
 )
 from run_log import CURVES, StepLog, log_end, log_epoch, open_run, print_run, progress_bar, say
+from schema import shown
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun starts anew go on from
 READ_EVERY = 20  # optimizer steps; on a CPU, where reading costs nothing, every one
@@ -154,7 +183,9 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
 
     # A model that cannot be is refused before any data is read or downloaded
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
-        new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_classes": 2})
+    number = sum(parameter.numel() for parameter in sketch.parameters())
+    check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
 
     # Data, model, optimizer
     with distributed.in_turn(), memory_advice("while reading the data", data_remedies(settings)):
@@ -181,6 +212,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         for name in ("train", "val")
     }
     model_args = model_arguments(settings, data)
+    if checkpoint:
+        check_model(checkpoint, settings, data, len(loaders["train"]))
     with memory_advice("for a model of this size", MODEL_REMEDIES):
         model = new_model(settings, data).to(device)
         # What is evaluated and kept: the weights, or their moving average, which steps over the noise of a high rate
@@ -209,10 +242,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         if average:
             load_weights(average.module, checkpoint["model"])
             average.n_averaged.fill_(progress.step)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for loaded, group in zip(optimizer.param_groups, groups, strict=True):
-            loaded["weight_decay"] = group["weight_decay"]
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(optimizer, checkpoint)
+        restore_scaler(scaler, checkpoint["scaler"])
         steps_left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         steps_left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + steps_left)
@@ -365,8 +396,8 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
         if stop.agreed:
             save(LAST)
             say(
-                f"{signal.Signals(stop.agreed).name}: saved {folder / LAST} at step {progress.step}. "
-                f"Go on with: {distributed.launcher()} train.py --resume {folder / LAST}"
+                f"{signal.Signals(stop.agreed).name}: saved {printable(str(folder / LAST))} at step {progress.step}. "
+                f"Go on with: {distributed.launcher()} train.py --resume {quoted(folder / LAST)}"
             )
             distributed.wait_for_all()
             return 0 if distributed.is_started_again() else 128 + stop.agreed
@@ -413,6 +444,22 @@ def rehearse(
     model.zero_grad(set_to_none=True)
 
 
+def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
+    """Raise UserError, before memory is taken for it, unless settings, data and weights are those of one model."""
+    old, new = checkpoint["model_args"], model_arguments(settings, data)
+    check_model_arguments(old)
+    for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
+        if old[name] != new.get(name):
+            raise UserError(
+                f"the checkpoint's model and its settings and data do not agree about {name}: "
+                f"{shown(old[name])} and {shown(new.get(name))}"
+            )
+    with torch.device("meta"):
+        check_weights(new_model(settings, data), checkpoint["model"])
+    if (done := checkpoint["progress"]["batch"]) > batches:
+        raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
+
+
 def collect(
     model: nn.Module, loader: Any, device: torch.device, amp_dtype: Any, batches: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -421,10 +468,13 @@ def collect(
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
 
-def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of what `collect` found, in all processes."""
+def metrics_of(found: dict[str, np.ndarray], data: dict[str, Any], split: str) -> dict[str, Any]:
+    """The metrics of what `collect` found, in all processes. Raises UserError where the logits are not finite."""
     compute = evaluation.compute_metrics
-    return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    try:
+        return distributed.from_first(lambda: compute(found["logits"], found["labels"], data["class_names"]))
+    except ValueError as error:
+        raise UserError(f"{split}: {error}; lower --lr or use --amp off, then go on with --resume") from error
 
 
 def validate(
@@ -435,10 +485,7 @@ def validate(
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         found = collect(model, loader, device, amp_dtype, batches)
-    try:
-        metrics = metrics_of(found, data)
-    except ValueError as error:
-        raise UserError(f"validation: {error}; lower --lr or use --amp off, then go on with --resume") from error
+    metrics = metrics_of(found, data, "validation")
     names = {"loss": "negative_log_likelihood", "accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy"}
     return {f"val_{name}": metrics[key] for name, key in names.items()}, metrics["confusion_matrix"]
 
@@ -469,13 +516,13 @@ def finish(
             model = build_model(checkpoint).to(device)
         else:
             tested, name = progress.history[-1], LAST
-            print(
-                f"note: {folder / BEST} does not hold this run's best model (epoch {best['epoch']}) any more; what "
+            print_note(
+                f"{folder / BEST} does not hold this run's best model (epoch {best['epoch']}) any more; what "
                 f"follows is about the last one, {folder / LAST}"
             )
         share = distributed.rank(), distributed.size()
         loader = create_dataloader(test_set, settings.batch_size, share=share)
-        metrics = metrics_of(collect(model, loader, device, amp_dtype), data)
+        metrics = metrics_of(collect(model, loader, device, amp_dtype), data, "test")
     progress.test = {"epoch": tested["epoch"], "accuracy": metrics["accuracy"], "num_samples": metrics["num_samples"]}
     if progress.epoch < settings.num_epochs:
         print(f"stopped early: no better epoch for {settings.early_stopping_patience} epochs")
@@ -483,8 +530,8 @@ def finish(
         f"{'best' if checkpoint else 'last'} epoch {tested['epoch']}: "
         f"validation accuracy {tested['val_accuracy']:.4f}, test accuracy {metrics['accuracy']:.4f} "
         f"({metrics['num_samples']} samples, touched only now)\n"
-        f"curves: {folder / CURVES}\n"
-        f"next:   python inference.py --model_path {folder / name} --analyze --output_dir results/"
+        f"curves: {printable(str(folder / CURVES))}\n"
+        f"next:   python inference.py --model_path {quoted(folder / name)} --analyze --output_dir results/"
     )
 
 
@@ -504,7 +551,8 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
 def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], settings: Settings) -> None:
     """Count the batches done of a begun epoch in the new batch size; the samples and their order stay the same."""
     progress, size = checkpoint["progress"], settings.batch_size
-    old_size, num_samples = checkpoint["settings"]["batch_size"], checkpoint["data"]["split_sizes"]["train"]
+    old_size = Settings.from_dict(checkpoint["settings"]).batch_size
+    num_samples = checkpoint["data"]["split_sizes"]["train"]
     done = min(progress["batch"] * old_size, num_samples)
     if done == 0 or not inexact.keys() & {"batch_size", "bucket_by_length"}:
         return
@@ -520,8 +568,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """Settings, where they came from, and the checkpoint of a run that goes on."""
     path = Path(args.resume)
     checkpoint = distributed.from_first(load_checkpoint, path)
-    if "progress" not in checkpoint:
-        raise UserError(f"{path} has no training state to go on from")
+    check_run(checkpoint, path)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
         raise UserError(
@@ -530,25 +577,28 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
         )
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
+    if distributed.is_first():
+        check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
+        check_folder("data_dir", settings, sources, *CIFAR10_FILES)
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)
     for name, (old, new) in inexact.items():
-        print(f"note: {name} changed from {old} to {new}: the run is no longer the one that began")
+        print_note(f"{name} changed from {old} to {new}: the run is no longer the one that began")
     old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
     if old != new:
-        print(f"note: processes changed from {old} to {new}: the same batches, other draws of dropout")
+        print_note(f"processes changed from {old} to {new}: the same batches, other draws of dropout")
     old, new = checkpoint.get("threads"), torch.get_num_threads()
     if old not in (None, new) and choose_device(settings.device).type == "cpu":
-        print(
-            f"note: threads changed from {old} to {new} (OMP_NUM_THREADS): sums are added in another order, so the "
-            "weights will differ in their last digits from those of an unbroken run"
+        print_note(
+            f"threads changed from {old} to {new} (OMP_NUM_THREADS): sums are added in another order, so the weights "
+            "will differ in their last digits from those of an unbroken run"
         )
     if "num_epochs" in changes["free"]:
         old, new = changes["free"]["num_epochs"]
-        print(
-            f"note: num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but "
-            "does not rise"
+        print_note(
+            f"num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but does "
+            "not rise"
         )
     return settings, sources, checkpoint
 
@@ -556,7 +606,7 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
 def command(argv: list[str] | None) -> int:
     args = make_parser(__doc__).parse_args(argv)
     if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
-        print("note: torchrun started the processes anew")
+        print_note("torchrun started the processes anew")
         args.resume = earlier
     if args.resume:
         folder = Path(args.resume).parent
@@ -581,13 +631,13 @@ def resume(args: Any) -> int:
     if is_finished(settings, progress) and progress.test and distributed.from_first(curves.exists):
         more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
         print(
-            f"nothing is left to do: {args.resume} has done {progress.epoch} of {settings.num_epochs} epochs; "
-            f"to go on, raise {more}"
+            f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
+            f"epochs; to go on, raise {more}"
         )
         return 0
     print(
-        f"resuming {args.resume}: {progress.epoch} of {settings.num_epochs} epochs done, batch {progress.batch} of "
-        f"the next, step {progress.step}, best validation accuracy "
+        f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
+        f"{progress.batch} of the next, step {progress.step}, best validation accuracy "
         + (f"{progress.best['val_accuracy']:.4f}" if progress.best else "none yet")
     )
     return run(settings, sources, checkpoint, Path(args.resume))
@@ -599,7 +649,7 @@ def run(
     """Show the settings and train."""
     print(format_settings(settings, sources))
     for note in unused_settings(settings, sources):
-        print(f"note: {note}")
+        print_note(note)
     try:
         return train(settings, checkpoint, resumed)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one

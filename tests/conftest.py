@@ -15,6 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="how many training processes test_resume.py kills, at least")
+    text = "how many wrong values test_untrusted.py puts in each place of a checkpoint"
+    parser.addoption("--forgeries", type=int, default=0, help=text)
 
 
 def pytest_collection_modifyitems(items):

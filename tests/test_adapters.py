@@ -56,6 +56,7 @@ ANY_SIZE = ImageAdapter([8, 8, 3], 4, [0.0] * 3, [1.0] * 3, any_size=True)
     SeriesAdapter([0.1, -1e9], [1e-9, 3.0]),
     SeriesAdapter([0.1, 2.0], [1 / 3, 3.0], [1], 6),
     ImageAdapter([8, 4, 1], 2, [1 / 3], [2 / 3]),
+    ImageAdapter([8, 8, 3], 4, [0.0] * 3, [1.0] * 3, True, 12),
     ANY_SIZE,
 ], ids=str)  # fmt: skip
 def test_descriptions_are_plain_and_come_back(adapter):
@@ -294,8 +295,14 @@ def test_arrays_are_images_of_their_channels():
 
 
 @pytest.mark.parametrize("item, expected", [
-    (np.full((4, 4, 3), 0.5), "whole numbers from 0 to 255"),
-    (np.linspace(0, 1, 16).reshape(4, 4), "whole numbers from 0 to 255"),
+    (np.full((4, 4, 3), 0.5), "pixels from 0 to 1; give whole numbers from 0 to 255"),
+    (np.linspace(0, 1, 16).reshape(4, 4), "pixels from 0 to 1"),
+    (np.eye(4), "pixels from 0 to 1"),  # black and white
+    (np.eye(4, dtype=np.float32)[..., None], "pixels from 0 to 1"),
+    (torch.eye(4), "pixels from 0 to 1"),
+    (torch.eye(4, dtype=torch.float16), "pixels from 0 to 1"),
+    (np.eye(4).tolist(), "pixels from 0 to 1"),
+    (np.linspace(0, 2, 16).reshape(4, 4), "whole numbers from 0 to 255"),
     (np.full((4, 4), 256), "whole numbers"),
     (np.full((4, 4), -1), "whole numbers"),
     (np.full((4, 4), np.nan), "whole numbers"),
@@ -312,6 +319,52 @@ def test_arrays_are_images_of_their_channels():
 ])  # fmt: skip
 def test_images_that_cannot_be_used(item, expected):
     assert expected in message(ANY_SIZE, item)
+
+
+def test_black_and_white_is_what_its_type_says():
+    """As a file or a PIL image of one bit; never all but black."""
+    mask = np.eye(8, dtype=bool)
+    expected = np.stack([mask * 255] * 3, -1)
+    one_bit = Image.new("1", (8, 8))
+    one_bit.putdata([int(value) * 255 for value in mask.ravel()])
+    floating = Image.fromarray(mask.astype(np.float32))
+    for item in (mask, mask[..., None], torch.tensor(mask), mask.tolist(), one_bit, floating, np.asarray(one_bit),
+                 mask * np.uint8(255), mask * 255.0):  # fmt: skip
+        np.testing.assert_array_equal(square_pixels(item, 8), expected)
+    np.testing.assert_array_equal(square_pixels(np.zeros((8, 8)), 8), 0)
+    for fit in (np.eye(8)[None], [np.eye(8)], mask[None]):
+        assert "pixels from 0 to 1" in message(ImageAdapter.fit, fit, 2)
+    stored = ImageAdapter([8, 8, 1], 2, [3.0], [2.0])
+    for item in (np.eye(8), mask, one_bit, torch.eye(8)):
+        assert "pixels from 0 to 1" in message(stored, item)
+    assert stored(np.eye(8, dtype=int)).shape == (16, 4)  # whole numbers 0 and 1 are stored values
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_grey_of_the_training_images_bits_in_every_form(tmp_path, bits):
+    """As file, PIL image and array; black and white are where training has them."""
+    white = 2**bits - 1
+    deep = (np.linspace(0, 1, 64).reshape(8, 8) * white).round().astype(np.uint16)
+    expected = np.stack([(deep * (255 / white)).round()] * 3, -1).astype(np.uint8)
+    assert expected.min() == 0 and expected.max() == 255
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    Image.fromarray(deep).save(tmp_path / "a.tif")
+    adapter = ImageAdapter([8, 8, 3], 4, [0.0] * 3, [1.0] * 3, any_size=True, bits=bits)
+    for item in (tmp_path / "a.png", str(tmp_path / "a.tif"), Image.fromarray(deep),
+                 Image.fromarray(deep.astype(np.int32)),
+                 deep, deep[..., None], deep.astype(np.int64), torch.tensor(deep.astype(np.int32)), deep.tolist(),
+                 np.stack([deep] * 3, -1)):  # fmt: skip
+        np.testing.assert_array_equal(adapter.pixels(item), expected, strict=True)
+    eight = (expected[..., 0]).astype(np.uint8)
+    for item in (eight, Image.fromarray(eight), eight * 1.0, torch.tensor(eight)):  # of 8 bits: as they are
+        np.testing.assert_array_equal(adapter.pixels(item), expected)
+    if bits < 16:
+        for item in (deep + white, Image.fromarray(deep + white)):
+            text = message(adapter, item)
+            assert f"they must be in 0..{white}, the {bits} bits of the training images (--image_bits)" in text
+    plain = ImageAdapter([8, 8, 3], 4, [0.0] * 3, [1.0] * 3, any_size=True)
+    assert "whole numbers from 0 to 255" in message(plain, deep)
+    np.testing.assert_array_equal(plain.pixels(tmp_path / "a.png"), square_pixels(Image.fromarray(deep), 8))
 
 
 def test_an_unreadable_file_is_named(tmp_path):
@@ -414,5 +467,5 @@ def test_images_are_fitted_in_every_form_that_predict_takes():
     expected = ImageAdapter.fit(images[..., None], 2)
     for same in (images, images.astype(float), list(images), images[..., None].tolist()):
         assert ImageAdapter.fit(same, 2) == expected
-    with pytest.raises(UserError, match="whole numbers from 0 to 255"):
+    with pytest.raises(UserError, match="pixels from 0 to 1; give whole numbers from 0 to 255"):
         ImageAdapter.fit(images / 16, 2)

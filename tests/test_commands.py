@@ -4,11 +4,14 @@ import errno
 import json
 import os
 import pty
+import random
 import re
 import struct
 import subprocess
 import sys
 import termios
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from functools import partial
@@ -16,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -27,11 +31,12 @@ import inference
 import plots
 import run_log
 import train
-from adapters import from_description
-from checkpoint import BEST, LAST, load_checkpoint
+from adapters import ImageAdapter, SeriesAdapter, TensorAdapter, TextAdapter, describe, from_description
+from checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from config import Settings, UserError
 from data_utils import collate, create_dataloader, load_splits
 from inference import evaluate, load_model, predict
+from perceiver_model import PerceiverModel
 
 ROOT = Path(train.__file__).parent
 MODEL = (
@@ -256,8 +261,9 @@ def test_the_printed_settings_are_those_stored(digits_run):
             for name, value in stored.items()}  # fmt: skip
     assert printed == {name: text[name] for name in printed}
     only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
-    own_data = {"data_path", "test_path", "test_fraction", "image_size"}
-    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    own_data = {"data_path", "test_path", "test_fraction", "image_size", "image_bits", "group_pattern"}
+    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
+    own_data |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
     assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
@@ -369,7 +375,7 @@ def test_a_split_is_one_of_three(sequences, call, quick):
 
 
 def check_pictures(folder, expected):
-    assert files_below(folder) == {"results.json", *expected}
+    assert files_below(folder) == {"results.json", "items.csv", *expected}
     for name in expected:
         with Image.open(folder / name) as picture:
             picture.load()
@@ -407,8 +413,8 @@ def test_the_batch_size_changes_nothing(sequences, call, quick):
         for name, value in found[0].items():
             if isinstance(value, (int, float)):
                 assert results[name] == pytest.approx(value, abs=1e-5), name
-        mistakes = [row["index"] for row in results["analysis"]["most_confident_mistakes"]]
-        assert mistakes == [row["index"] for row in found[0]["analysis"]["most_confident_mistakes"]]
+        mistakes = [row["id"] for row in results["analysis"]["most_confident_mistakes"]]
+        assert mistakes == [row["id"] for row in found[0]["analysis"]["most_confident_mistakes"]]
 
 
 def foreign(path):
@@ -461,13 +467,27 @@ def test_pictures_that_cannot_be_written(sequences, call, monkeypatch, error):
     else:
         with pytest.raises(ExceptionGroup, match="confusion_matrix.png"):
             call(inference.main, ["--model_path", sequences])
-    assert files_below(Path()) == {"results/results.json"}
+    assert files_below(Path()) == {"results/results.json", "results/items.csv"}
     strict_json(Path("results/results.json").read_text())
 
 
 def test_a_flag_without_effect_is_named(sequences, call, quick):
     done = call(inference.main, ["--model_path", sequences, "--data_dir", "elsewhere"])
     assert done.status == 0 and "note: data_dir (flag) has no effect" in done.out
+
+
+def test_flags_without_effect_on_new_items_are_named(sequences, call, quick):
+    np.save("item.npy", GOOD)
+    plain = call(inference.main, ["--model_path", sequences, "--input", "item.npy"])
+    assert plain.status == 0 and "note" not in plain.out
+    table = Path("results/predictions.csv").read_bytes()
+    flags = {"--amp": "bf16", "--split": "val", "--num_workers": "2", "--data_dir": "elsewhere", "--test_path": "t"}
+    words = ["--model_path", sequences, "--input", "item.npy", *(word for pair in flags.items() for word in pair)]
+    done = call(inference.main, words)
+    assert done.status == 0 and Path("results/predictions.csv").read_bytes() == table
+    for flag in flags:
+        assert f"note: {flag[2:]} has no effect with --input" in done.out
+    assert call(inference.main, ["--model_path", sequences, "--input", "item.npy", "--amp", "fp16"]).status == 0
 
 
 # --- Notebook --------------------------------------------------------------------------------------------------------
@@ -575,7 +595,7 @@ def test_evaluation_in_a_notebook_equals_the_command(sequences, call, quick):
     test = load_splits(Settings.from_dict(settings), model.data_info)[0]["test"]
     results = evaluate(model, test)
     assert model.training and files_below(Path()) == set()
-    assert call(inference.main, ["--model_path", sequences]).status == 0
+    assert call(inference.main, ["--model_path", sequences, "--amp", "off"]).status == 0
     written = strict_json(Path("results/results.json").read_text())
     assert results == {name: written[name] for name in results} == json.loads(json.dumps(results, allow_nan=False))
     assert written.keys() - results.keys() == {
@@ -598,7 +618,7 @@ def test_a_subset_without_some_classes(kind, request, tmp_path):
     assert [row["support"] for row in results["per_class"]] == support
     assert np.shape(results["confusion_matrix"]) == (len(names), len(names))
     assert strict_json((tmp_path / "results.json").read_text()) == results
-    assert files_below(tmp_path) == {"results.json", *results["figures"]}
+    assert files_below(tmp_path) == {"results.json", "items.csv", *results["figures"]}
     one = evaluate(model, Subset(test, np.flatnonzero(labels == 1).tolist()))
     assert one["majority_baseline"] == 1 and one["per_class"][0]["recall"] is None
     inference.print_results(one)
@@ -617,6 +637,190 @@ def test_labels_that_the_model_does_not_know(sequences):
         evaluate(model, [{"input": GOOD, "label": 0}, {"input": GOOD, "label": 3}])
     with pytest.raises(UserError, match="sample 0: it has no 'label'"):
         evaluate(model, [{"input": GOOD}])
+
+
+# --- Precisions, kinds of items, threads -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["sequences", "digits"])
+def test_prediction_and_evaluation_in_other_precisions(kind, dtype, request):
+    path = request.getfixturevalue(kind)
+    model, settings = load_model(path)
+    test = load_splits(Settings.from_dict(settings), model.data_info)[0]["test"]
+    items = list(test.images[:20]) if kind == "digits" else [np.asarray(test[i]["input"]) for i in range(12)]
+    expected, accuracy = probabilities(predict(model, items)), evaluate(model, test)["accuracy"]
+    model.to(dtype)
+    close = {"atol": 1e-6} if dtype == torch.float64 else {"atol": 0.03}
+    np.testing.assert_allclose(probabilities(predict(model, items)), expected, **close)
+    assert evaluate(model, test)["accuracy"] == pytest.approx(accuracy, abs=0.1)
+    assert {weights.dtype for weights in model.parameters()} == {dtype}
+
+
+def made_model(path, adapters, classes=("no", "yes"), **arguments):
+    """The model of a checkpoint made here, with the weights that it began with."""
+    data = {"class_names": list(classes), "adapters": {name: describe(one) for name, one in adapters.items()}}
+    arguments = {
+        "input_dim": {name: one.features for name, one in adapters.items()}, "num_classes": len(classes), "d_model": 16,
+        "num_heads": 2, "num_latents": 4, "num_cross_attention_layers": 1, "num_self_attention_layers": 1, **arguments,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    contents = {"model": PerceiverModel(**arguments).state_dict(), "model_args": arguments, "data": data}
+    save_checkpoint(path, contents | {"settings": Settings().to_dict(), "epoch": 0, "step": 0, "best": {}})
+    return load_model(path)[0]
+
+
+ALL_KINDS = {
+    "image": ImageAdapter([4, 4, 3], 2, [100.0] * 3, [50.0] * 3, any_size=True),
+    "text": TextAdapter(),
+    "series": SeriesAdapter([0.0, 1.0], [1.0, 2.0], [1]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kinds", [["text"], ["image"], ["image", "text", "series"]])
+def test_bytes_of_a_text_stay_whole_in_other_precisions(tmp_path, dtype, kinds):
+    """A number of a token is none that may be rounded: bfloat16 has 8 bits for it, no more than a byte needs."""
+    model = made_model(tmp_path / "m.pth", {name: ALL_KINDS[name] for name in kinds})
+    whole = {"image": np.arange(48).reshape(4, 4, 3), "text": "\u00ff\u00fe aé한글", "series": np.ones((3, 2))}
+    items = [{name: whole[name] for name in kinds}]
+    expected, seen = probabilities(predict(model, items)), []
+    if "text" in kinds:
+        model.modalities["text"].embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten()))
+    np.testing.assert_allclose(probabilities(predict(model.to(dtype), items)), expected, atol=0.03)
+    assert not seen or seen[0].tolist() == list(whole["text"].encode())
+
+
+def test_an_answer_that_is_not_finite_is_none(tmp_path):
+    model = made_model(tmp_path / "m.pth", {"series": SeriesAdapter([0.0], [1.0])})
+    with torch.no_grad():
+        model.classifier.weight.fill_(6e4)
+        model.norm.bias.fill_(6e4)
+    assert predict(model, [np.ones(3)])[0]["confidence"] == pytest.approx(0.5)
+    with pytest.raises(UserError, match="not all finite.*float32"):
+        predict(model.half(), [np.ones(3)])
+    with pytest.raises(UserError, match="not all finite"):
+        evaluate(model, [{"input": np.ones((3, 1)), "label": 0}])
+
+
+def test_masked_arrays_and_tables_and_half_tensors_are_series(tmp_path):
+    model = made_model(tmp_path / "m.pth", {"series": ALL_KINDS["series"]})
+    values = np.array([[0.5, 2.0], [-1.0, 3.5], [2.0, -0.25]])
+    missing = np.array([[False, True], [False, False], [True, True]])
+    expected = probabilities(predict(model, [values]))
+    for same in (torch.tensor(values).bfloat16(), torch.tensor(values).half(), pd.DataFrame(values, columns=["b", "a"]),
+                 np.ma.array(values), pd.DataFrame(values).astype("Float64")):  # fmt: skip
+        np.testing.assert_array_equal(probabilities(predict(model, [same])), expected)
+    expected = probabilities(predict(model, [np.where(missing, np.nan, values)]))
+    whole = np.ma.array((values * 4).astype(np.int64), mask=missing)
+    table = pd.DataFrame(values).mask(missing).astype("Float64")
+    for same in (np.ma.array(values, mask=missing), np.ma.array(values.astype(np.float32), mask=missing), table):
+        np.testing.assert_array_equal(probabilities(predict(model, [same])), expected)
+    assert table.isna().to_numpy().sum() == 3 and np.isfinite(probabilities(predict(model, [whole]))).all()
+    np.testing.assert_array_equal(
+        probabilities(predict(model, [whole])), probabilities(predict(model, [np.where(missing, np.nan, values * 4)]))
+    )
+    series = np.ma.stack([np.ma.array(values, mask=missing)] * 3)  # three at once, as one masked array
+    np.testing.assert_array_equal(probabilities(predict(model, series)), np.repeat(expected, 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        (np.ma.array(np.ones((3, 2)), mask=True), "NaN"),  # a model of plain tokens knows no missing values
+        (pd.DataFrame({"a": ["x", "y"], "b": [1, 2]}), "not an array of numbers"),
+        (pd.DataFrame({"a": pd.to_datetime(["2024-01-01"]), "b": [1]}), "not an array of numbers"),
+        (np.array([["2024-01-01", "2024-01-02"]], "M8[D]"), "it holds dates"),
+        (torch.ones(3, 2).to_sparse(), "not an array of numbers"),
+        (torch.ones(3, 2, dtype=torch.complex64).conj(), "not an array of numbers"),
+        (torch.ones(3, 2, device="meta"), "not an array of numbers"),
+    ],
+)
+def test_items_that_are_no_numbers(tmp_path, item, says):
+    model = made_model(tmp_path / "m.pth", {"series": TensorAdapter(2)})
+    with pytest.raises(UserError, match="^item 1: ") as caught:
+        predict(model, [np.ones((3, 2)), item])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_masked_pixels_are_none(tmp_path):
+    model = made_model(tmp_path / "m.pth", {"image": ALL_KINDS["image"]})
+    image = np.ma.array(np.ones((4, 4, 3), np.uint8), mask=np.eye(4, dtype=bool)[..., None].repeat(3, 2))
+    with pytest.raises(UserError, match="item 0: pixels must be whole numbers"):
+        predict(model, [image])
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "4", None, True])
+def test_batch_sizes_that_are_none(sequences, size):
+    model, settings = load_model(sequences)
+    for use, items in ((predict, [GOOD] * 3), (evaluate, [{"input": GOOD, "label": 0}])):
+        with pytest.raises(UserError, match=f"batch_size is {size}; it must be a whole number of at least 1"):
+            use(model, items, size)
+    assert len(predict(model, [GOOD] * 3, np.int64(2))) == 3
+
+
+def test_one_item_is_no_list(sequences):
+    model, _ = load_model(sequences)
+    with pytest.raises(UserError, match=r"this is one DataFrame; write predict\(model, \[item\]\)"):
+        predict(model, pd.DataFrame(GOOD))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "mps", "gpu", "cpu:x", torch.device("cuda", 99), 7.5])
+def test_a_device_that_is_not_there(sequences, device):
+    if device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(UserError, match="device: .* cannot be used here") as caught:
+        load_model(sequences, device)
+    assert "\n" not in str(caught.value)
+
+
+STATE = [
+    lambda: list(warnings.filters), lambda: torch.get_rng_state().tolist(), np.geterr, torch.is_grad_enabled,
+    torch.get_default_dtype, lambda: str(np.random.get_state()), random.getstate, torch.is_inference_mode_enabled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_any_number_of_threads_may_predict_with_one_model(tmp_path, training):
+    """Also with one that is being trained: its mode is another thread's, and dropout no part of an answer."""
+    model = made_model(tmp_path / "m.pth", ALL_KINDS, dropout=0.5, attention_dropout=0.5).train(training)
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (9, 7), "orange").save(photo)
+    items = [
+        {"image": photo, "text": "some words" * (i + 1), "series": np.arange(2.0 * (i % 5 + 1)).reshape(-1, 2)}
+        for i in range(24)
+    ]
+    expected, before = probabilities(predict(model, items)), [read() for read in STATE]
+    watched, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            watched.append({module.training for module in model.modules()})
+
+    def work(number):
+        with torch.inference_mode(number % 2 == 0):
+            return predict(model, items, batch_size=number + 1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(work, range(16)))
+    done.set()
+    watcher.join()
+    for answers in found:
+        np.testing.assert_allclose(probabilities(answers), expected, atol=1e-6)
+    assert watched and all(modes == {training} for modes in watched)
+    assert [read() for read in STATE] == before
+    for name, adapter in model.adapters.items():
+        assert adapter == ALL_KINDS[name]
+
+
+def test_loading_and_predicting_change_no_global_state(sequences):
+    before = [read() for read in STATE]
+    model, _ = load_model(sequences)
+    predict(model, [GOOD])
+    evaluate(model, [{"input": GOOD, "label": 0}])
+    assert [read() for read in STATE] == before
 
 
 # --- Mistakes on the command line of train.py ------------------------------------------------------------------------
@@ -638,6 +842,15 @@ def no_network(monkeypatch):
         ("--dataset=cifar10 --patch_size=5", [["patch_size 5", "32 x 32", "[1, 2, 4, 8, 16, 32]"]]),
         ("--dataset=digits --patch_size=3", [["patch_size 3", "8 x 8", "[1, 2, 4, 8]"]]),
         (f"{SEQUENCES} --share_weights --num_cross_attention_layers=2", [["share_weights", "=1", "=2"]]),
+        ("--dataset=digits --patch_size=2147483647", [["patch_size 2147483647", "8 x 8", "[1, 2, 4, 8]"]]),
+        (f"{SEQUENCES} --d_model=2000000", [["--d_model", "at most 100000", "2000000"]]),
+        (f"{SEQUENCES} --num_latents=2000000000", [["--num_latents", "at most 100000"]]),
+        (f"{SEQUENCES} --mlp_ratio=2000000000", [["--mlp_ratio", "at most 1000"]]),
+        (f"{SEQUENCES} --num_self_attention_layers=2000000000", [["--num_self_attention_layers", "at most 1000"]]),
+        ("--dataset=cifar10 --d_model=100000 --num_heads=1", [["weights, gradients and AdamW", "GiB, and cpu has"]]),
+        (f"{SEQUENCES} --num_samples=2000000000 --seq_len_range 5 2000000000", [["2,000,000,000 tokens", "GiB"]]),
+        (f"{SEQUENCES} --feature_dim=2000000000 --num_samples=2000000000", [["2,000,000,000 features", "GiB"]]),
+        (f"{SEQUENCES} --num_classes=2000000000", [["60 samples", "more of a class"]]),
         ("--device=cuda", [["device: cuda is not available here"]]),
         ("--device=cpu --amp=fp16", [["fp16 needs a CUDA device"]]),
         (f"{SEQUENCES} --num_samples=5 --num_classes=8", [["5 samples", "more of a class"]]),

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import typing
@@ -28,7 +29,7 @@ JSON_VALUES = st.recursive(
 def numbers(kind, rules):
     """Valid numbers, as JSON may hold them."""
     if kind is int:
-        return st.integers(rules.get("at_least", 0), 10**6)
+        return st.integers(rules.get("at_least", 0), rules.get("at_most", 10**6))
     low, high = rules.get("above", rules.get("at_least")), rules.get("below", 1e9)
     return st.floats(low, high, exclude_min="above" in rules, exclude_max=True)
 
@@ -152,7 +153,13 @@ def test_settings_survive_json(values):
         ("batch_size", 0, ["at least 1", "0"]),
         ("batch_size", -4, ["at least 1", "-4"]),
         ("batch_size", 2**31, ["too large"]),
-        ("num_latents", 0, ["at least 1, or null"]),
+        ("num_samples", 2**5000, ["a whole number of 5001 bits", "too large"]),
+        ("d_model", 2_000_000, ["at least 1 and at most 100000", "2000000"]),
+        ("num_latents", 2_000_000_000, ["at most 100000"]),
+        ("num_self_attention_layers", 1001, ["at most 1000"]),
+        ("num_workers", 2_000_000_000, ["at most 1024"]),
+        ("image_size", 2**31 - 1, ["at most 16384"]),
+        ("num_latents", 0, ["at least 1 and at most 100000, or null"]),
         ("num_classes", 1, ["at least 2"]),
         ("learning_rate", 0, ["above 0"]),
         ("learning_rate", math.nan, ["a number", "NaN"]),
@@ -218,6 +225,24 @@ def test_a_misspelt_name_is_refused_with_the_nearest(tmp_path, key, nearest):
 @given(st.text(max_size=12).filter(lambda key: key not in FIELDS), JSON_VALUES)
 def test_any_unknown_name_is_refused(key, value):
     assert "unknown setting" in problems(resolve, file={key: value})[0]
+
+
+def test_thousands_of_unknown_names_are_counted_and_a_few_explained(tmp_path):
+    """Each explanation compares a name with all that there are, which took minutes for a file of these."""
+    names = [f"learning_rate_{number}" for number in range(20_000)]
+    lines = problems(config.load_json, write(tmp_path / "c.json", dict.fromkeys(names, 1)))
+    assert len(lines) == 21 and lines[-1].endswith("c.json: 19980 more unknown settings")
+    assert all(f'"{name}": unknown setting, the nearest' in line for name, line in zip(names, lines[:20], strict=False))
+    lines = problems(config.load_json, write(tmp_path / "c.json", "{" + ", ".join(['"seed": 1'] * 20_000) + "}"))
+    assert lines == [f'{tmp_path / "c.json"}: "seed": given more than once, keep one']
+    pairs = ", ".join(f'"a{number // 2}": 1' for number in range(2000))
+    lines = problems(config.load_json, write(tmp_path / "c.json", "{" + pairs + "}"))
+    assert len(lines) == 42 and f"{tmp_path / 'c.json'}: 980 more names are given more than once" in lines
+    lines = problems(parse, *(f"--flag_{number}" for number in range(2000)))
+    assert len(lines) == 21 and lines[-1] == "1980 more unknown flags or unexpected arguments"
+    assert "20000 words on the command line" in problems(parse, *(f"--flag_{number}" for number in range(20_000)))[0]
+    (line,) = problems(config.load_json, write(tmp_path / "c.json", {"batch_sise" * 1_000_000: 1}))
+    assert len(line) < 300
 
 
 def test_a_nested_file_is_refused(tmp_path):
@@ -381,6 +406,15 @@ def test_what_a_changed_setting_means_on_resume(name, kind):
     assert FIELDS[name].metadata["on_resume"] == kind
 
 
+@pytest.mark.parametrize("needed, refused", [(0, False), (2**20, False), (2**70, True), (math.inf, True)])
+def test_what_no_machine_could_hold_is_refused(needed, refused):
+    if refused:
+        (line,) = problems(config.check_memory, needed, "so much")
+        assert re.fullmatch(r"so much would take [\d,inf]+ GiB, and cpu has [\d,]+ GiB", line)
+    else:
+        config.check_memory(needed, "so much")
+
+
 # -- the command line ------------------------------------------------------------------------------------
 
 
@@ -427,6 +461,15 @@ def test_spellings_of_flags():
     assert settings_of("--no_augment", "--augment").augment is True
 
 
+def test_names_of_columns_are_words_or_a_list(tmp_path):
+    for words in (["a,b c"], ["a", "b c"]):
+        assert settings_of("--feature_columns", *words, "--seed", "1").feature_columns == "a,b c"
+    path = write(tmp_path / "c.json", {"ignore_columns": ["when", "a,b"], "feature_columns": "x"})
+    chosen = settings_of("--config", path)
+    assert (chosen.ignore_columns, chosen.feature_columns) == ('when,"a,b"', "x")
+    assert "ignore_columns: expected text" in problems(resolve, file={"ignore_columns": [1]})[0]
+
+
 def test_resume_names_a_checkpoint(tmp_path):
     path = write(tmp_path / "c.json", {"checkpoint_dir": "in_file"})
     assert parse().resume is None
@@ -471,7 +514,9 @@ def test_the_printed_settings_are_those_in_force():
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
-    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label")}
+    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
+    others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
+    others |= {"group_pattern", "image_bits"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 

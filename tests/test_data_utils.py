@@ -10,6 +10,7 @@ import urllib.request
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -269,7 +270,9 @@ def test_arrays_of_every_kind_are_read():
     frozen.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for value in (rows, frozen, np.array(rows[::-1])[::-1], np.array(rows, ">f8"), torch.tensor(rows).t().t()):
+        kinds = [np.array(rows[::-1])[::-1], np.array(rows, ">f8"), torch.tensor(rows).t().t(), pd.DataFrame(rows)]
+        kinds += [torch.tensor(rows).bfloat16(), torch.tensor(rows).half(), np.ma.array(rows)]
+        for value in (rows, frozen, *kinds):
             assert collate([{"input": value, "label": 0}])["input"].tolist() == [rows]
 
 
@@ -291,6 +294,8 @@ BAD_ITEMS = {
     "ragged width": (item(channels=3), "3 channels.* 2"),
     "one axis": ({"input": np.ones(3), "label": 0}, r"\(3,\).*\(tokens, channels\)"),
     "text": ({"input": [["a"]], "label": 0}, "not an array of numbers"),
+    "complex": ({"input": torch.ones(2, 2, dtype=torch.complex64), "label": 0}, "it holds complex numbers"),
+    "masked": ({"input": np.ma.array([[1.0, 2.0]], mask=[[False, True]]), "label": 0}, "NaN or infinity"),
     "mask too short": (item(mask=np.ones(2)), r"mask has shape \(2,\).*\(3,\)"),
     "mask with other values": (item(mask=np.array([1, 2, 1])), "other values than 1"),
     "mask with nan": (item(mask=np.array([1, np.nan, 1])), "other values than 1"),
@@ -434,7 +439,7 @@ def test_the_description_is_complete_and_plain(name):
     assert json.loads(json.dumps(info)) == info
     assert info.keys() == {
         "dataset_type", "class_names", "num_classes", "features", "adapters", "notes", "split_sizes",
-        "split_seed", "fingerprints",
+        "split_seed", "fingerprints", *(["augmentation"] if name == "digits" else []),
     }  # fmt: skip
     assert info["num_classes"] == len(set(info["class_names"])) == {"synthetic": 5, "digits": 10}[name]
 
@@ -558,6 +563,24 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone():
     assert torch.equal(some["input"], epochs[0][[7, 3]]) and some["label"].tolist() == [7, 3]
     assert torch.equal(dataset[7]["input"], epochs[0][7]) and dataset[7]["label"] == 7
     assert np.array_equal(dataset.images, originals)
+
+
+def test_half_of_the_images_are_mirrored_and_every_place_is_as_frequent():
+    """Of 4,000 images that tell their left from their right: half to within four standard deviations."""
+    images = np.zeros((4000, 6, 6, 1), np.uint8)
+    images[:, 3, 2] = 255
+    adapter = ImageAdapter([6, 6, 1], 6, [0.0], [1.0])
+    mirrored, places = [], []
+    dataset = ImageDataset(images, np.arange(4000) % 2, adapter, margin=1, flip=True, seed=5)
+    for batch in create_dataloader(dataset, 500):
+        rows, columns = np.divmod(batch["input"][:, 0].argmax(1).numpy(), 6)
+        assert set(columns) == {1, 2, 3, 4} and set(rows) == {2, 3, 4}
+        places += list(rows)
+    plain = ImageDataset(images, np.arange(4000) % 2, adapter, flip=True, seed=5)
+    for batch in create_dataloader(plain, 500):
+        mirrored += [place == 3 * 6 + 3 for place in batch["input"][:, 0].argmax(1).tolist()]
+    assert len(mirrored) == 4000 and abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / 4000**0.5
+    assert abs(np.bincount(places)[2:] / 4000 - 1 / 3).max() < 4 * 0.472 / 4000**0.5
 
 
 def test_only_training_images_are_augmented():

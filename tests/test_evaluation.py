@@ -1,5 +1,6 @@
 """evaluation.py and plots.py: metrics against scikit-learn and plain computations, results.json, figures."""
 
+import csv
 import json
 import os
 import random
@@ -11,13 +12,18 @@ from pathlib import Path
 import matplotlib
 import matplotlib.image
 import numpy as np
+import pandas
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn import metrics as reference
 from torch import nn
 
+import config
 import evaluation as ev
 import plots
+from tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("error")
@@ -150,6 +156,19 @@ def test_metrics_equal_scikit_learn(samples, classes):
     assert [row["support"] for row in found["per_class"]] == np.bincount(labels, minlength=classes).tolist()
 
 
+def test_metrics_are_computed_in_float64_whatever_the_logits_are():
+    """Sums of 20,000 probabilities, to more digits than float32 has."""
+    logits, labels = made_up(20_000, 7, seed=4)
+    logits = logits.astype(np.float32)
+    exact = logits.astype(np.longdouble)
+    log_p = exact - np.log(np.exp(exact).sum(1, keepdims=True))
+    found = ev.compute_metrics(logits, labels, names(7))
+    assert found["negative_log_likelihood"] == pytest.approx(float(-log_p[np.arange(20_000), labels].mean()), rel=1e-12)
+    assert found["mean_confidence"] == pytest.approx(float(np.exp(log_p).max(1).mean()), rel=1e-12)
+    one_hot = np.eye(7)[labels]
+    assert found["brier_score"] == pytest.approx(float(((np.exp(log_p) - one_hot) ** 2).sum(1).mean()), rel=1e-12)
+
+
 def test_brier_score_and_calibration_error_equal_a_loop_over_samples():
     logits, labels = made_up(200, 4, seed=3)
     brier, bins = 0.0, {}
@@ -239,11 +258,106 @@ def test_accuracy_by_length_covers_all_samples_in_order():
 
 def test_most_confident_mistakes_come_first():
     logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]]))
-    first, second = ev.most_confident_mistakes(logits, np.array([0, 0, 1, 1]), ["no", "yes"])
-    assert (first["index"], first["true"], first["predicted"]) == (1, "no", "yes")
-    assert (first["confidence"], first["probability_of_true"]) == pytest.approx((0.8, 0.2))
-    assert second["index"] == 2
-    assert len(ev.most_confident_mistakes(*made_up(300, 5, skill=0), names(5), limit=7)) == 7
+    labels = np.array([0, 0, 1, 1])
+    assert ev.most_confident_mistakes(logits, labels).tolist() == [1, 2]
+    items = ev.item_rows(logits, labels, np.ones(4, int), ["no", "yes"], ["a", "b", "c", "d"])
+    first, second = ev.analyze_predictions(logits, labels, np.ones(4, int), items)["most_confident_mistakes"]
+    assert first == {"id": "b", "true": "no", "predicted": "yes"} | {
+        "confidence": pytest.approx(0.8), "probability_of_true": pytest.approx(0.2)
+    }  # fmt: skip
+    assert second["id"] == "c"
+    assert len(ev.most_confident_mistakes(*made_up(300, 5, skill=0), limit=7)) == 7
+
+
+# ------------------------------------------------------------------------------------------- items.csv
+
+
+@pytest.mark.parametrize(("samples", "classes", "skill"), [(400, 7, 2.0), (50, 2, 1.0), (30, 4, 40.0)])
+def test_every_figure_can_be_computed_again_from_the_table_of_items(tmp_path, samples, classes, skill):
+    """With pandas and scikit-learn from the file alone; also where a probability is 1 to the last digit."""
+    logits, labels = made_up(samples, classes, skill)
+    logits[:5] = logits[0, 0]  # ties
+    lengths = np.random.default_rng(3).integers(1, 40, samples)
+    class_names = [f"class {i}" for i in range(classes)]
+    results = ev.compute_metrics(logits, labels, class_names)
+    rows = ev.item_rows(logits, labels, lengths, class_names, [f"i{n}.png" for n in range(samples)], "test")
+    analysis = ev.analyze_predictions(logits, labels, lengths, rows)
+    ev.save_evaluation(tmp_path, results, rows, {})
+    table = pandas.read_csv(tmp_path / "items.csv")
+    assert list(table.id) == [f"i{n}.png" for n in range(samples)] and set(table.split) == {"test"}
+
+    true, predicted = table.true, table.predicted
+    right = true == predicted
+    matrix = reference.confusion_matrix(true, predicted, labels=class_names)
+    report = reference.classification_report(
+        true, predicted, labels=class_names, output_dict=True, zero_division=np.nan
+    )
+    expected = {
+        "num_samples": len(table),
+        "accuracy": right.mean(),
+        "balanced_accuracy": np.nanmean([report[name]["recall"] for name in class_names]),
+        "macro_f1": np.nanmean([report[name]["f1-score"] for name in class_names]),
+        "majority_baseline": true.value_counts().max() / len(table),
+        "negative_log_likelihood": table.negative_log_likelihood.mean(),
+        "brier_score": table.brier_score.mean(),
+        "mean_confidence": table.confidence.mean(),
+        **{f"top_{k}_accuracy": (table.rank_of_true <= k).mean() for k in (3, 5) if k < classes},
+    }
+    bins = np.ceil(table.confidence * 15).clip(1, 15)
+    gaps = [abs(right[bins == n].mean() - table.confidence[bins == n].mean()) * (bins == n).mean() for n in set(bins)]
+    expected["expected_calibration_error"] = sum(gaps)
+    for name, value in expected.items():
+        assert results[name] == pytest.approx(value, abs=1e-12), name
+    assert results["confusion_matrix"] == matrix.tolist()
+    assert set(results) == set(expected) | {"num_classes", "per_class", "confusion_matrix"}
+    for row in results["per_class"]:
+        found = report[row["class"]]
+        assert row["support"] == found["support"]
+        for name, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
+            assert row[name] == pytest.approx(found[key]) or (row[name] is None and np.isnan(found[key]))
+    for row in analysis["accuracy_by_length"]:
+        inside = table.tokens.between(row["shortest"], row["longest"])
+        assert row["count"] == inside.sum() and row["accuracy"] == pytest.approx(right[inside].mean())
+    wrong = table[~right].sort_values("confidence", ascending=False, kind="stable")[:16]
+    assert [row["id"] for row in analysis["most_confident_mistakes"]] == list(wrong.id)
+    assert ((table.probability_of_true > 0) == (np.exp(-table.negative_log_likelihood) > 0)).all()
+    np.testing.assert_allclose(table.probability_of_true, np.exp(-table.negative_log_likelihood), rtol=1e-12)
+    assert (table.confidence >= table.probability_of_true).all() and ((table.rank_of_true == 1) == right).all()
+
+
+FORMULAS = ["=1+1", '=HYPERLINK("http://x","y")', "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1", "\n=1",
+            " =1", "'=1", "''+a", "\uff1d1+1", "-", "=", "@me, you"]  # fmt: skip
+HARMLESS = ["a=1", "-1", "+1.5e-3", "'", "'a", "1-2", "", "x@y.z", "'1", "3"]
+
+
+@pytest.mark.parametrize("cell", FORMULAS + HARMLESS)
+def test_no_cell_is_run_by_a_spreadsheet_and_all_are_read_back(tmp_path, cell):
+    for columns in config.OUR_TABLES:
+        rows = [dict.fromkeys(columns, cell) | {"more": "x"}] * 2
+        ev.write_rows(tmp_path / "a.csv", rows)
+        with open(tmp_path / "a.csv", encoding="utf-8-sig", newline="") as file:
+            _, *stored = csv.reader(file)
+        assert all(row[0] == ("'" + cell if cell in FORMULAS else cell) for row in stored)
+        if cell.strip():
+            table = read_table(tmp_path / "a.csv")
+            assert [table.column(name) for name in columns] == [[cell] * 2] * len(columns)
+    (tmp_path / "own.csv").write_text('text,label\n"\'=1",a\n')
+    assert read_table(tmp_path / "own.csv").column("text") == ["'=1"]  # a text of the user's stays as it is
+
+
+@given(st.text(min_size=1))
+def test_any_text_comes_back_from_a_cell(text):
+    assert config.from_spreadsheet_cell(config.spreadsheet_cell(text)) == text
+
+
+def test_tables_have_a_byte_order_mark_where_excel_needs_it(tmp_path):
+    row = dict.fromkeys(config.OUR_TABLES[1], "a")
+    ev.write_rows(tmp_path / "a.csv", [row])
+    assert (tmp_path / "a.csv").read_bytes() == b"id,class,confidence\r\na,a,a\r\n"
+    ev.write_rows(tmp_path / "b.csv", [row | {"class": "부정"}])
+    assert (tmp_path / "b.csv").read_bytes() == b"\xef\xbb\xbf" + "id,class,confidence\r\na,부정,a\r\n".encode()
+    assert read_table(tmp_path / "b.csv").column("class") == ["부정"]
+    assert list(pandas.read_csv(tmp_path / "b.csv")) == list(row)
 
 
 # ---------------------------------------------------------------------------------------- results.json
@@ -295,11 +409,11 @@ def test_a_failed_figure_loses_nothing_and_is_reported(tmp_path):  # R45, R47
     (tmp_path / "bad.png").write_text("the picture of an earlier run")
     figures = {"bad.png": broken, **plots.evaluation_figures(*made_up(30, 3), names(3))}
     with pytest.raises(ExceptionGroup, match="bad.png") as caught:
-        ev.save_evaluation(tmp_path, {"accuracy": 0.5}, figures)
+        ev.save_evaluation(tmp_path, {"accuracy": 0.5}, [{"id": "a"}], figures)
     (error,) = caught.value.exceptions
     assert str(error) == "no ink" and "bad.png" in error.__notes__[0] and error.__traceback__ is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "confidence_analysis.png", "confidence_histogram.png", "confusion_matrix.png", "results.json",
+        "confidence_analysis.png", "confidence_histogram.png", "confusion_matrix.png", "items.csv", "results.json",
     ]  # fmt: skip
 
 
@@ -312,6 +426,16 @@ def drawn(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     return figures
+
+
+@pytest.mark.parametrize("top, white", [(60, 255), (255, 255), (16, 16), (1, 1)])
+def test_mistakes_show_the_item_as_bright_as_it_is(drawn, top, white):
+    row = {"id": "cats/a\x1b.png", "true": "cat", "predicted": "dog", "confidence": 0.98765}
+    plots.plot_mistakes([row], np.full((1, 4, 4, 1), top), "unused")
+    axes = drawn[0].axes[0]
+    assert axes.get_title(loc="left") == "cats/a\\x1b.png\ntrue cat\npredicted dog\nconfidence 98.8%"
+    shown = axes.images[0]
+    assert shown.get_array().max() == pytest.approx(top / white) and shown.get_clim() == (0, 1)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 20, 21, 100])
@@ -436,7 +560,9 @@ def every_figure(folder, samples=30, classes=3):
     figures = plots.evaluation_figures(logits, labels, names(classes))
     for name, draw in figures.items():
         draw(folder / name)
-    analysis = ev.analyze_predictions(logits, labels, np.arange(samples) % 40 + 1, names(classes))
+    lengths = np.arange(samples) % 40 + 1
+    items = ev.item_rows(logits, labels, lengths, names(classes), range(samples))
+    analysis = ev.analyze_predictions(logits, labels, lengths, items)
     mistakes = analysis["most_confident_mistakes"]
     if analysis["accuracy_by_length"]:
         plots.plot_accuracy_by_length(analysis["accuracy_by_length"], folder / "length.png")
@@ -500,8 +626,8 @@ def test_figures_need_no_display(tmp_path):  # R45
 from pathlib import Path
 import evaluation as ev, numpy as np, plots
 figures = plots.evaluation_figures(np.eye(2), np.array([0, 1]), ["a", "b"])
-ev.save_evaluation("new/sub/dir", {}, figures)
-assert len(list(Path("new/sub/dir").iterdir())) == 4
+ev.save_evaluation("new/sub/dir", {}, [{"id": "a"}], figures)
+assert len(list(Path("new/sub/dir").iterdir())) == 5
 import sys, matplotlib.pyplot as plt
 assert not plt.get_fignums() and "tkinter" not in sys.modules
 """

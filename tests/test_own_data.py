@@ -8,17 +8,20 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import data_utils
 import inference
 import plots
 import run_log
@@ -326,12 +329,17 @@ def test_what_is_no_image_is_noted(tmp_path):
     make_images(tmp_path / "data", 8)
     (tmp_path / "data" / "日中" / "notes.md").write_text("sunny")
     done = trained(tmp_path, "--dataset=images", "--data_path=data", *SMALL_IMAGES)
-    assert "note: data: 1 files that are not images were left out, first data/日中/notes.md" in done.out
+    assert "note: data: left out as no images: 1 .md; the first is data/日中/notes.md" in done.out
 
 
 def same_data(one, other):
     (splits, info), (others, other_info) = one, other
-    assert info | {"fingerprints": {}} == other_info | {"fingerprints": {}}  # ids differ from format to format
+
+    def common(info):  # ids, and whether columns have names, differ from format to format
+        adapters = {name: known | {"names": None, "table_rows": None} for name, known in info["adapters"].items()}
+        return info | {"fingerprints": {}, "about": [], "adapters": adapters}
+
+    assert common(info) == common(other_info)
     for name, data in splits.items():
         assert len(data) == len(others[name])
         for number in range(len(data)):
@@ -492,7 +500,7 @@ def test_languages_are_told_apart(tmp_path):
 
 
 def predictions(folder):
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+    with open(folder / "predictions.csv", encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -770,6 +778,340 @@ def test_a_modality_that_training_lacks_is_noted(tmp_path):
     assert "note: no training item has an entry for series" in done.out
 
 
+# --- Names are part of the data --------------------------------------------------------------------------------------
+
+
+def write_named(path, columns, count=24, seed=0):
+    """A table of series with channels acc and gyro, which tell the class by which of them is the larger."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        for _ in range(4):
+            a = (3 if number % 2 else -3) + rng.normal(0, 0.3)
+            cells = {"id": f"s{number}", "label": "AB"[number % 2], "acc": f"{a:.3f}", "gyro": f"{-a:.3f}"}
+            rows.append([{**cells, "spin": cells["gyro"], "station": "north"}[name] for name in columns])
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def named_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("named")
+    write_named(folder / "train.csv", ["id", "acc", "gyro", "label"])
+    write_named(folder / "test.csv", ["id", "acc", "gyro", "label"], 16, 1)
+    write_named(folder / "reordered.csv", ["gyro", "label", "id", "acc"], 16, 1)
+    write_named(folder / "renamed.csv", ["id", "acc", "spin", "label"], 16, 1)
+    write_named(folder / "more.csv", ["id", "acc", "gyro", "station", "label"], 16, 1)
+    words = ("--dataset=sequences", "--data_path=train.csv", "--epochs=6", "--lr=1e-2")
+    done = trained(folder, *words, "--test_path=test.csv")
+    return folder, done, words
+
+
+def test_features_in_another_order_are_the_same_test_data(named_run, tmp_path):
+    folder, done, words = named_run
+    assert "series  4 steps, 2 channels: acc, gyro\n" in done.out
+    assert re.search(r"test accuracy (\S+)", done.out)[1] == "1.0000"
+    for name in ("train.csv", "reordered.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    again = trained(tmp_path, *words, "--test_path=reordered.csv")
+    assert re.search(r"test accuracy (\S+)", again.out)[1] == "1.0000"
+    accuracy = []
+    for name in ("test.csv", "reordered.csv"):
+        assert infer(folder, f"--test_path={name}").status == 0
+        accuracy.append(results_of(folder)["negative_log_likelihood"])
+    assert accuracy[0] == accuracy[1]
+
+
+@pytest.mark.parametrize("name, part", [
+    ("renamed.csv", "gyro missing, spin not among them; rename the columns"),
+    ("more.csv", "station not among them; rename the columns, or leave out what is no feature: --ignore_columns stat"),
+])  # fmt: skip
+def test_other_features_are_refused_wherever_they_come(name, part, named_run):
+    folder, _, words = named_run
+    for done in (
+        infer(folder, f"--test_path={name}"),
+        infer(folder, f"--input={name}", "--output_dir=never"),
+        run(train.main, folder, *TINY, *words, f"--test_path={name}", "--checkpoint_dir=never"),
+    ):
+        assert done.status == 2 and done.err.count("\n") == 1 and part in done.err, done.err
+    assert not (folder / "never").exists()
+    if name == "more.csv":
+        done = infer(folder, f"--test_path={name}", "--ignore_columns", "station")
+        assert done.status == 0 and results_of(folder)["accuracy"] == 1.0
+
+
+def test_new_items_with_features_in_another_order(named_run):
+    folder, *_ = named_run
+    found = {}
+    for name in ("test.csv", "reordered.csv"):
+        assert infer(folder, f"--input={name}", f"--output_dir={name}.out").status == 0
+        found[name] = (folder / f"{name}.out" / "predictions.csv").read_text()
+    assert found["test.csv"] == found["reordered.csv"] and "A" in found["test.csv"]
+    (folder / "one.csv").write_text("gyro,acc\n-3,3\n-3,3\n")  # a file of one series
+    assert infer(folder, "--input=one.csv").status == 0
+    assert predictions(folder / "results")[0]["class"] == "B"
+    (folder / "bare.csv").write_text("3,-3\n3,-3\n")
+    done = infer(folder, "--input=bare.csv")
+    assert "note: bare.csv: names no columns, so they are taken in the order of training: acc, gyro" in done.out
+    assert predictions(folder / "results")[0]["class"] == "B"
+
+
+def test_data_frames_are_taken_by_the_names_of_their_columns(named_run):
+    """Their rows are steps; a frame in place of the list is refused, since iterating it gives the names."""
+    folder, *_ = named_run
+    model, _ = load_model(folder / "checkpoints" / BEST)
+    frame = pandas.DataFrame({"acc": [3.0, 3.1], "gyro": [-3.0, -3.1]})
+    array, named, turned = predict(model, [frame.to_numpy(), frame, frame[["gyro", "acc"]]])
+    assert array == named == turned and array["class"] == "B"
+    for wrong, part in (
+        (frame.rename(columns={"gyro": "spin"}), "gyro missing, spin not among them"),
+        (frame.assign(time=[0, 1]), "time not among them; rename its columns, or drop what is no feature"),
+        (frame[["acc"]], "gyro missing"),
+        (frame[["acc", "gyro", "gyro"]], "column 'gyro' is there more than once"),
+    ):
+        with pytest.raises(ValueError, match="item 1: a DataFrame of a series: .*" + re.escape(part)):
+            predict(model, [frame, wrong])
+    with pytest.raises(ValueError, match=r"items must be a list, this is one DataFrame.*predict\(model, \[frame\]\)"):
+        predict(model, frame)
+
+
+def test_series_files_of_a_manifest_are_ordered_by_name(tmp_path):
+    rows = []
+    for number in range(20):
+        a = 3 if number % 2 else -3
+        columns, values = ("x,y", f"{a},{-a}") if number % 4 < 2 or number >= 16 else ("y,x", f"{-a},{a}")
+        (tmp_path / f"{number}.csv").write_text(f"{columns}\n" + f"{values}\n" * 3)
+        rows.append((f"{number}.csv", "AB"[number % 2]))
+    write_table(tmp_path / "all.csv", dict(zip(("series", "label"), zip(*rows, strict=True), strict=True)))
+    splits, info = load_splits(Settings(dataset_type="multimodal", data_path=str(tmp_path / "all.csv")))
+    items = [(data[n]["input"]["series"], data[n]["label"]) for data in splits.values() for n in range(len(data))]
+    adapter = from_description(info["adapters"]["series"])
+    x = adapter.names.index("x")
+    assert len(items) == 20 and all((tokens[:, x] > 0).all() == (label == 1) for tokens, label in items)
+    assert torch.equal(adapter(tmp_path / "3.csv"), adapter(tmp_path / "1.csv"))
+    (tmp_path / "7.csv").write_text("x,z\n1,2\n")
+    with pytest.raises(ValueError, match="y missing, z not among them"):
+        load_splits(Settings(dataset_type="multimodal", data_path=str(tmp_path / "all.csv")))
+
+
+def labelled_in(kind, folder, labels):
+    """Items with these labels (text), in this format: the settings that read them."""
+    dataset, path = "text", folder / f"data.{kind}"
+    if kind in ("csv", "tsv", "jsonl"):
+        write_table(path, {"text": [f"text {n}" for n in range(len(labels))], "label": labels})
+    elif kind == "manifest":
+        dataset = "multimodal"
+        path = write_table(folder / "m.csv", {"text": [f"text {n}" for n in range(len(labels))], "label": labels})
+    elif kind == "folders":
+        dataset, path = "images", folder / "data"
+        for number, label in enumerate(labels):
+            save_picture(path / label / f"{number}", 50, number)
+    else:
+        dataset = "sequences"
+        if kind == "npz":
+            np.savez(path, x=np.zeros((len(labels), 3)), y=np.array(labels))
+        elif kind == "ts":
+            lines = [f"0,1,2:{label}" for label in labels]
+            path.write_text("\n".join([f"@classLabel true {' '.join(sorted(set(labels)))}", "@data", *lines]))
+        elif kind == "arff":
+            classes = ",".join(sorted(set(labels)))
+            head = f"@attribute a numeric\n@attribute b numeric\n@attribute c {{{classes}}}\n@data\n"
+            path.write_text(head + "".join(f"0,1,{label}\n" for label in labels))
+        else:
+            path = folder / "long.csv"
+            rows = "".join(f"s{n},{label},1\n" for n, label in enumerate(labels))
+            path.write_text("id,label,x\n" + rows)
+    return Settings(dataset_type=dataset, data_path=str(path), image_size=8, patch_size=4)
+
+
+FORMATS = ("csv", "tsv", "jsonl", "manifest", "folders", "npz", "ts", "arff", "long")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_labels_mean_the_same_in_every_format(kind, tmp_path):
+    def notes(name, labels):
+        folder = tmp_path / name
+        folder.mkdir()
+        _, info = load_splits(labelled_in(kind, folder, labels))
+        return info["class_names"], [note for note in info["notes"] if "label" in note]
+
+    assert notes("floats", ["1", "1.0", "0", "0.0"] * 3) == (
+        ["0", "1"], ["labels that are written in several ways are one class: '0' and '0.0', '1' and '1.0'"]
+    )  # fmt: skip
+    names, (note,) = notes("case", ["pos", "Pos", "neg"] * 3)
+    assert names == ["Pos", "neg", "pos"] and "differ only in case" in note
+    names, (note,) = notes("missing", ["nan", "pos", "neg"] * 3)
+    assert names == ["nan", "neg", "pos"] and "looks like a missing value" in note
+    assert notes("countries", ["NA", "DE", "KR"] * 3) == (["DE", "KR", "NA"], [])
+    names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
+    assert names == ["a", "a|b", "b"] and "several labels for an item are not offered yet" in note
+    for name, labels, part in (
+        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: it is a measurement"),
+        ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=part):
+            load_splits(labelled_in(kind, tmp_path / name, labels))
+
+
+def test_labels_of_test_data_are_found_by_what_they_mean(tmp_path):
+    apart = unicodedata.normalize("NFD", "é")
+    train_labels, test_labels = ["1", "0", "é"] * 4, ["1.0", "0.0", apart]
+    write_table(tmp_path / "a.csv", {"text": list("abcdefghijkl"), "label": train_labels})
+    write_table(tmp_path / "b.csv", {"text": list("xyz"), "label": test_labels})
+    paths = {"data_path": str(tmp_path / "a.csv"), "test_path": str(tmp_path / "b.csv")}
+    splits, info = load_splits(Settings(dataset_type="text", **paths))
+    assert info["class_names"] == ["0", "1", "é"] and splits["test"].labels.tolist() == [1, 0, 2]
+    (tmp_path / "b.csv").write_text(f"text;label\nx;1.0\ny;0.0\nz;{apart}\n")
+    notes = load_splits(Settings(dataset_type="text", **paths))[1]["notes"]
+    assert any("b.csv: semicolons separate its cells" in note for note in notes)
+    write_table(tmp_path / "b.csv", {"text": list("xyz"), "label": ["1", "É", "2"]})
+    with pytest.raises(ValueError) as caught:
+        load_splits(Settings(dataset_type="text", **paths))
+    assert [line.split(": ", 1)[1] for line in str(caught.value).splitlines()] == [
+        "label 'É' does not occur in the training data (there is 'é'); correct or remove it",
+        "label '2' does not occur in the training data; correct or remove it",
+    ]
+
+
+def test_class_folders_are_the_same_in_either_form(tmp_path):
+    for form, folder in (("NFC", "train"), ("NFD", "test")):
+        for name, level in (("개", 50), ("고양이", 200)):
+            for number in range(8):
+                save_picture(tmp_path / folder / unicodedata.normalize(form, name) / f"{number}", level, number)
+    done = trained(tmp_path, "--dataset=images", "--data_path=train", "--test_path=test", *SMALL_IMAGES)
+    check_inference_repeats(tmp_path, done, ["개", "고양이"])
+    (tmp_path / "train").rename(tmp_path / "before")
+    for path in list((tmp_path / "before").iterdir()):  # the data move to another system
+        path.rename(tmp_path / "before" / unicodedata.normalize("NFD", path.name))
+    assert infer(tmp_path, "--data_path=before", "--split=train").status == 0
+    assert results_of(tmp_path)["samples_as_in_training"] is True
+
+
+def test_classes_of_an_older_checkpoint_are_found(tmp_path):
+    """It knew '1.0' as it stood, and no names of columns."""
+    write_table(tmp_path / "a.csv", {"text": [f"text {n}" for n in range(20)], "label": ["0.0", "1.0"] * 10})
+    settings = Settings(dataset_type="text", data_path=str(tmp_path / "a.csv"))
+    _, info = load_splits(settings)
+    _, again = load_splits(settings, info | {"class_names": ["0.0", "1.0"]})
+    assert info["class_names"] == ["0", "1"] and again["class_names"] == ["0.0", "1.0"]
+    write_table(tmp_path / "a.csv", {"text": [f"text {n}" for n in range(20)], "label": ["0.5", "None"] * 10})
+    splits, again = load_splits(settings, info | {"class_names": ["0.5", "None"]})
+    assert splits["test"].labels.tolist().count(0) == 2 and not any("label" in note for note in again["notes"])
+    known = {"kind": "series", "mean": [0.0], "std": [1.0], "flagged": [], "max_seq_len": None}
+    assert from_description(known)([[2.0]]).tolist() == [[2.0]]
+
+
+def test_a_header_again_is_named_in_training_and_left_out_of_predictions(text_run, tmp_path):
+    (tmp_path / "a.csv").write_text("words,kind\n1,a\n2,b\nwords,kind\n3,a\n")
+    columns = ("--text_column=words", "--label_column=kind")
+    done = run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv", *columns)
+    assert done.status == 2 and done.err == "error: a.csv, line 4: is the header again; remove it\n"
+    done = infer(text_run[0], f"--input={tmp_path}/a.csv", "--output_dir=again")
+    assert done.status == 0 and "3 predictions; 1 could not be read" in done.out
+
+
+# --- Tables as other programs write them -----------------------------------------------------------------------------
+
+
+def ucr_rows(count, seed):
+    rng = np.random.default_rng(seed)
+    labels = [n % 2 * 2 - 1 for n in range(count)]
+    return [[str(label), *(f"{value:.3f}" for value in label + rng.normal(0, 0.2, 8))] for label in labels]
+
+
+@pytest.mark.parametrize("kind", ["ucr", "wide"])
+def test_a_series_per_row_through_the_commands(kind, tmp_path):
+    """Trained on, evaluated elsewhere and predicted: each file is read as that of training was."""
+    rows, more = ucr_rows(24, 0), ucr_rows(10, 1)
+    if kind == "ucr":
+        names = ["train.tsv", "test.tsv"]
+        for name, lines in zip(names, (rows, more), strict=True):
+            (tmp_path / name).write_text("".join("\t".join(line) + "\n" for line in lines))
+    else:
+        names = ["train.csv", "test.csv"]
+        steps = [f"t{n}" for n in range(8)]
+        write_table(tmp_path / "train.csv", dict(zip(["label", *steps], zip(*rows, strict=True), strict=True)))
+        backward = [[row[0], *row[:0:-1]] for row in more]  # the last step first
+        write_table(tmp_path / "test.csv", dict(zip(["label", *steps[::-1]], zip(*backward, strict=True), strict=True)))
+    done = trained(tmp_path, "--dataset=sequences", f"--data_path={names[0]}", f"--test_path={names[1]}", "--epochs=4")
+    assert f"note: {names[0]}: " in done.out and "series  8 steps, 1 channel\n" in done.out
+    check_inference_repeats(tmp_path, done, ["-1", "1"])
+    done = infer(tmp_path, f"--input={names[1]}")
+    assert done.status == 0 and done.err == "", done.err
+    model, _ = load_model(tmp_path / "checkpoints" / BEST)
+    answers = predict(model, [np.array(row[1:], float) for row in more])
+    assert [row["class"] for row in predictions(tmp_path / "results")] == [answer["class"] for answer in answers]
+
+
+def test_a_table_of_another_encoding_and_delimiter_through_the_commands(tmp_path):
+    rows = "".join(f"{'좋은' if n % 2 else '나쁜'} 영화 {n};{'긍정' if n % 2 else '부정'}\n" for n in range(20))
+    (tmp_path / "a.csv").write_bytes(("text;label\n" + rows).encode("cp949"))
+    done = run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv")
+    assert done.status == 2 and "a.csv, line 2: byte 0xb3 is not UTF-8" in done.err
+    done = trained(tmp_path, "--dataset=text", "--data_path=a.csv", "--encoding=cp949", "--delimiter=;")
+    assert "semicolons" not in done.out  # it was told
+    check_inference_repeats(tmp_path, done, ["긍정", "부정"])
+    (tmp_path / "new.csv").write_text("text,note\n좋은 영화,x\n", encoding="utf-8")  # looks are each file's own
+    done = infer(tmp_path, "--input=new.csv")
+    model, _ = load_model(tmp_path / "checkpoints" / BEST)
+    (answer,) = predict(model, ["좋은 영화"])
+    assert done.status == 0 and float(predictions(tmp_path / "results")[0]["confidence"]) == pytest.approx(
+        answer["confidence"], abs=2e-6
+    )
+
+
+def test_what_the_looks_of_series_say(tmp_path):
+    def notes(name, **told):
+        _, info = load_splits(Settings(dataset_type="sequences", data_path=str(tmp_path / name), **told))
+        return info["about"], [note for note in info["notes"] if "transpose" in note or "one step" in note]
+
+    y = np.arange(20) % 2
+    x = np.random.default_rng(0).normal(size=(20, 6, 3))
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    np.savez(tmp_path / "b.npz", x=x.transpose(0, 2, 1), y=y)
+    np.savez(tmp_path / "c.npz", x=x[:, :1], y=y)
+    assert notes("a.npz") == (["series  6 steps, 3 channels"], [])
+    about, (note,) = notes("b.npz")
+    assert about == ["series  3 steps, 6 channels"]
+    assert note.startswith("the series have 3 steps and 6 channels; if it is the other way round, transpose them")
+    assert "the series have 1 step and 3 channels" in notes("c.npz")[1][0]
+    rows = "".join(f"s{n},{n % 2},1,{n},3\n" for n in range(20))
+    (tmp_path / "a.csv").write_text("id,label,t0,t1,t2\n" + rows)
+    _, (note,) = notes("a.csv")
+    assert "every series has one step, of 3 channels; if each row" in note and "--table_rows series" in note
+    assert notes("a.csv", table_rows="series") == (["series  3 steps, 1 channel"], [])
+
+
+def test_settings_that_say_nothing_to_the_file_are_noted(series_run, tmp_path):
+    folder, _ = series_run
+    (tmp_path / "train.ts").write_bytes((folder / "train.ts").read_bytes())
+    done = trained(tmp_path, "--dataset=sequences", "--data_path=train.ts", "--label_column=kind")
+    assert "note: label_column has no effect: .ts files have no such thing" in done.out
+    done = infer(folder, "--input=test.ts", "--id_column=name")
+    assert "note: id_column has no effect: .ts files have no such thing" in done.out
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 7 TiB"), RuntimeError("can't allocate memory: x")])
+def test_memory_that_runs_out_while_data_are_read(error, text_run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(data_utils, "read_texts", fail)
+    monkeypatch.setattr(inference, "read_texts", fail)
+    (tmp_path / "a.csv").write_text(FIVE)
+    for done in (
+        run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv"),
+        infer(text_run[0], f"--input={tmp_path}/a.csv", "--output_dir=never"),
+    ):
+        assert done.status == 2 and done.err.count("\n") == 1, done.err
+        assert f"out of memory while the data are read ({error})" in done.err and "--max_seq_len" in done.err
+    monkeypatch.setattr(data_utils, "read_texts", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv")
+
+
 # --- Mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -964,6 +1306,58 @@ def test_all_bad_items_are_named_at_once_and_many_are_counted(tmp_path):
     lines = done.err.splitlines()
     assert done.status == 2 and len(lines) == 11 and lines[-1] == "error: and 10 more like these"
     assert [line.split(", column")[0] for line in lines[:2]] == ["error: a.csv, line 2", "error: a.csv, line 5"]
+
+
+def spoilt_images(folder):
+    for number, colour in enumerate(["red", "blue"] * 6):
+        (folder / "a" / colour).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(folder / "a" / colour / f"{number}.png")
+    bad = ["a/blue/3.png", "a/red/4.png", "a/red/8.png"]
+    for name in bad:
+        (folder / name).write_bytes(b"no image")
+    return ["--dataset=images", "--data_path=a", "--image_size=8"], bad
+
+
+def spoilt_series(folder):
+    """One value too far from the others for float32, in three series: found only when they become tokens."""
+    rows = [f"s{i},{'ab'[i % 2]},{step},{i + step}" for i in range(40) for step in range(3)]
+    lines = ["id,label,x,y", *rows]
+    test = ["id,label,x,y", *(f"t{i},{'ab'[i % 2]},1,{'1e300' if i % 2 else i}" for i in range(6))]
+    (folder / "a.csv").write_text("\n".join(lines))
+    (folder / "t.csv").write_text("\n".join(test))
+    return ["--dataset=sequences", "--data_path=a.csv", "--test_path=t.csv"], [f"t.csv, line {n}" for n in (3, 5, 7)]
+
+
+def strange_labels(folder):
+    (folder / "a.csv").write_text("text,label\n" + "one,x\ntwo,y\n" * 8)
+    (folder / "t.csv").write_text("text,label\na,x\nb,z\nc,y\nd,w\n")
+    return ["--dataset=text", "--data_path=a.csv", "--test_path=t.csv"], ["t.csv, line 3", "t.csv, line 5"]
+
+
+def missing_files(folder):
+    rows = [f"some words,{'gone.png' if i in (2, 5) else ''},{'xy'[i % 2]}" for i in range(20)]
+    (folder / "a.csv").write_text("\n".join(["text,image,label", *rows]))
+    return ["--dataset=multimodal", "--data_path=a.csv"], ["a.csv, line 4", "a.csv, line 7"]
+
+
+def spoilt_files_of_a_manifest(folder):
+    spoilt_images(folder)
+    rows = [f"some words,a/{('red', 'blue')[i % 2]}/{i}.png,{'xy'[i % 2]}" for i in range(12)]
+    (folder / "a.csv").write_text("\n".join(["text,image,label", *rows]))
+    words = ["--dataset=multimodal", "--data_path=a.csv", "--image_size=8"]
+    return words, ["a.csv, line 5", "a.csv, line 6", "a.csv, line 10"]
+
+
+MAKERS = [spoilt_images, spoilt_series, strange_labels, missing_files, spoilt_files_of_a_manifest]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_every_bad_item_is_named_wherever_it_is_found_out(make, tmp_path):
+    words, bad = make(tmp_path)
+    done = run(train.main, tmp_path, *TINY, *words)
+    assert done.status == 2 and len(done.err.splitlines()) == len(bad), done.err
+    assert all(line.startswith("error: ") for line in done.err.splitlines())
+    assert all(f"error: {place}: " in done.err or f"error: {place}, " in done.err for place in bad), done.err
 
 
 def test_the_training_file_is_no_test_file(tmp_path):

@@ -1,10 +1,12 @@
 """The Perceiver: against plain NumPy, torch's and transformers' own modules, and what its docstrings promise."""
 
 import copy
+import inspect
 import io
 import itertools
 import math
 import pickle
+import pydoc
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -1588,6 +1590,303 @@ class TestCuda:
         with path_taken(True), sdpa_kernel(fused), torch.autocast("cuda", torch.float16):
             attention(queries, inputs, mask).sum().backward()  # an error where no fused kernel applies
         assert all(grad.isfinite().all() for grad in gradients(attention).values())
+
+
+# --- Heads, stems and learned positions ------------------------------------------------------------------------------
+
+LANGUAGE = {
+    "vocab_size": 20,
+    "embedding_dim": 12,
+    "learned_positions": True,
+    "max_length": 144,
+    "add_positions": True,
+    "head": "positions",
+    "num_queries": 144,
+    "query_dim": 12,
+    "num_decoder_heads": 3,
+    "decoder_dim": 6,
+    "tie_embedding": True,
+}
+VARIANTS = {  # changes of the small model, features of a token
+    "query": ({"head": "query", "decoder_value_dim": 6, "query_bias": True}, 5),
+    "positions": ({"head": "positions", "num_queries": 150, "query_dim": 10, "num_decoder_heads": 2}, 5),
+    "language": (LANGUAGE | {"num_classes": 20}, 1),
+    "linear": ({"stem": "linear", "stem_dim": 7, "learned_positions": True, "project_positions": True}
+               | {"grid_shape": (12, 12)}, 5),
+    "conv": ({"stem": "conv", "stem_dim": 4, "grid_shape": (12, 12), "head": "query"}, 3),
+}  # fmt: skip
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def variant_of(name, **changes):
+    arguments, features = VARIANTS[name]
+    return small_model(features, **arguments | changes)
+
+
+def variant_inputs(name, samples=3, tokens=144):
+    """x, and a mask with all tokens, a few, and none."""
+    features = VARIANTS[name][1]
+    x = torch.randint(20, (samples, tokens, 1)) if name == "language" else torch.randn(samples, tokens, features)
+    return x.double(), length_mask([tokens, 30, 0], tokens)[:samples]
+
+
+def variant_loss(model, *args):
+    model.zero_grad()
+    logits = model(*args)
+    logits.sin().sum().backward()
+    return logits.detach(), gradients(model)
+
+
+def test_help_and_completion_show_every_argument_by_name():
+    classes = (token_features.TokenFeatures, PerceiverEncoder, perceiver_model.OutputQueries)
+    hidden = {"d_model", "num_outputs", "query_residual", "block"}  # of the decoder, which PerceiverModel gives it
+    for function, first in ((PerceiverModel, 2), (create_perceiver_model, 3)):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[:first] == ["input_dim", "num_classes", "model_size"][:first]
+        assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        for cls in classes:
+            for name, argument in inspect.signature(cls).parameters.items():
+                if name != "input_dim" and not (cls is classes[2] and name in hidden):
+                    assert parameters[name].default == argument.default
+                    assert parameters[name].annotation == argument.annotation
+        shown = pydoc.plain(pydoc.render_doc(function))
+        assert all(f"{name}: " in shown for name in parameters)
+
+
+def test_arguments_keep_their_places():
+    """Those that users may have given by position."""
+    for cls, names in {
+        MultiHeadAttention: "d_model num_heads input_dim attention_dim dropout",
+        PerceiverEncoder: "input_dim d_model num_heads num_latents num_cross_attention_layers "
+        "num_self_attention_layers num_cross_attention_heads cross_attention_dim mlp_ratio dropout attention_dropout "
+        "share_weights gradient_checkpointing",
+        token_features.TokenFeatures: "input_dim vocab_size embedding_dim grid_shape use_positions num_frequency_bands",
+        token_features.PositionFeatures: "grid_shape num_bands",
+        grid_positions: "rows cols num_bands device",
+    }.items():
+        assert list(inspect.signature(cls).parameters)[: len(names.split())] == names.split()
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_a_query_in_the_place_of_the_mean_has_exactly_these_parameters(size):
+    """Six matrices of D x D; 14 vectors of width D: query, norms, biases; the mean has the 2 of its norm."""
+    with torch.device("meta"):
+        models = [create_perceiver_model(32, 10, size, head=head) for head in ("query", "mean")]
+    query, mean = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    width = MODEL_SIZES[size]["d_model"]
+    assert query - mean == 6 * width**2 + 8 * width
+
+
+def test_heads_read_the_latents_as_described():
+    x, mask = variant_inputs("query")
+    for name in ("query", "positions"):
+        model = variant_of(name).eval()
+        latents = model.encode(x, mask)
+        queries = model.output.queries.expand(3, -1, -1)
+        answered = model.output.decoder.cross_attention(queries, latents)
+        answers = model.output.decoder.output(answered)
+        logits = model(x, mask)
+        if name == "query":
+            assert_close(logits, answers[:, 0], 1e-12)
+            assert_close(model.pooled_latents(x, mask), answered[:, 0], 1e-12)
+        else:
+            assert_close(logits, answers[:, :144], 1e-12)  # one for each token
+            assert_close(model.pooled_latents(x, mask), latents.mean(1), 1e-12)
+    model = variant_of("language").eval()
+    x, mask = variant_inputs("language")
+    answers = model.output.decoder(model.output.queries[None], model.encode(x, mask))
+    embedding = model.modalities["input"].embedding.weight
+    assert_close(model(x, mask), answers @ embedding.T + model.output_bias, 1e-12)
+    model = small_model().eval()
+    x, mask = variant_inputs("query")
+    assert_close(model.pooled_latents(x, mask), model.norm(model.encode(x, mask)).mean(1), 1e-12)
+
+
+@EVERY_VARIANT
+@PATHS
+def test_what_padding_holds_changes_nothing_in_any_variant(variant, folded):
+    model = variant_of(variant).eval()
+    x, mask = variant_inputs(variant)
+    outcomes = []
+    for rubbish in (0.0, math.nan, math.inf, 7.0):
+        leaf = x.masked_fill(~mask[..., None], rubbish).requires_grad_()
+        with path_taken(folded):
+            outcomes.append([*variant_loss(model, leaf, mask)])
+    assert outcomes[0][0].isfinite().all() and all(each.isfinite().all() for each in outcomes[0][1].values())
+    for other in outcomes[1:]:
+        assert_close(other, outcomes[0], 0)
+
+
+@pytest.mark.parametrize("variant", ["query", "positions", "language"])
+def test_a_sample_of_any_variant_gets_its_own_logits_in_a_batch(variant):
+    model = variant_of(variant).eval()
+    x, mask = variant_inputs(variant)
+    logits = model(x, mask)
+    for sample, length in enumerate([144, 30]):
+        alone = model(x[sample : sample + 1, :length])[0]
+        assert_close(logits[sample] if variant == "query" else logits[sample, :length], alone, 1e-12)
+
+
+@EVERY_VARIANT
+def test_every_parameter_of_any_variant_gets_a_gradient(variant):
+    _, grads = variant_loss(variant_of(variant).train(), *variant_inputs(variant))
+    idle = [name for name, grad in grads.items() if not grad.any() or not grad.isfinite().all()]
+    assert not idle
+
+
+@EVERY_VARIANT
+def test_a_recomputed_variant_is_the_plain_one(variant):
+    plain, saving = variant_of(variant), variant_of(variant, gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    x, mask = variant_inputs(variant)
+    assert_close(variant_loss(saving.train(), x, mask), variant_loss(plain.train(), x, mask), 1e-12)
+
+
+@pytest.mark.parametrize("variant", ["language", "conv"])
+def test_a_compiled_variant_is_the_plain_one(variant):
+    model = variant_of(variant).eval()
+    x, mask = variant_inputs(variant)
+    logits, grads = variant_loss(model, x, mask)
+    torch._dynamo.reset()
+    found = variant_loss(torch.compile(model, backend="aot_eager"), x, mask)
+    assert_close(found[0], logits, 1e-12)
+    assert_close(list(found[1].values()), list(grads.values()), 1e-12)
+
+
+@EVERY_VARIANT
+def test_a_variant_in_bfloat16_is_close(variant):
+    model = variant_of(variant).float().eval()
+    x, mask = variant_inputs(variant)
+    expected = model(x.float(), mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x.float(), mask)
+    logits.float().sum().backward()
+    assert_close(logits.float().detach(), expected.detach(), 0.05)
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+@EVERY_VARIANT
+def test_maps_of_a_variant_are_distributions_over_what_its_stem_leaves(variant):
+    model = variant_of(variant).eval()
+    x, mask = variant_inputs(variant)
+    logits, maps = model(x, mask, return_attention=True)
+    assert_close(logits, model(x, mask), 1e-12)
+    length = 4 if variant == "conv" else 144
+    assert model.token_ranges(x) == {"input": slice(0, length)}
+    for each in maps:
+        assert each.shape == (3, 4, 6, length)
+        assert_close(each.sum(3)[:2], torch.ones(2, 4, 6), 1e-12)
+        assert not each[2].any()
+
+
+def test_a_stem_of_one_modality_stands_beside_others():
+    model = several_model({
+        "image": {"input_dim": 3, "grid_shape": (9, 13), "stem": "conv", "stem_dim": 6},
+        "series": {"input_dim": 2, "stem": "linear"},
+        "text": {"vocab_size": 20, "learned_positions": True, "max_length": 5},
+    }).eval()  # fmt: skip
+    x = {
+        "image": torch.randn(2, 117, 3).double(),
+        "series": torch.randn(2, 4, 2).double(),
+        "text": torch.randint(20, (2, 5, 1)).double(),
+    }
+    assert model.token_ranges(x) == {"image": slice(0, 6), "series": slice(6, 10), "text": slice(10, 15)}
+    mask = {name: torch.ones(values.shape[:2]) for name, values in x.items()}
+    assert_close(model(x, mask), model(x), 1e-12)
+    mask["image"][1] = 0
+    logits, maps = model(x, mask, return_attention=True)
+    assert not maps[0][1, ..., :6].any() and maps[0][0, ..., :6].all()
+    assert_close(logits[0], model(x)[0], 1e-12)
+    without = {name: values[1:] for name, values in x.items() if name != "image"}
+    assert_close(logits[1:], model(without), 1e-12)
+
+
+@pytest.mark.parametrize("rows, cols, grid", [(5, 5, (1, 1)), (9, 12, (2, 2)), (32, 64, (7, 15)), (224, 224, (55, 55))])
+def test_a_convolution_leaves_this_grid(rows, cols, grid):
+    with torch.device("meta"):
+        model = PerceiverModel(3, 2, stem="conv", grid_shape=(rows, cols), **SMALL)
+        tokens, _ = model.modalities["input"](torch.empty(1, rows * cols, 3))
+    assert model.modalities["input"].token_grid == grid and tokens.shape[1] == math.prod(grid)
+
+
+def test_positions_of_a_given_resolution_keep_their_frequencies():
+    """The edges of an image of twice the size are where those of the smaller one are."""
+    small, large = grid_positions(8, 6, 4), grid_positions(16, 12, 4, max_resolution=(8, 6))
+    assert torch.equal(small, grid_positions(8, 6, 4, max_resolution=(8, 6)))
+    for corner, other in ((0, 0), (5, 11), (-6, -12), (-1, -1)):
+        assert torch.equal(small[corner], large[other])
+    assert not torch.equal(grid_positions(16, 12, 4), large)
+
+
+def test_variants_start_at_a_sane_scale():
+    x = torch.randn(20, 64, 3)
+    for arguments in ({"head": "query"}, {"stem": "linear", "learned_positions": True}, {"stem": "conv"}):
+        model = create_perceiver_model(3, 10, "tiny", grid_shape=(8, 8), **arguments).eval()
+        with torch.no_grad():
+            logits = model(x)
+        assert 0.4 < logits.std() < 1.6 and logits.std(0).mean() > 0.1
+    tokens = token_features.TokenFeatures(1, 262, 32, learned_positions=True, max_length=50, add_positions=True)
+    assert 0.015 < tokens.positions.table.std() < 0.025 and 0.015 < tokens.embedding.weight.std() < 0.025
+
+
+@pytest.mark.parametrize("variant, tokens, parts", [
+    ("language", 145, ["145 tokens", "144 positions"]),
+    ("positions", 151, ["151 tokens", "150", "num_queries"]),
+    ("linear", 143, ["143 tokens", "12 x 12"]),
+    ("conv", 145, ["145 tokens", "12 x 12"]),
+])  # fmt: skip
+def test_an_input_that_is_too_long_is_refused(variant, tokens, parts):
+    model = variant_of(variant)
+    with pytest.raises(ValueError) as caught:
+        model(variant_inputs(variant, tokens=tokens)[0])
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    ({"head": "median"}, ["head", "mean, query, positions", "'median'"]),
+    ({"query_dim": 8}, ["query_dim=8", "no effect", "head='mean'"]),
+    ({"num_decoder_heads": 2}, ["num_decoder_heads=2", "no effect", "head='mean'"]),
+    ({"num_queries": 4, "head": "query"}, ["num_queries=4", "no effect", "head='query'"]),
+    ({"head": "positions"}, ["positions", "num_queries"]),
+    ({"head": "positions", "num_queries": 0}, ["num_queries", "0"]),
+    ({"head": "query", "query_dim": 9, "num_decoder_heads": 2}, ["query_dim=9", "num_decoder_heads=2"]),
+    ({"head": "query", "decoder_dim": 9, "num_decoder_heads": 2}, ["decoder_dim=9", "num_decoder_heads=2"]),
+    ({"head": "query", "decoder_value_dim": 9, "num_decoder_heads": 2}, ["decoder_value_dim=9", "num_decoder_heads=2"]),
+    ({"head": "query", "decoder_mlp_ratio": 0}, ["decoder_mlp_ratio", "0"]),
+    ({"tie_embedding": True}, ["tie_embedding", "positions", "vocab_size"]),
+    ({"tie_embedding": 1}, ["tie_embedding", "True or False"]),
+    ({"tie_embedding": True, "head": "positions", "num_queries": 9}, ["tie_embedding", "vocab_size"]),
+    (LANGUAGE | {"input_dim": 1}, ["tie_embedding", "num_classes=20", "not 3"]),
+    (LANGUAGE | {"input_dim": 1, "num_classes": 20, "query_dim": 15}, ["tie_embedding", "query_dim=12", "not 15"]),
+    ({"input_dim": {"a": {}, "b": {}}, "head": "positions", "num_queries": 9}, ["positions", "one modality", "a, b"]),
+    ({"stem": "deep"}, ["stem", "'linear', 'conv' or None", "'deep'"]),
+    ({"stem": "conv"}, ["conv", "grid_shape"]),
+    ({"stem": "conv", "grid_shape": (4, 9)}, ["conv", "5 rows", "(4, 9)"]),
+    ({"stem": "linear", "stem_dim": 0}, ["stem_dim", "0"]),
+    ({"stem_dim": 8}, ["stem_dim=8", "no effect", "stem"]),
+    ({"input_dim": 1, "vocab_size": 9, "stem": "linear"}, ["vocab_size", "stem must be None"]),
+    ({"learned_positions": True}, ["max_length", "None"]),
+    ({"learned_positions": True, "max_length": 9, "grid_shape": (3, 3)}, ["max_length=9", "no effect", "sequence"]),
+    ({"max_length": 9}, ["max_length=9", "no effect", "learned_positions"]),
+    ({"add_positions": True}, ["add_positions", "no effect", "learned_positions"]),
+    ({"project_positions": True}, ["project_positions", "no effect", "learned_positions"]),
+    ({"learned_positions": True, "max_length": 9, "use_positions": False}, ["learned_positions", "use_positions"]),
+    ({"learned_positions": True, "max_length": 9, "num_frequency_bands": 3}, ["num_frequency_bands=3", "computed"]),
+    ({"max_resolution": (4, 4)}, ["max_resolution=(4, 4)", "no effect", "grid"]),
+    ({"grid_shape": (3, 3), "max_resolution": (4,)}, ["max_resolution", "(4,)"]),
+    ({"grid_shape": (3, 3), "max_resolution": (4, 0)}, ["cols of max_resolution", "0"]),
+    ({"learned_positions": "yes", "max_length": 9}, ["learned_positions", "'yes'"]),
+    ({"input_dim": {"a": {"stem_dim": 3}, "b": {"stem": "linear"}}}, ["stem_dim=3", "no effect"]),
+])  # fmt: skip
+def test_arguments_that_do_not_go_together_are_refused_by_name(arguments, parts):
+    with pytest.raises(ValueError) as caught:
+        PerceiverModel(**{"input_dim": 3, "num_classes": 3, **SMALL, **arguments})
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_an_argument_that_modalities_share_needs_an_effect_in_one_of_them():
+    modalities = {"a": {"input_dim": 2, "stem": "linear"}, "b": {"input_dim": 3}}
+    assert several_model(modalities, stem_dim=9).modalities["a"].stem.out_features == 9
 
 
 # --- Several modalities ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import ROOT, before_step, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 import evaluation
@@ -30,11 +33,11 @@ import files
 import plots
 import run_log
 import train
-from checkpoint import BEST, LAST, load_checkpoint
-from config import DATASET_DEFAULTS
-from data_utils import EpochBatchSampler
+from checkpoint import BEST, LAST, build_model, load_checkpoint
+from config import DATASET_DEFAULTS, Settings
+from data_utils import EpochBatchSampler, load_splits
 from perceiver_model import PerceiverModel
-from progress import FINAL_RATE, Schedule, average_decay, moving_average
+from progress import FINAL_RATE, Progress, Schedule, average_decay, moving_average
 from train import parameter_groups
 
 MODEL = (
@@ -591,6 +594,26 @@ def assert_same_curves(folder, other):
     assert ours == theirs
 
 
+def test_the_curves_on_the_disk_are_never_behind_the_checkpoint(monkeypatch, tmp_path):
+    """At the moment at which a checkpoint takes the place of the one before, the points of its steps are all there.
+
+    TensorBoard writes in a thread of its own, which is slowed down here to a disk that is busy.
+    """
+    monkeypatch.chdir(tmp_path)
+    replace, write, compared = os.replace, RecordWriter.write, []
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: (time.sleep(0.01), write(*args)))
+
+    def watching(source, target):
+        replace(source, target)
+        if Path(target).name == LAST and (step := load_checkpoint(target)["step"]):
+            events = EventAccumulator(str(next((tmp_path / "runs").iterdir())), {"scalars": 0}).Reload()
+            compared.append([event.step for event in events.Scalars("step/loss")] == list(range(1, step + 1)))
+
+    monkeypatch.setattr(os, "replace", watching)
+    assert train.main(f"{SMALL_BATCHES} --epochs=1 --save_every=3".split()) == 0
+    assert compared == [True] * 3
+
+
 class Killed(BaseException):
     pass
 
@@ -1089,18 +1112,58 @@ TEN = f"{SEQUENCES} --num_samples=12 --num_classes=2 --epochs=1 --weight_decay=0
 TEN += " --amp=off"  # some CPUs take bf16
 
 
-def test_accumulation_is_the_larger_batch(run, monkeypatch, saved):
-    """R25: 10 samples, so that the last step has fewer samples, and its batch too."""
+@pytest.mark.parametrize(
+    ("whole", "accumulated"),
+    [
+        ("--batch_size=8", "--batch_size=4 --accumulation_steps=2"),
+        ("--batch_size=10", "--batch_size=6 --accumulation_steps=2"),
+    ],
+    ids=["a short last step", "batches of 6 and 4 samples in a step"],
+)
+def test_accumulation_is_the_larger_batch(run, monkeypatch, saved, whole, accumulated):
+    """R25: 10 samples, each of which weighs the same in its step, whatever the size of its batch."""
     plain_gradient_descent(monkeypatch)
     runs = []
-    for sizes in ("--batch_size=8", "--batch_size=4 --accumulation_steps=2"):
+    for sizes in (whole, accumulated):
         assert run(f"{TEN} --lr=0.1 --grad_clip=0 {sizes}").status == 0
         runs.append(saved[-1])
     assert runs[0]["data"]["split_sizes"]["train"] == 10
-    assert runs[0]["step"] == runs[1]["step"] == 2
+    assert runs[0]["step"] == runs[1]["step"] == (2 if whole == "--batch_size=8" else 1)
     torch.testing.assert_close(flat(runs[0]["model"]), flat(runs[1]["model"]), rtol=0, atol=1e-6)
     for name in ("train_loss", "gradient_norm", "train_accuracy"):
         assert math.isclose(*(one["progress"]["history"][0][name] for one in runs), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_that_of_smoothed_labels(run, saved, smoothing):
+    """Against the formula in float64, with the weights before each epoch of one step."""
+    flags = f"{TEN} --batch_size=64 --epochs=5 --lr=0.03 --label_smoothing={smoothing}"
+    assert run(flags).status == 0
+    before = {state["epoch"]: build_model(state).double() for state in saved}
+    train_set = load_splits(Settings.from_dict(saved[0]["settings"]))[0]["train"]
+    for line in saved[-1]["progress"]["history"]:
+        losses = []
+        for number in range(len(train_set)):
+            item = train_set[number]
+            log_p = before[line["epoch"] - 1](torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
+            losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
+        assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_seed_decides_everything_whatever_was_drawn_before(run, saved, workers):
+    ends = {}
+    for number, seed in enumerate([3, 3, 4]):
+        torch.manual_seed(number)  # a process that has drawn other numbers
+        np.random.seed(number)
+        random.seed(number)
+        saved.clear()
+        assert run(f"{TEN} --batch_size=4 --dropout=0.3 --num_workers={workers} --seed={seed}").status == 0
+        ends.setdefault(seed, []).append((flat(saved[0]["model"]), flat(saved[-1]["model"])))
+    for first, again in zip(*ends[3], strict=True):
+        assert torch.equal(first, again)
+    for first, other in zip(ends[3][0], ends[4][0], strict=True):
+        assert not torch.equal(first, other)
 
 
 def test_the_kept_weights_are_the_moving_average(run, saved):
@@ -1215,6 +1278,24 @@ def test_schedule(peak, total, warmup_fraction):
     assert all(a >= b or math.isclose(a, b) for a, b in zip(falling, falling[1:], strict=False))
     assert math.isclose(schedule(total), FINAL_RATE * peak) or warmup == total
     assert schedule(10 * total) == pytest.approx(FINAL_RATE * peak)
+
+
+def test_the_rate_in_figures():
+    """A warm-up of 4 steps, then half a cosine from the peak to a hundredth of it."""
+    schedule = Schedule(2.0, 4, 104)
+    assert [schedule(step) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    for step, expected in {4: 2.0, 29: 1.71003571, 54: 1.01, 79: 0.30996429, 104: 0.02, 1000: 0.02}.items():
+        assert schedule(step) == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_best_epoch_has_the_highest_accuracy_and_of_those_the_lowest_loss():
+    progress = Progress("run", Schedule(1.0, 0, 10))
+    epochs = [(0.5, 1.0, True), (0.5, 0.9, True), (0.5, 0.9, False), (0.5, 1.1, False), (0.4, 0.1, False),
+              (0.6, 3.0, True), (0.6, 2.9, True)]  # fmt: skip
+    for number, (accuracy, loss, better) in enumerate(epochs, 1):
+        record = {"epoch": number, "val_accuracy": accuracy, "val_loss": loss}
+        assert progress.end_epoch(record) is better, number
+    assert progress.best["epoch"] == 7 and len(progress.history) == progress.epoch == 7
 
 
 @given(RATES, LENGTHS, st.floats(0, 0.5), st.lists(st.tuples(LENGTHS, RATES, LENGTHS), max_size=4))

@@ -1,0 +1,739 @@
+"""Files of series, each format read into parts: (id, place, what makes the series and its label cell).
+
+    table_series    .csv, .tsv: a row per time step, or per series (with a header, or as in the UCR archive)
+    ucr_series      .txt: a line per series, its label first, as in older forms of the UCR archive
+    ts_series       .ts and
+    arff_series     .arff: as in the UEA and UCR archives
+    npz_series      .npz
+    read_one_series .npy, .csv, .tsv: a file of one series
+
+A series is float64 (L, C), NaN where a value is missing; a part raises the UserError of its own item alone. `known` are
+the columns of features of the training data: they are brought into that order, and others are refused.
+"""
+
+import csv
+import math
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import Settings, UserError
+from labels import class_name, same_class
+from tables import (
+    DEFAULTS,
+    Cells,
+    FileFinder,
+    Table,
+    check_regular,
+    csv_reader,
+    extension_of,
+    listed,
+    named,
+    nfc,
+    numbered_lines,
+    read_cells,
+    read_text,
+    repeated,
+    shown,
+)
+
+Make = Callable[[], tuple[Any, Any]]  # gives (value, label cell), or raises UserError
+Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, and, where the file has groups, the item's own
+
+
+@dataclass
+class SeriesFile:
+    parts: Iterable[Part]
+    names: list[str] | None = None  # of the channels; of the steps, where a row of the table is a series
+    table_rows: str | None = None  # what a row of the table is: 'steps' or 'series'; None: the file is no table
+    notes: list[str] = field(default_factory=list)
+
+
+# -- values ---------------------------------------------------------------------------------------------------
+
+# What stands for a missing value, as pandas and R have it; float() itself knows nan
+_MISSING = {"", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "Null", "null", "None", "none"}
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
+
+
+def _number(cell: str, comma: bool = False) -> float:
+    cell = cell.strip()
+    if comma and "." in cell:  # 1.234 may be a thousand
+        raise ValueError
+    cell = cell.replace(",", ".") if comma else cell
+    if "_" in cell:  # float would take 1_000 for 1000
+        raise ValueError
+    return math.nan if cell in _MISSING else float(cell)
+
+
+def _is_text(cell: str, comma: bool = False) -> bool:
+    try:
+        return _number(cell, comma) is None
+    except ValueError:
+        return True
+
+
+def _numbers(cells: Sequence[str], comma: bool = False) -> np.ndarray:
+    """Float64, NaN where a value is missing, infinity where a cell is no number: `_checked` refuses that."""
+    try:
+        return np.array([_number(cell, comma) for cell in cells])
+    except ValueError:
+        return np.array([math.inf if _is_text(cell, comma) else _number(cell, comma) for cell in cells])
+
+
+def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | None = None) -> np.ndarray:
+    """The series float64 (L, C) without the padding at its end; `cell` shows the value at (step, channel)."""
+    values = values.astype(np.float64)
+    infinite = np.argwhere(np.isinf(values))
+    if len(infinite):
+        t, c = infinite[0]
+        found = cell(t, c) if cell else f"{place}, step {t + 1}, channel {c + 1}: {values[t, c]}"
+        raise UserError(f"{found} is not a finite number; correct it, or mark it as missing (nan)")
+    if not values.size:
+        raise UserError(f"{place}: the series is empty, it has shape {values.shape}; remove it")
+    real = np.flatnonzero(~np.isnan(values).all(axis=1))
+    if not len(real):
+        raise UserError(f"{place}: all {values.size} values of the series are missing; remove it")
+    return values[: real[-1] + 1]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+
+
+def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
+    """The series of a .csv or .tsv; what a row is, settings.table_rows says, or the looks of the file."""
+    cells = read_cells(path, settings)
+    if not cells.rows:
+        raise UserError(f"{path}: is empty; its first line must name the columns")
+    if _has_header(cells, _others(settings)):
+        return _series_of(named(cells), settings, labelled, known)
+    archive = settings.table_rows == "auto" and labelled and path.suffix.lower() == ".tsv"
+    if archive or settings.table_rows == "series":
+        return _label_first(cells, settings)
+    if labelled:
+        raise UserError(f"{path}, line {cells.lines[0]}: {shown(cells.rows[0][-1])} is a number, no name of a column; "
+                        "write a line above that names the columns (id, label, ...); or, if each line is a whole "
+                        "series with its label first, say --table_rows series")
+    return SeriesFile([(path.name, str(path), lambda: (_one_by_place(cells), None))], notes=cells.notes)
+
+
+def _comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
+    """Whether the comma is the decimal point of a table, which it may be where ';' separates the cells."""
+    return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
+
+
+def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
+    """Whether the first row names columns: it holds text, or counts the columns from 0 above numbers with a point.
+
+    A word and then numbers that do not rise are a label and a series, unless the word is one of the expected names.
+    """
+    first = [cell.strip() for cell in cells.rows[0]]
+    if not {nfc(name) for name in expected}.isdisjoint(map(nfc, first)):
+        return True
+    is_text = partial(_is_text, comma=_comma_is_point(cells.delimiter, first))
+    if not any(map(is_text, first)):
+        counting = first[1:] if first[0] == "" else first
+        return (len(counting) > 1 and counting == [str(number) for number in range(len(counting))]
+                and any("." in cell or "," in cell for row in cells.rows[1:2] for cell in row))
+    if len(first) < 3 or any(map(is_text, first[1:])) or "" in first[1:]:
+        return True
+    numbers = _numbers(first[1:], _comma_is_point(cells.delimiter, first))
+    return bool((np.diff(numbers) > 0).all())
+
+
+def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
+    path, id_column = table.path, settings.id_column
+    if not table.rows:
+        raise UserError(f"{path}: holds no row; write them below the header")
+    rows = settings.table_rows
+    if rows == "auto" and labelled and not table.has(id_column):
+        features = [name for name in table.columns if name not in map(nfc, _others(settings))]
+        if not _numbered(features) or not table.has(settings.label_column):
+            try:
+                table.column(id_column)
+            except UserError as error:
+                raise UserError(f"{error}; or, if each row is a whole series, say --table_rows series") from None
+        table.notes.append(f"{path}: no column {id_column!r}, and columns {listed([features[0]])} to "
+                           f"{listed([features[-1]])}: each row is read as a whole series (--table_rows steps with "
+                           "--id_column overrides)")
+        rows = "series"
+    if rows == "series":
+        return _series_per_row(table, settings, labelled, known)
+    if not labelled and not table.has(id_column):
+        values, names = _one_by_name(table, settings, known, _others(settings))
+        return SeriesFile([(path.name, str(path), lambda: (values, None))], names, "steps", table.notes)
+    return _step_per_row(table, settings, labelled, known)
+
+
+def _numbered(names: list[str]) -> list[int] | None:
+    """The numbers of names such as t0, t1, t2, at least three; None of others."""
+    found = [re.fullmatch(r"(\D*)(\d{1,9})", name) for name in names]
+    if len(names) < 3 or not all(found) or len({match[1] for match in found}) > 1:
+        return None
+    numbers = [int(match[2]) for match in found]
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def _names(text: str | None) -> list[str]:
+    """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
+    return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
+
+
+def groups_of(table: Table, settings: Settings) -> list[list[str]]:
+    """For each row [its group], or [] where the table has no such column; an empty cell is an empty group."""
+    if settings.group_column is None or not table.has(settings.group_column):
+        return [[]] * len(table.rows)
+    return [["" if cell is None else str(cell).strip()] for cell in table.column(settings.group_column)]
+
+
+def _others(settings: Settings) -> list[str]:
+    """The columns of a table of series that are no features."""
+    return [settings.id_column, settings.label_column, *([settings.group_column] if settings.group_column else [])]
+
+
+def _features(table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]) -> list[str]:
+    """The columns of features, in order: without `others` (id, label) and what the settings leave out."""
+    path, others = table.path, [nfc(name) for name in others]
+    chosen, ignored = _names(settings.feature_columns), _names(settings.ignore_columns)
+    for setting, names in ("feature_columns", chosen), ("ignore_columns", ignored if known is None else []):
+        absent = [name for name in names if not table.has(name)]
+        if absent:
+            raise UserError(f"{path}: no column {absent[0]!r}, which --{setting} names; there are "
+                            f"{listed(table.columns)}")
+    if clash := [name for name in chosen if name in ignored or name in others]:
+        raise UserError(f"feature_columns: {clash[0]!r} is the id, the label or in ignore_columns; leave it out of one")
+    if twice := repeated(chosen):
+        raise UserError(f"feature_columns: {twice!r} is there more than once; leave out one")
+    without = {*others, *ignored}
+    names = chosen or [name for name in table.columns if name not in without and name != table.index]
+    if table.index and not chosen:
+        table.notes.append(f"{path}: column {table.index!r} counts the rows, so it is left out")
+    if not names:
+        beside = f" beside {' and '.join(map(repr, others))}" if others else ""
+        raise UserError(f"{path}: no column{beside}; add the features")
+    if known is None:
+        return names
+    if fault := not_as_trained(names, known):
+        foreign = sorted(set(names).difference(known))
+        remedy = f", or leave out what is no feature: --ignore_columns {','.join(foreign[:3])}" if foreign else ""
+        raise UserError(f"{path}: {fault}; rename the columns{remedy}")
+    return list(known)
+
+
+def not_as_trained(names: Sequence[str], known: Sequence[str]) -> str:
+    """What sets names of features apart from those of the training data but their order; '' if nothing does."""
+    found, wanted = set(names), set(known)
+    missing, foreign = [name for name in known if name not in found], [name for name in names if name not in wanted]
+    faults = [f"{listed(missing)} missing"] if missing else []
+    faults += [f"{listed(foreign)} not among them"] if foreign else []
+    return f"its columns are not those of the training data ({listed(known)}): {', '.join(faults)}" if faults else ""
+
+
+def _matrix(table: Table, names: list[str]) -> np.ndarray:
+    """Float64 (rows, names), infinity where a cell is no number.
+
+    With ';' as delimiter the comma may be the decimal point; then it is in the whole table.
+    """
+    columns = [table.column(name) for name in names]
+    values = np.stack([_numbers(cells) for cells in columns], axis=1)
+    wrong = np.isinf(values)
+    if _comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong))):
+        table.notes.append(f"{table.path}: a comma is the decimal point in it")
+        values = np.stack([_numbers(cells, comma=True) for cells in columns], axis=1)
+        wrong = np.isinf(values)
+    for c in np.flatnonzero(wrong.any(0) & ~np.isfinite(values).any(0))[:1]:
+        row = int(np.flatnonzero(wrong[:, c])[0])
+        name, cell = names[c], columns[c][row]
+        remedy = f"leave it out if it is no feature: --ignore_columns {name}"
+        if re.fullmatch(r"\s*[+-]?[\d.,]*\d,\d[\d.,]*\s*", cell):
+            remedy = "write numbers with a decimal point, and without a separator of thousands"
+        raise UserError(f"{table.place(row)}, column {name!r}: {shown(cell)} is not a finite number, nor is any other "
+                        f"cell of the column; {remedy}")
+    return values
+
+
+def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
+    id_column, label_column = settings.id_column, settings.label_column
+    ids = table.column(id_column)
+    labels = table.column(label_column) if labelled else None
+    groups = groups_of(table, settings)
+    names = _features(table, settings, known, _others(settings))
+    numbers = _matrix(table, names)
+    if known is None:
+        table.notes.extend(_counting(table, names, numbers, ids))
+    rows_of: dict[str, list[int]] = {}
+    for row, id in enumerate(ids):
+        # A row without an id is an item of its own, and a bad one.
+        rows_of.setdefault(id.strip() or f"\n{row}", []).append(row)
+
+    def make(rows: list[int]) -> tuple[np.ndarray, Any]:
+        first = table.place(rows[0])
+        _refuse_faults(table, rows)
+        if not ids[rows[0]].strip():
+            raise UserError(f"{first}: the series id in column {id_column!r} is empty; fill it in, or remove the row")
+        label = labels[rows[0]] if labelled else None
+        for row in rows[1:] if labelled else ():
+            if labels[row] != label and not same_class(labels[row], label):
+                raise UserError(f"{table.place(row)}: label {shown(labels[row])} of series {shown(ids[row])}, but "
+                                f"{shown(label)} in line {table.lines[rows[0]]}; give all its rows the same")
+        for row in rows[1:]:
+            if groups[row] != groups[rows[0]]:
+                raise UserError(f"{table.place(row)}: {settings.group_column} {shown(*groups[row])} of series "
+                                f"{shown(ids[row])}, but {shown(*groups[rows[0]])} in line {table.lines[rows[0]]}; "
+                                "give all its rows the same")
+        return _checked(numbers[rows], first, lambda t, c: _cell(table, rows[t], names[c])), label
+
+    parts = ((id, table.place(rows[0]), partial(make, rows), *groups[rows[0]]) for id, rows in rows_of.items())
+    return SeriesFile(parts, names, "steps", table.notes)
+
+
+def _counting(table: Table, names: list[str], numbers: np.ndarray, ids: list[str]) -> list[str]:
+    """Notes on columns that count the rows of the file, over several series: an index, seldom a feature."""
+    if len(set(ids)) < 2:
+        return []
+    rows = np.arange(len(numbers))[:, None]
+    counting = (numbers == rows).all(0) | (numbers == rows + 1).all(0)
+    return [f"{table.path}: column {names[c]!r} counts the rows; if it is no feature, leave it out: --ignore_columns "
+            f"{names[c]}" for c in np.flatnonzero(counting)]
+
+
+def _series_per_row(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
+    id_column, label_column = settings.id_column, settings.label_column
+    labels = table.column(label_column) if labelled else None
+    ids = table.column(id_column) if table.has(id_column) else [str(row + 1) for row in range(len(table.rows))]
+    if (twice := repeated(ids)) is not None:
+        raise UserError(f"{table.path}: id {shown(twice)} is in several rows; if they are its steps, say --table_rows "
+                        "steps")
+    groups = groups_of(table, settings)
+    names = _features(table, settings, known, _others(settings))
+    numbers = _numbered(names)
+    if known is None and not settings.feature_columns and numbers and numbers != sorted(numbers):
+        names = [name for _, name in sorted(zip(numbers, names, strict=True))]
+        table.notes.append(f"{table.path}: its columns are read in the order of their numbers, {names[0]} to "
+                           f"{names[-1]}")
+    values = _matrix(table, names)
+
+    def make(row: int) -> tuple[np.ndarray, Any]:
+        _refuse_faults(table, [row])
+        series = _checked(values[row][:, None], table.place(row), lambda t, _: _cell(table, row, names[t]))
+        return series, labels[row] if labelled else None
+
+    parts = ((ids[row], table.place(row), partial(make, row), *groups[row]) for row in range(len(ids)))
+    return SeriesFile(parts, names, "series", table.notes)
+
+
+def _refuse_faults(table: Table, rows: Sequence[int]) -> None:
+    for row in rows:
+        if row in table.faults:
+            raise UserError(table.faults[row])
+
+
+def _cell(table: Table, row: int, name: str) -> str:
+    return f"{table.place(row)}, column {name!r}: {shown(table.rows[row][table.keys[name]])}"
+
+
+def _label_first(cells: Cells, settings: Settings) -> SeriesFile:
+    """Lines without a header: label, then the values of one channel."""
+    path = cells.path
+    comma = _comma_is_point(cells.delimiter, (cell for row in cells.rows for cell in row[1:]))
+
+    def make(row: tuple[str, ...], place: str) -> tuple[np.ndarray, Any]:
+        values = _numbers(row[1:], comma)[:, None]
+        return _checked(values, place, lambda t, _: f"{place}, field {t + 2}: {shown(row[t + 1])}"), row[0]
+
+    if settings.table_rows == "auto":
+        cells.notes.append(f"{path}: has no header; each line is read as a series, its label first (as in the UCR "
+                           "archive)")
+    places = [f"{path}, line {line}" for line in cells.lines]
+    parts = ((str(number), place, partial(make, row, place))
+             for number, (row, place) in enumerate(zip(cells.rows, places, strict=True), 1))
+    return SeriesFile(parts, None, "series", cells.notes)
+
+
+def ucr_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
+    """The series of a .txt: cells separated by blanks or commas, the label first."""
+    cells = Cells(path, " ", [], [])
+    for number, line in numbered_lines(read_text(path, settings, cells.notes)):
+        cells.rows.append(tuple(re.split(r"\s*,\s*|\s+", line)))
+        cells.lines.append(number)
+    if not cells.rows:
+        raise UserError(f"{path}: is empty; write a line per series, its label first")
+    return _label_first(cells, settings)
+
+
+# -- one series -----------------------------------------------------------------------------------------------
+
+
+def read_one_series(path: str | Path, settings: Settings = DEFAULTS, known: Sequence[str] | None = None) -> np.ndarray:
+    """One series, float64 (L, C): .npy, or .csv / .tsv of numbers alone, a line per step, a header line optional."""
+    return read_named_series(path, settings, known)[0]
+
+
+def read_named_series(
+    path: str | Path, settings: Settings = DEFAULTS, known: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str] | None]:
+    """(series, names of its channels) of a file of one series; None for the names where it has no header."""
+    path = FileFinder()(Path(path))
+    if extension_of(path, [".npy", ".csv", ".tsv"]) == ".npy":
+        array = load_numpy(path)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim not in (1, 2):
+            raise UserError(f"{path}: holds {_kind(array)}; it must be numbers (steps, channels) or (steps,)")
+        return _checked(array if array.ndim == 2 else array[:, None], str(path)), None
+    cells = read_cells(path, settings)
+    if cells.rows and _has_header(cells, []):
+        return _one_by_name(named(cells), settings, known, [])
+    return _one_by_place(cells), None
+
+
+def _one_by_place(cells: Cells) -> np.ndarray:
+    path, rows, lines = cells.path, cells.rows, cells.lines
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(rows[0]):
+            raise UserError(f"{path}, line {line}: {len(row)} fields, {len(rows[0])} in line {lines[0]}; "
+                            "make them equal")
+    comma = _comma_is_point(cells.delimiter, (cell for row in rows for cell in row))
+    values = np.array([_numbers(row, comma) for row in rows], ndmin=2)
+    return _checked(values, str(path), lambda t, c: f"{path}, line {lines[t]}, column {c + 1}: {shown(rows[t][c])}")
+
+
+def _one_by_name(
+    table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+    _refuse_faults(table, sorted(table.faults))
+    names = _features(table, settings, known, others)
+    if not table.rows:
+        raise UserError(f"{table.path}: the series is empty; write its steps below the header")
+    values = _matrix(table, names)
+    return _checked(values, str(table.path), lambda t, c: _cell(table, t, names[c])), names
+
+
+# -- .ts ------------------------------------------------------------------------------------------------------
+
+_TS_TAGS = {"@problemname": str, "@timestamps": bool, "@missing": bool, "@univariate": bool, "@dimensions": int,
+            "@equallength": bool, "@serieslength": int, "@classlabel": bool, "@targetlabel": bool}
+
+
+def ts_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
+    """The series of a .ts file. Comments begin with # or %, and may be in any encoding."""
+    notes: list[str] = []
+    lines = numbered_lines(read_text(path, settings, notes, comments=(b"#", b"%")))
+    lines = [(number, line) for number, line in lines if line[0] not in "#%"]
+    return SeriesFile(_ts_parts(path, lines, labelled), notes=notes)
+
+
+def _ts_parts(path: Path, lines: list[tuple[int, str]], labelled: bool) -> Iterator[Part]:
+    start = next((index for index, (_, line) in enumerate(lines) if line.lower() == "@data"), None)
+    if start is None:
+        raise UserError(f"{path}: there is no line @data; write it between the header and the series")
+    header, classes = _ts_header(path, lines[:start])
+    if labelled and not classes:
+        raise UserError(f"{path}: its header has no @classLabel true; add it with the labels if the series have them")
+    if not lines[start + 1 :]:
+        raise UserError(f"{path}: there is no series after @data; write one per line")
+    for index, (number, line) in enumerate(lines[start + 1 :], 1):
+        place = f"{path}, line {number}"
+        yield str(index), place, partial(_ts_series, line, place, header, classes, labelled)
+
+
+def _ts_header(path: Path, lines: list[tuple[int, str]]) -> tuple[dict[str, Any], list[str]]:
+    """(value of each tag, the class labels)"""
+    header, classes = {}, []
+    for number, line in lines:
+        tag, *words = line.split()
+        word, where = "".join(words[:1]).lower(), f"{path}, line {number}: {shown(line)}"
+        tag = {"@dimension": "@dimensions"}.get(tag.lower(), tag.lower())
+        if tag not in _TS_TAGS or tag in header:
+            twice = "is there twice, keep one" if tag in header else f"is none of the tags {', '.join(_TS_TAGS)}"
+            raise UserError(f"{where} {twice}; series come after @data")
+        if _TS_TAGS[tag] is bool and word not in ("true", "false"):
+            raise UserError(f"{where} must say true or false")
+        if _TS_TAGS[tag] is int and not (word.isdecimal() and len(word) < 10 and int(word)):
+            raise UserError(f"{where} must give a whole number of at least 1")
+        header[tag] = word == "true" if _TS_TAGS[tag] is bool else int(word) if _TS_TAGS[tag] is int else words
+        if tag in ("@timestamps", "@targetlabel") and header[tag]:
+            kind = {"@timestamps": "series with time stamps", "@targetlabel": "a regression target"}[tag]
+            raise UserError(f"{where}: {kind} cannot be used yet; convert it to plain values and @classLabel")
+        if tag == "@classlabel" and header[tag]:
+            classes = words[1:]
+            if not classes:
+                raise UserError(f"{where} must name the labels: @classLabel true a b")
+    return header, classes
+
+
+def _ts_series(
+    line: str, place: str, header: dict[str, Any], classes: list[str], labelled: bool
+) -> tuple[np.ndarray, str | None]:
+    """(series, label) of a line. The first series fixes in `header` what it left open."""
+    dimensions = line.split(":")
+    label = dimensions.pop().strip() if classes else None
+    if labelled:
+        _check_declared(label, classes, place, "@classLabel")
+    if header.get("@univariate") and len(dimensions) > 1:
+        raise UserError(f"{place}: {len(dimensions)} dimensions, the header says @univariate true; correct one of them")
+    if len(dimensions) != header.get("@dimensions", len(dimensions)):
+        raise UserError(f"{place}: {len(dimensions)} dimensions, {header['@dimensions']} by @dimensions or the first "
+                        "series; all must have the same")
+    cells = [dimension.split(",") for dimension in dimensions]
+    values = _channels(cells, place)
+    if len(values) != header.get("@serieslength", len(values)):
+        raise UserError(f"{place}: {len(values)} steps, {header['@serieslength']} by @seriesLength or the first series "
+                        "and @equalLength; correct the header or the line")
+    series = _checked(values, place, partial(_value, place, cells))
+    header.setdefault("@dimensions", len(dimensions))
+    if header.get("@equallength"):
+        header.setdefault("@serieslength", len(values))
+    return series, label
+
+
+def _check_declared(label: str, classes: Sequence[str], place: str, declared: str) -> None:
+    if label in classes:
+        return
+    with_number = class_name(label, place)
+    if not any(same_class(with_number, known) for known in classes):
+        raise UserError(f"{place}: label {shown(label)} is not one of {declared}, {listed(classes)}; "
+                        "correct it, or add it there")
+
+
+def _value(place: str, cells: list[list[str]], t: int, c: int) -> str:
+    return f"{place}, dimension {c + 1}, value {t + 1}: {shown(cells[c][t])}"
+
+
+def _channels(cells: list[list[str]], place: str) -> np.ndarray:
+    """Float64 (L, C) of the cells of each dimension."""
+    lengths = sorted({len(values) for values in cells})
+    if len(lengths) != 1:
+        raise UserError(f"{place}: ragged, its dimensions have {listed(map(str, lengths))} values; make them equal")
+    return np.stack([_numbers(values) for values in cells], axis=1)
+
+
+# -- .arff ----------------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = re.compile(r"@attribute\s+('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)\s+(.+)", re.IGNORECASE)
+
+
+def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
+    """The series of an .arff file: one per row, its steps the numeric attributes, or one relational attribute of which
+    each line is a channel. The label is the attribute that settings.label_column names, else the last, if nominal.
+    """
+    notes: list[str] = []
+    lines = numbered_lines(read_text(path, settings, notes, comments=(b"%",)))
+    lines = [(number, line) for number, line in lines if line[0] != "%"]
+    start = next((index for index, (_, line) in enumerate(lines) if line.lower() == "@data"), None)
+    if start is None or start + 1 == len(lines):
+        raise UserError(f"{path}: there is no series after a line @data; write one per line")
+    attributes = _arff_attributes(path, lines[:start])
+    names = list(attributes)
+    label = nfc(settings.label_column)
+    if label not in attributes:
+        label = names[-1] if attributes[names[-1]].startswith("{") else None
+    if labelled and label is None:
+        raise UserError(f"{path}: no nominal attribute, such as @attribute class {{a,b}}, at its end; name the one of "
+                        "the labels by --label_column (regression is not offered yet)")
+    relational = [name for name in names if attributes[name] == "relational"]
+    if relational and len(names) - len(relational) - (label is not None):
+        raise UserError(f"{path}: attributes beside a relational one and the label cannot be read; remove them")
+    rows, faults, places = [], {}, []
+    for index, (number, line) in enumerate(lines[start + 1 :]):
+        places.append(number)
+        try:
+            rows.append(_arff_row(line, len(names)))
+        except ValueError as error:
+            faults[index] = f"{path}, line {number}: {error}"
+            rows.append(("",) * len(names))
+    table = Table(path, {name: position for position, name in enumerate(names)}, rows, places, faults, notes=notes)
+    declared = attributes[label] if label else ""
+    try:
+        classes = _arff_cells(declared.strip("{} ")) if declared.startswith("{") else None
+    except ValueError as error:
+        raise UserError(f"{path}: @attribute {label} {shown(declared)}: {error}") from error
+
+    def checked(part: Part) -> Part:
+        id, place, make, *group = part
+
+        def make_checked() -> tuple[Any, Any]:
+            value, cell = make()
+            cell = None if cell == "?" else cell
+            if labelled and cell is not None and classes:
+                _check_declared(cell, classes, place, f"@attribute {label}")
+            return value, cell
+
+        return id, place, make_checked, *group
+
+    if relational:
+        parts = _relational_parts(table, relational[0], label if labelled else None)
+    else:
+        as_table = replace(settings, label_column=label or settings.label_column)
+        parts = _series_per_row(table, as_table, labelled, None).parts
+    return SeriesFile(map(checked, parts), notes=notes)
+
+
+def _arff_attributes(path: Path, lines: list[tuple[int, str]]) -> dict[str, str]:
+    """{name: type} of the attributes; the steps within a relational one are passed over."""
+    attributes: dict[str, str] = {}
+    within = False
+    for number, line in lines:
+        where = f"{path}, line {number}: {shown(line)}"
+        keyword = line.split()[0].lower()
+        match = _ATTRIBUTE.fullmatch(line)
+        if keyword == "@end":
+            within = False
+        elif keyword == "@relation" or within:
+            continue
+        elif match is None:
+            raise UserError(f"{where} is none of @relation, @attribute NAME TYPE, @end, @data; correct it")
+        else:
+            name = nfc(match[1].strip("'\""))
+            kind = match[2].strip()
+            kind = kind if kind.startswith("{") else kind.lower()
+            if name in attributes:
+                raise UserError(f"{where} is there twice; rename one")
+            attributes[name] = kind
+            within = kind == "relational"
+    if not attributes:
+        raise UserError(f"{path}: there is no @attribute before @data; write one for each cell of a row")
+    return attributes
+
+
+def _arff_cells(text: str) -> list[str]:
+    """The cells of a line, quoted by ' or " (whichever comes first); in a relational one \\n stays as it stands."""
+    quote = next((c for c in text if c in "'\""), "'")
+    try:
+        cells = next(csv_reader([text], quotechar=quote, skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise ValueError(f"{error}; close each quote") from error
+    return [cell.strip() for cell in cells]
+
+
+def _arff_row(line: str, width: int) -> tuple[str, ...]:
+    if line.startswith("{"):
+        raise ValueError("sparse rows are not read; write every value")
+    cells = _arff_cells(line)
+    if len(cells) != width:
+        raise ValueError(f"{len(cells)} values for {width} attributes; make them equal")
+    return tuple(cells)
+
+
+def _relational_parts(table: Table, name: str, label: str | None) -> Iterator[Part]:
+    bags = table.column(name)
+    labels = table.column(label) if label else None
+
+    def make(row: int) -> tuple[np.ndarray, Any]:
+        _refuse_faults(table, [row])
+        place = table.place(row)
+        cells = [channel.split(",") for channel in bags[row].split("\\n")]
+        values = _channels(cells, place)
+        series = _checked(values, place, partial(_value, place, cells))
+        return series, labels[row] if labels else None
+
+    for row in range(len(bags)):
+        yield str(row + 1), table.place(row), partial(make, row)
+
+
+# -- NumPy ----------------------------------------------------------------------------------------------------
+
+_NPZ_KEYS = ("x", "y", "lengths", "id")
+_SMALL = 1 << 28  # bytes that an archive may always unpack to
+
+
+def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of an .npy file, or those of an .npz file by key: the `wanted` ones, None for others.
+
+    An archive may unpack to `most` times its size.
+    """
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            is_archive = file.read(2) == b"PK"
+        if is_archive:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > max(_SMALL, most * path.stat().st_size):
+                times = unpacked // path.stat().st_size
+                raise UserError(f"{path}: unpacks to {unpacked / 2**30:.1f} GiB, {times} times its size; if that is "
+                                f"right, raise --max_unpacking (now {most})")
+            with np.load(path, allow_pickle=False) as loaded:
+                return {key: loaded[key] if key in wanted else None for key in loaded.files}
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that claims more than there is is refused
+        return np.array(array)
+    except (UserError, MemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; correct it, or save it again") from error
+    except Exception as error:  # damaged bytes come out as a dozen kinds
+        raise UserError(f"{path}: not plain NumPy arrays: {error}; objects (pickled) are not read, save labels as "
+                        "y.astype(str), and series of unequal length as one array x and their lengths") from error
+
+
+def _kind(array: Any) -> str:
+    return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+
+
+def npz_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
+    return SeriesFile(_npz_parts(path, settings, labelled))
+
+
+def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]:
+    group_column = settings.group_column
+    wanted = [key for key in (*_NPZ_KEYS, group_column) if labelled or key != "y"]
+    arrays = load_numpy(path, wanted, settings.max_unpacking)
+    needed = ("x", "y") if labelled else ("x",)
+    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*_NPZ_KEYS, settings.group_column}:
+        raise UserError(f"{path}: holds {listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
+                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])} and the "
+                        "--group_column")
+    series = _npz_series(path, arrays["x"], arrays.get("lengths"))
+
+    def column(key: str, kinds: str) -> list[Any]:
+        return _per_series(path, key, arrays[key], kinds, len(series))
+
+    labels = column("y", "biufUS") if labelled else None
+    groups = column(group_column, "iuUS") if group_column in arrays else None
+    ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
+    if (twice := repeated(ids)) is not None:
+        raise UserError(f"{path}: id {shown(twice)} is there more than once; give each series its own")
+
+    def make(row: int, place: str) -> tuple[np.ndarray, Any]:
+        if not ids[row].strip():
+            raise UserError(f"{place}: the id is empty; fill it in, or remove the row")
+        return _checked(series[row], place), labels[row] if labelled else None
+
+    for row, id in enumerate(ids):
+        place = f"{path}, row {row + 1}"
+        yield id, place, partial(make, row, place), *([] if groups is None else [str(groups[row])])
+
+
+def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequence[np.ndarray]:
+    """The series (L, C) in x; the formats are those of `data_files.read_series`."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or not len(x):
+        raise UserError(f"{path}: x is {_kind(x)}; it must be numbers (series, steps, channels)")
+    if lengths is None:
+        return x if x.ndim == 3 else x[:, :, None]
+    ends = np.cumsum(_per_series(path, "lengths", lengths, "iu", len(x) if x.ndim == 3 else None))
+    if lengths.min() < 0 or (x.ndim == 3 and lengths.max() > x.shape[1]):
+        raise UserError(f"{path}: lengths go from {lengths.min()} to {lengths.max()}; x {x.shape} has no such steps")
+    if x.ndim == 3:
+        return [steps[:length] for steps, length in zip(x, lengths, strict=True)]
+    if ends[-1] != len(x):
+        raise UserError(f"{path}: lengths sum to {ends[-1]}, x (steps, channels) has {len(x)} steps; make them equal, "
+                        "or give x as (series, steps, channels)")
+    return np.split(x, ends[:-1])
+
+
+def _per_series(path: Path, key: str, array: np.ndarray, kinds: str, count: int | None) -> list[Any]:
+    """The elements of an array with one value per series, of these dtype kinds."""
+    fits = isinstance(array, np.ndarray) and array.dtype.kind in kinds and array.ndim == 1 and array.size
+    if not fits or len(array) != (count or len(array)):
+        meaning = "whole numbers" + " or text" * ("U" in kinds)
+        several = "; several labels for a series are not offered yet, and rows of 0 and 1 become one by y.argmax(1)"
+        raise UserError(f"{path}: {key} is {_kind(array)}; it must be {meaning}, one for each of the "
+                        f"{count or 'stored'} series" + several * (key == "y" and np.ndim(array) == 2))
+    try:
+        return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).tolist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {key} is not UTF-8; save it as text") from error
