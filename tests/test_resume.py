@@ -500,10 +500,11 @@ def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
     assert "nothing is left to do" in run(f"--resume moved/{LAST}").out
 
 
-def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch):
+@pytest.mark.parametrize("progress", [{"run_name": "another"}, {}, None, "text"])
+def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch, progress):
     """Not about one that was put in its place."""
     foreign = torch.load(copy / BEST, weights_only=True)
-    foreign["progress"]["run_name"] = "another"
+    foreign["progress"] = progress
 
     def replace():
         torch.save(foreign, copy / BEST)
