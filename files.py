@@ -30,7 +30,7 @@ LOCK = "run.lock"
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the system says of a lock that another process has
 PATIENCE = 5  # seconds, for a file that another program holds
 
-_owners: dict[tuple[int, int], object] = {}  # of this process's runs: a process is not stopped by its own locks
+_owners: dict[Path, object] = {}  # of this process's runs, since a process is not stopped by its own locks
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -134,31 +134,31 @@ def owned(folder: PathLike) -> Iterator[None]:
         UserError: another run owns the folder, or it cannot be written into.
     """
     folder, run = Path(folder), object()
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    place = folder.resolve()
+    if _owners.setdefault(place, run) is not run:
+        raise _in_use(folder, f"process {os.getpid()}, this one")
+    missing = [each for each in (place, *place.parents) if not os.path.exists(each)]
     try:
-        status = make_folder(folder).stat()
-        identity = (status.st_dev, status.st_ino)
-        if _owners.setdefault(identity, run) is not run:
-            raise _in_use(folder, f"process {os.getpid()}, this one")
-        try:
-            with _locked(folder):
-                yield
-        finally:
-            del _owners[identity]
+        with _locked(folder):
+            yield
     finally:
-        for place in missing:  # those in which nothing was written
+        for each in missing:  # those in which nothing was written
             with suppress(OSError):
-                place.rmdir()
+                each.rmdir()
+        del _owners[place]
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
-    while True:
+    for attempt in count():
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab+", buffering=0)  # noqa: SIM115 (the lock lasts as long as it is open)
         except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror}; remove it if no run uses this folder") from error
+            if isinstance(error, FileNotFoundError) and attempt < 10:
+                continue  # a run that left nothing here has just removed the folder
+            raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
         try:
             _lock(file)
         except OSError as error:

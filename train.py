@@ -520,10 +520,10 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
     """The checkpoint of this run's best epoch, or None where its file is gone, damaged or another one."""
     try:
         checkpoint = load_checkpoint(folder / BEST)
-    except UserError:
+        found = checkpoint["progress"]["run_name"], checkpoint["epoch"]
+    except (UserError, KeyError, TypeError):  # nothing that a run has written
         return None
-    run_name = checkpoint.get("progress", {}).get("run_name")
-    return checkpoint if (run_name, checkpoint["epoch"]) == (progress.run_name, progress.best["epoch"]) else None
+    return checkpoint if found == (progress.run_name, progress.best["epoch"]) else None
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

@@ -220,14 +220,20 @@ stopped = pytest.mark.parametrize("copy", ["stopped"], indirect=True)
 
 
 @pytest.mark.parametrize(
-    ("number", "send", "workers"),
-    [(signal.SIGINT, os.killpg, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 0),
-     (signal.SIGHUP, os.killpg, 2)],
-    ids=["Ctrl-C", "SIGTERM to the group", "SIGTERM", "SIGHUP to the group"],
+    ("number", "send", "workers", "batches"),
+    [
+        (signal.SIGINT, os.killpg, 1, 1),
+        (signal.SIGINT, os.killpg, 1, 20),
+        (signal.SIGTERM, os.killpg, 1, 20),
+        (signal.SIGTERM, os.kill, 0, 1),
+        (signal.SIGHUP, os.killpg, 2, 1),
+    ],
+    ids=["Ctrl-C", "Ctrl-C in a step of many batches", "SIGTERM to the group", "SIGTERM", "SIGHUP to the group"],
 )
-def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, workers):
-    """A terminal sends Ctrl-C to the whole group, the workers included."""
+def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, workers, batches):
+    """A terminal sends Ctrl-C to the whole group, the workers included, whose batches the step still needs."""
     flags = f"{SEQUENCES} --num_samples=400 --batch_size=2 --epochs=1 --dropout=0.2 --num_workers={workers}"
+    flags += f" --accumulation_steps={batches}"
     checkpoints = tmp_path / "stopped" / "checkpoints"
     process = start(tmp_path / "stopped", flags)
     assert wait_until((checkpoints / LAST).exists, process)
@@ -236,7 +242,7 @@ def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, wor
     assert end(process) == 128 + number, output(tmp_path / "stopped")
     checkpoint = load_checkpoint(checkpoints / LAST)
     step = checkpoint["step"]
-    assert checkpoint["progress"]["batch"] == step < 180
+    assert checkpoint["progress"]["batch"] == step * batches < 180
     assert output(tmp_path / "stopped").endswith(
         f"{number.name}: saved checkpoints/{LAST} at step {step}. "
         f"Go on with: python train.py --resume checkpoints/{LAST}\n"
@@ -509,10 +515,11 @@ def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
     assert "nothing is left to do" in run(f"--resume moved/{LAST}").out
 
 
-def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch):
+@pytest.mark.parametrize("progress", [{"run_name": "another"}, {}, None, "text"])
+def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made, monkeypatch, progress):
     """Not about one that was put in its place."""
     foreign = torch.load(copy / BEST, weights_only=True)
-    foreign["progress"]["run_name"] = "another"
+    foreign["progress"] = progress
 
     def replace():
         torch.save(foreign, copy / BEST)
