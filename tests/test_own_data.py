@@ -946,7 +946,7 @@ def test_labels_mean_the_same_in_every_format(kind, tmp_path):
     assert names == ["nan", "neg", "pos"] and "looks like a missing value" in note
     assert notes("countries", ["NA", "DE", "KR"] * 3) == (["DE", "KR", "NA"], [])
     names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
-    assert names == ["a", "a|b", "b"] and "several labels for an item are not offered yet" in note
+    assert names == ["a", "a|b", "b"] and "for items with any number of labels say --task multilabel" in note
     for name, labels, part in (
         ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: it is a measurement"),
         ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),
