@@ -496,7 +496,7 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     text = " ".join(make_parser("test").format_help().split())
     assert "--config FILE JSON file" in text
-    assert "--resume [FILE] go on" in text
+    assert "--resume [FILE] continue" in text
     for name, field in FIELDS.items():
         meaning, unit = field.metadata["help"], field.metadata["unit"]
         assert unit or field.type in (bool, str, str | None) or name == "seed"
