@@ -318,7 +318,7 @@ def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, 
 
     with monkeypatch.context() as patch:
         if moment == "in the curves":
-            patch.setattr(plots, "plot_training_curves", lambda history, path, best: (path.write_text("half"), kill()))
+            patch.setattr(plots, "plot_training_curves", lambda history, path, *_: (path.write_text("half"), kill()))
         elif moment == "in the test":
             patch.setattr(train, "build_model", kill)
         elif moment == "before it says so":
@@ -345,7 +345,7 @@ def test_a_run_that_goes_on_has_not_ended(copy, run, monkeypatch, tmp_path):
     assert not (copy / "training_curves.png").exists()
     assert load_checkpoint(copy / LAST)["progress"]["test"] == {}
     drawn = []
-    plot = lambda history, path, best: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
+    plot = lambda history, path, *_: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
     monkeypatch.setattr(plots, "plot_training_curves", plot)
     result = run("--resume")
     assert result.status == 0 and "test accuracy" in result.out and drawn == [3]
