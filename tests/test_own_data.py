@@ -1091,9 +1091,9 @@ def test_settings_that_say_nothing_to_the_file_are_noted(series_run, tmp_path):
     folder, _ = series_run
     (tmp_path / "train.ts").write_bytes((folder / "train.ts").read_bytes())
     done = trained(tmp_path, "--dataset=sequences", "--data_path=train.ts", "--label_column=kind")
-    assert "note: label_column has no effect: .ts files have no such thing" in done.out
+    assert "note: label_column has no effect on .ts files" in done.out
     done = infer(folder, "--input=test.ts", "--id_column=name")
-    assert "note: id_column has no effect: .ts files have no such thing" in done.out
+    assert "note: id_column has no effect on .ts files" in done.out
 
 
 @pytest.mark.parametrize("error", [MemoryError("Unable to allocate 7 TiB"), RuntimeError("can't allocate memory: x")])
