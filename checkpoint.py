@@ -117,7 +117,7 @@ def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
         kept = f"; {path} still holds the one before" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {cause.strerror or cause}{kept}; "
-            f"{remedy(cause)} or choose another --checkpoint_dir, then go on with --resume"
+            f"{remedy(cause)} or choose another --checkpoint_dir, then continue with --resume"
         ) from error
 
 

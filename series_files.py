@@ -62,7 +62,7 @@ class SeriesFile:
     notes: list[str] = field(default_factory=list)
 
 
-# -- values ---------------------------------------------------------------------------------------------------
+# --- Values ----------------------------------------------------------------------------------------------------------
 
 # What stands for a missing value, as pandas and R have it; float() itself knows nan
 _MISSING = {"", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "Null", "null", "None", "none"}
@@ -109,7 +109,7 @@ def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | N
     return values[: real[-1] + 1]
 
 
-# -- tables ---------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
 def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
@@ -365,7 +365,7 @@ def ucr_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
     return _label_first(cells, settings)
 
 
-# -- one series -----------------------------------------------------------------------------------------------
+# --- One series ------------------------------------------------------------------------------------------------------
 
 
 def read_one_series(path: str | Path, settings: Settings = DEFAULTS, known: Sequence[str] | None = None) -> np.ndarray:
@@ -411,7 +411,7 @@ def _one_by_name(
     return _checked(values, str(table.path), lambda t, c: _cell(table, t, names[c])), names
 
 
-# -- .ts ------------------------------------------------------------------------------------------------------
+# --- .ts -------------------------------------------------------------------------------------------------------------
 
 _TS_TAGS = {"@problemname": str, "@timestamps": bool, "@missing": bool, "@univariate": bool, "@dimensions": int,
             "@equallength": bool, "@serieslength": int, "@classlabel": bool, "@targetlabel": bool}
@@ -522,7 +522,7 @@ def _channels(cells: list[list[str]], place: str) -> np.ndarray:
     return np.stack([_numbers(values) for values in cells], axis=1)
 
 
-# -- .arff ----------------------------------------------------------------------------------------------------
+# --- .arff -----------------------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = re.compile(r"@attribute\s+('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)\s+(.+)", re.IGNORECASE)
 
@@ -672,7 +672,7 @@ def _relational_parts(table: Table, name: str, settings: Settings, labelled: boo
         yield str(row + 1), table.place(row), partial(make, row)
 
 
-# -- NumPy ----------------------------------------------------------------------------------------------------
+# --- NumPy -----------------------------------------------------------------------------------------------------------
 
 _NPZ_NAMES = {"regression": "target_names", "multilabel": "class_names"}  # of the columns of y
 _SMALL = 1 << 28  # bytes that an archive may always unpack to

@@ -53,7 +53,7 @@ def repeated(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-# -- files ----------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 class FileFinder:
@@ -93,7 +93,7 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path}: is a pipe, a device or a folder; save its contents as a file, and name that")
 
 
-# -- text -----------------------------------------------------------------------------------------------------
+# --- Text ------------------------------------------------------------------------------------------------------------
 
 
 def read_text(
@@ -159,7 +159,7 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-# -- rows of cells --------------------------------------------------------------------------------------------
+# --- Rows of cells ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -294,7 +294,7 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     return doubt if sum(len(row) != width for row in rows) <= len(rows) / 100 else None
 
 
-# -- tables ---------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

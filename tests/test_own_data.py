@@ -948,8 +948,8 @@ def test_labels_mean_the_same_in_every_format(kind, tmp_path):
     names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
     assert names == ["a", "a|b", "b"] and "for items with any number of labels say --task multilabel" in note
     for name, labels, part in (
-        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: it is a measurement"),
-        ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),
+        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is not a class: for numbers say --task regression"),
+        ("gap", ["1", "nan", "0"] * 3, "label 'nan' among numbers is a missing value"),
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=part):

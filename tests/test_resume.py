@@ -903,8 +903,8 @@ def no_memory(*_, **__):
         ("data", "out of memory while reading the data (5 GiB more were asked for); .*a smaller --num_samples or "),
         ("rehearsal", "out of memory with batch_size 6 .*--batch_size 3 --accumulation_steps 2 (the same training)"),
         ("validation", "out of memory in validation with batch_size 6 .*--batch_size 3"),
-        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
-        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
+        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
         ("elsewhere", "out of memory on this machine .*--batch_size"),
     ],
 )
@@ -1087,7 +1087,7 @@ def test_a_disk_that_is_full_for_tensorboard(start, tmp_path):
     folder = tmp_path / "run"
     assert end(start(folder, f"{SMALL_BATCHES} --epochs=3", change=fill_the_disk_in_step_12)) == 2
     (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
-    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then go on with --resume", line)
+    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then continue with --resume", line)
     assert "Traceback" not in output(folder) and "Exception" not in output(folder)
     assert load_checkpoint(folder / "checkpoints" / LAST)["epoch"] == 1
     succeed(start, folder, "--resume")
