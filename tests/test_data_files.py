@@ -217,7 +217,7 @@ def test_a_row_is_no_series_without_a_word(tmp_path):
     assert "if each row is a whole series, say --table_rows series" in message(read_series, path)
     path = write(tmp_path / "b.csv", "1,0.5,0.25\n2,0.5,0.75\n")
     found = message(read_series, path)
-    assert "line 1: '0.25' is a number, no name of a column" in found and "--table_rows series" in found
+    assert "line 1: '0.25' is a number, not a column's name" in found and "--table_rows series" in found
     items = read_series(path, Settings(table_rows="series"))
     assert items.labels == ["1", "2"] and items.values[1].tolist() == [[0.5], [0.75]]
 
@@ -609,7 +609,7 @@ def test_labels_are_handed_on_as_they_stand(tmp_path):
 
 @pytest.mark.parametrize("line, expected", [
     ("{", "line 3: column 2: Expecting property name"),
-    ("[1]", "line 3: [1] is no object; write one object per line"),
+    ("[1]", "line 3: [1] is not an object; write one object per line"),
     ('{"text": "a", "text": "b"}', "line 3: key 'text' is there more than once"),
     ('{"text": 3, "label": "a"}', "line 3, column 'text': it is 3, not text"),
     ('{"label": "a"}', "line 3, column 'text': it is empty"),

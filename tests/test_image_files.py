@@ -152,7 +152,7 @@ def test_a_link_to_a_folder_above_puts_nothing_into_another_class(tmp_path):
         ("a/1.png", "a"), ("a/in/3.png", "a"), ("b/2.png", "b")
     ]  # fmt: skip
     (note,) = items.notes
-    assert note.startswith(f"{tmp_path}/data: links that lead to files that are read anyway and were left out: 7, first ")
+    assert note.startswith(f"{tmp_path}/data: links that lead to files that are read anyway and were left out: 7, ")
     assert note.endswith(f"{tmp_path}/data/a/file.png -> {tmp_path}/data/b/2.png")
     assert read_images(tmp_path / "data", labelled=False).ids == items.ids
     link(tmp_path / "data/all", ".")

@@ -48,7 +48,7 @@ def test_classes(cell, name):
     ("0.333", "label '0.333' is not a class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
     ("1e-05", "--task regression"), (".5", "--task regression"), ("0,5", "--task regression"),
     ("1,2", "if it is a list, separate its names by ';' and say --task multilabel"), (math.inf, "--task regression"),
-    (["a", "b"], "label ['a', 'b'] is not a class; give one, as text or a whole number, or for items with any number of"),
+    (["a", "b"], "label ['a', 'b'] is not a class; give one, as text or a whole number, or for items with any number"),
     ({"a": 1}, "--task multilabel"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
     ("\u200b", "no visible characters"), ("\0", "no visible characters"),
     ("x" * 1001, "has 1001 characters; name the column by --label_column"),

@@ -82,7 +82,7 @@ def test_utf_16_without_its_mark_is_recognised(tmp_path):
 @pytest.mark.parametrize("encoding", ["klingon", "rot13", "hex", "데이터"])
 def test_what_is_no_encoding_of_text(tmp_path, encoding):
     path = write(tmp_path / "a.csv", "text\nx\n")
-    assert f"encoding: '{encoding}' is no encoding of text" in message(read_cells, path, Settings(encoding=encoding))
+    assert f"encoding: '{encoding}' is not a text encoding" in message(read_cells, path, Settings(encoding=encoding))
 
 
 def test_utf_8_that_is_read_as_something_else_is_noted(tmp_path):
@@ -133,7 +133,7 @@ def test_delimiters_are_told_apart(tmp_path, delimiter, name, extension):
     cells = read_cells(path)
     assert cells.rows == rows and cells.delimiter == delimiter
     expected = delimiter != ("\t" if extension == "tsv" else ",")
-    note = f"{path}: {name or 'commas'} separate its cells, by its looks (--delimiter overrides)"
+    note = f"{path}: its cells seem to be separated by {name or 'commas'} (--delimiter overrides)"
     assert cells.notes == [note] * expected
 
 
