@@ -1,6 +1,6 @@
 """The figures of training and evaluation. Every `plot_*` function takes plain data and, last, the path to write.
 
-Figures are built without pyplot: they need no display, ignore the user's own style, change no global state.
+Figures are built without pyplot: they need no display, ignore the user's own style and change no global state.
 
 Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
@@ -38,12 +38,12 @@ OTHER_FONTS = (
 FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
-# --- Drawing: basics --------------------------------------------------------------------------------------------------
+# --- Drawing: basics -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """The one style of all figures; the user's own is back afterwards."""
+    """The one style of all figures; afterwards the user's own is back."""
     import matplotlib.style
     from matplotlib.font_manager import fontManager
 
@@ -54,7 +54,7 @@ def _style() -> Iterator[None]:
 
 @contextmanager
 def missing_glyphs_noted() -> Iterator[None]:
-    """Characters that no font has are drawn as boxes: say so once, instead of a warning for each."""
+    """Say once that characters which no font has are drawn as boxes, instead of warning about each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -68,13 +68,13 @@ def missing_glyphs_noted() -> Iterator[None]:
 @lru_cache  # once in a process
 def _note_boxes() -> None:
     print_note(
-        "some characters are drawn as boxes in the figures, no font here has them; install one that does, such as "
+        "some characters are drawn as boxes in the figures: no font here has them; install one that does, such as "
         f"{OTHER_FONTS[0]}"
     )
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure (sizes in inches) with an Agg canvas of its own, unknown to pyplot."""
+    """An empty figure (sizes in inches) with its own Agg canvas, unknown to pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -100,13 +100,13 @@ def _page(path: PathLike, width: float, height: float) -> Iterator[Figure]:
 
 
 def short(name: str, limit: int = 18) -> str:
-    """The name as it can be shown; where it is longer than `limit` characters, its middle is left out."""
+    """The name in printable characters; if it is longer than `limit`, its middle is left out."""
     name = printable(name)
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - limit // 2 - 1) :]}"
 
 
 def _tick_names(class_names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
-    """The class numbers to label, at most `most` where there are many, and their short and distinct names."""
+    """The class numbers to label, at most `most` if there are many, and their short and distinct names."""
     names = [short(str(name)) for name in class_names]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -128,7 +128,7 @@ def _interval(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np
 def _bars(
     axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width: float, at=None, of: str = "accuracy"
 ) -> None:
-    """Bars of shares with their 95 % intervals, which stand at `at` (by default in the middle)."""
+    """Bars of shares with their 95 % intervals, drawn at `at` (by default in the middle)."""
     low, high = _interval(share, count)
     axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
     dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
@@ -138,7 +138,7 @@ def _bars(
     axes.set(ylabel=of, ylim=(0, 1))
 
 
-# --- Figures of every evaluation --------------------------------------------------------------------------------------
+# --- Figures of every evaluation -------------------------------------------------------------------------------------
 
 
 def confusion_matrix_figure(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
@@ -178,7 +178,7 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
 
 
 def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path: PathLike) -> None:
-    """Confidences (N,) of the right predictions above, of the wrong ones below, each on its own scale."""
+    """Confidences (N,) of the right predictions above and of the wrong ones below, each on its own scale."""
     from matplotlib.ticker import MaxNLocator
 
     with _page(path, 6, 4.5) as figure:
@@ -242,11 +242,11 @@ def plot_confidence_analysis(
         right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-# --- Figures of an analysis -------------------------------------------------------------------------------------------
+# --- Figures of an analysis ------------------------------------------------------------------------------------------
 
 
 def _length_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Under each bar of `evaluation.by_length` its lengths and its number of samples."""
+    """Write the lengths and the number of samples under each bar of `evaluation.by_length`."""
     ranges = ["–".join(dict.fromkeys((str(row["shortest"]), str(row["longest"])))) for row in rows]
     labels = [f"{span}\nn = {row['count']}" for span, row in zip(ranges, rows, strict=True)]
     axes.set_xticks(np.arange(len(rows)), labels)
@@ -268,7 +268,7 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-# --- Figures of numbers -----------------------------------------------------------------------------------------------
+# --- Figures of numbers ----------------------------------------------------------------------------------------------
 
 
 def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
@@ -293,7 +293,7 @@ def _dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 def plot_predicted_against_true(
     true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike
 ) -> None:
-    """Numbers (N, K) against what was predicted, a panel each, with the diagonal on which they would be equal."""
+    """Predicted against true numbers, (N, K) each, a panel per target, with the diagonal of equality."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), true.T, predicted.T, strict=True):
             _dots(axes, x, y)
@@ -306,7 +306,7 @@ def plot_predicted_against_true(
 
 
 def plot_residuals(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
-    """Residuals (predicted - true) against what was predicted, (N, K) each."""
+    """Residuals (predicted - true) against predicted numbers, (N, K) each."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), predicted.T, (predicted - true).T, strict=True):
             _dots(axes, x, y)
@@ -315,7 +315,7 @@ def plot_residuals(true: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 
 
 def plot_residual_histogram(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
-    """How often each residual (predicted - true) occurs, of numbers (N, K)."""
+    """A histogram of the residuals (predicted - true) of numbers (N, K)."""
     with _page_of_numbers(path, names) as figure:
         for axes, residuals in zip(_panels(figure, names), (predicted - true).T, strict=True):
             axes.hist(residuals, bins=min(40, max(8, int(len(residuals) ** 0.5))), color=BLUE, edgecolor="white")
@@ -340,7 +340,7 @@ def plot_error_by_length(rows: Sequence[dict], path: PathLike) -> None:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
 
 
-# --- Figures of several labels ----------------------------------------------------------------------------------------
+# --- Figures of several labels ---------------------------------------------------------------------------------------
 
 
 def plot_precision_recall_bars(per_class: Sequence[Mapping[str, Any]], path: PathLike) -> None:
@@ -407,11 +407,11 @@ def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -
         figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-# --- Figures of images, series and texts ------------------------------------------------------------------------------
+# --- Figures of images, series and texts -----------------------------------------------------------------------------
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
-    """Images of a scale from 0 to 255, 16 or 1, the smallest that holds them, as floats in [0, 1]."""
+    """Images whose values go up to 1, 16 or 255 (the smallest of these that fits) as floats in [0, 1]."""
     images = np.asarray(images, dtype=np.float64)
     top = next(top for top in (1, 16, 255, np.inf) if images.max(initial=0) <= top)
     return np.clip(images / top, 0, 1)
@@ -442,7 +442,7 @@ def plot_mistakes(images: np.ndarray, titles: Sequence[Sequence[str]], path: Pat
 
 
 def _distinct_rows(rows: np.ndarray, number: int) -> list[int]:
-    """The most peaked row of (latents, L), then again and again the one farthest from those chosen."""
+    """The most peaked row of (latents, L), then repeatedly the one farthest from those chosen."""
     chosen = [int(rows.max(1).argmax())]
     while len(chosen) < number:
         distance = np.min([np.abs(rows - rows[i]).sum(1) for i in chosen], axis=0)
@@ -554,8 +554,8 @@ def plot_text_attention(
             grid = np.full(number * width, np.nan)
             grid[: len(share)] = share
             picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto", alpha=0.6)
-            for place, character in enumerate(characters):
-                row, column = divmod(place, width)
+            for position, character in enumerate(characters):
+                row, column = divmod(position, width)
                 character = character if character.isprintable() else "·"
                 axes.text(column, row, character, ha="center", va="center", fontsize=7)
             axes.set_axis_off()
@@ -610,13 +610,13 @@ def plot_latent_projection(
         bar.ax.minorticks_off()
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def plot_training_curves(
     history: Sequence[Mapping[str, Any]], path: PathLike, best_epoch: int, headline: str = "accuracy"
 ) -> None:
-    """Loss, another figure and learning rate over the epochs.
+    """Loss, another metric and learning rate over the epochs.
 
     Args:
         history: a dict per epoch: epoch, train_loss, val_loss, val_<headline> and, if there is one,
