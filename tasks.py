@@ -591,6 +591,7 @@ class Regression(Task):
 
 # --- Several labels at once -------------------------------------------------------------------------------------------
 
+FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
@@ -687,11 +688,13 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The combinations of labels; of those that occur once, the rarest label, so that training keeps some of it."""
+        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
+        each of many rare combinations on its own would hold out far more than was asked for.
+        """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
         rarest = np.where(targets.any(1), frequency.argmin(1), self.num_outputs)
-        return np.where(counts[strata] > 1, strata, len(counts) + rarest)
+        return np.where(counts[strata] >= FREQUENT, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
         absent = np.flatnonzero(~targets.any(0))
