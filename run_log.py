@@ -130,7 +130,8 @@ class RunLog:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
             figures = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
             shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in figures.items())
-            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {self._samples() / (time.perf_counter() - self.started):,.0f} samples/s")
+            speed = self._samples() / (time.perf_counter() - self.started)
+            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {speed:,.0f} samples/s")
 
     def advance(self, batches: int) -> None:
         self.bar.update(batches)

@@ -25,6 +25,7 @@ import data_utils
 import inference
 import plots
 import run_log
+import tasks
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -48,8 +49,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-        patch.setattr(plots, "evaluation_figures", lambda *_: {})
+        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+        patch.setattr(tasks.Classification, "figures", lambda *_: {})
         yield
 
 
