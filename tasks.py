@@ -175,6 +175,10 @@ class Task:
         """What colours a sample among others: (class numbers (N,), their names), or (numbers (N,), None)."""
         raise NotImplementedError
 
+    def colour_meaning(self) -> str:
+        """Of what these numbers are."""
+        return "truth"
+
     # --- Answers ---
 
     def answer(self, output: Tensor) -> dict[str, Any]:
@@ -579,6 +583,9 @@ class Regression(Task):
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"][:, 0], None
 
+    def colour_meaning(self) -> str:
+        return f"true {self.target_names[0]}"
+
     # --- Answers ---
 
     def answer(self, output: Tensor) -> dict[str, Any]:
@@ -803,6 +810,9 @@ class MultiLabel(Task):
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"].sum(1), None
+
+    def colour_meaning(self) -> str:
+        return "number of true labels"
 
     # --- Answers ---
 
