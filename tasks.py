@@ -544,7 +544,8 @@ class Regression(Task):
         """The shortest decimal that is the same float32 when it is standardised: a label as it stood in the file."""
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
-        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+        first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
+        shorter = (round(value, places) for places in range(first, first + 18))
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
