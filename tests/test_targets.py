@@ -231,8 +231,8 @@ def test_arff_takes_the_last_attribute_and_says_so(tmp_path):
     task, targets, notes = loaded(path, "sequences", task="regression")
     assert task.target_names == ["price"] and targets["2"] == PRICES[1]
     assert notes == [f"{path}: its last attribute, price, is taken for the label (--label_column overrides)"]
-    for given in ({"task": "regression"}, {}):
-        text = message(path, "sequences", label_column="weight", **given)
+    for task in ("regression", "classification"):
+        text = message(path, "sequences", label_column="weight", task=task)
         assert "no attribute 'weight', which --label_column names; there are t0, t1" in text
 
 
@@ -373,8 +373,10 @@ def objects_of_labels(folder):
     return objects(folder / "a.jsonl", [dict(zip("abc", map(bool, hot), strict=True)) for hot in HOT]), {}
 
 
-@pytest.mark.parametrize("write", [names_in_cells, names_in_lists, names_in_npz, names_in_ts, columns_of_npz,
-                                   columns_of_bools, columns_of_floats, columns_of_a_table, objects_of_labels])  # fmt: skip
+@pytest.mark.parametrize("write", [
+    names_in_cells, names_in_lists, names_in_npz, names_in_ts, columns_of_npz, columns_of_bools, columns_of_floats,
+    columns_of_a_table, objects_of_labels,
+])  # fmt: skip
 def test_several_labels_are_the_same_in_every_format(tmp_path, write):
     path, given = write(tmp_path)
     task, targets, notes = loaded(path, task="multilabel", **given)
@@ -383,9 +385,10 @@ def test_several_labels_are_the_same_in_every_format(tmp_path, write):
 
 
 def test_columns_without_names(tmp_path):
-    np.savez(tmp_path / "a.npz", x=SERIES, y=np.array(HOT))
-    assert loaded(tmp_path / "a.npz", "sequences", task="multilabel")[0].class_names == ["label 1", "label 2", "label 3"]
-    assert "for several labels of a series, 1 or 0 each, say --task multilabel" in message(tmp_path / "a.npz", "sequences")
+    path = tmp_path / "a.npz"
+    np.savez(path, x=SERIES, y=np.array(HOT))
+    assert loaded(path, "sequences", task="multilabel")[0].class_names == ["label 1", "label 2", "label 3"]
+    assert "for several labels of a series, 1 or 0 each, say --task multilabel" in message(path, "sequences")
 
 
 @pytest.mark.parametrize("row, column, value", [(2, 1, 2), (5, 0, 0.5), (7, 2, np.nan), (7, 2, -1)])
@@ -401,20 +404,19 @@ def test_columns_of_other_values_than_0_and_1(tmp_path, row, column, value):
 @pytest.mark.parametrize("cell", ["", "2", "yes"])
 def test_cells_of_a_column_that_are_neither(tmp_path, cell):
     rows = [*HOT[:3], [1, cell, 0], *HOT[4:]]
-    text = message(texts(tmp_path / "a.csv", rows, "abc"), task="multilabel", label_column="a,b,c")
-    assert text == f"{tmp_path / 'a.csv'}, line 5, 'b': {cell!r} is neither 1 (the item has the label) nor 0; correct it"
+    path = texts(tmp_path / "a.csv", rows, "abc")
+    text = message(path, task="multilabel", label_column="a,b,c")
+    assert text == f"{path}, line 5, 'b': {cell!r} is neither 1 (the item has the label) nor 0; correct it"
 
 
 def test_a_label_that_no_training_item_has(tmp_path):
     y = np.array(HOT)
     y[:, 1] = 0
     np.savez(tmp_path / "a.npz", x=SERIES, y=y, class_names=list("abc"))
-    for path, given in (
-        (tmp_path / "a.npz", {"dataset": "sequences"}),
-        (texts(tmp_path / "a.csv", y.tolist(), "abc"), {"label_column": "a,b,c"}),
-    ):
+    for path, dataset in ((tmp_path / "a.npz", "sequences"), (texts(tmp_path / "a.csv", y.tolist(), "abc"), "text")):
+        columns = {"label_column": "a,b,c"} if dataset == "text" else {}
         assert f"{path}: no training item has the label 'b'; leave its column out" in message(
-            path, task="multilabel", **given)  # fmt: skip
+            path, dataset, task="multilabel", **columns)  # fmt: skip
     assert "no training item has a label; separate several ones by ';'" in message(
         texts(tmp_path / "a.csv", [""] * N), task="multilabel")  # fmt: skip
 
