@@ -119,7 +119,7 @@ def number_of(cell: Any, where: str) -> float:
     if text.lower() in _MISSING or text == "NA":
         raise UserError(f"{where}: label {shown(cell)} is a missing value; fill it in, or remove the row")
     try:
-        if isinstance(cell, bool) or "_" in text:  # float("1_000") would be 1000
+        if isinstance(cell, (bool, bytes)) or "_" in text:  # float("1_000") would be 1000
             raise ValueError
         value = float(cell)
     except (TypeError, ValueError):
