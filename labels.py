@@ -159,9 +159,9 @@ def read_labels(
         except UserError as error:
             names.append(None)
             errors.append(error)
-    there = {name for name in names if name is not None and name not in known}
-    missing = {name for name in there if name.lower() in _MISSING}
-    if missing and (rest := there - missing) and all(map(_WHOLE.fullmatch, rest)):
+    there = {name for name in names if name is not None}
+    missing = {name for name in there.difference(known) if name.lower() in _MISSING}
+    if missing and (rest := there.union(known) - missing) and all(map(_WHOLE.fullmatch, rest)):
         for number, (name, place) in enumerate(zip(names, places, strict=True)):
             if name in missing:
                 names[number] = None
@@ -182,16 +182,19 @@ def class_order(labels: Iterable[str]) -> list[str]:
 # -- slips ----------------------------------------------------------------------------------------------------
 
 
-def slips(cells: Sequence[Any], names: Sequence[str], several: bool = False) -> list[str]:
+def slips(
+    cells: Sequence[Any], names: Sequence[str], several: bool = False, remedies: Sequence[str] = ()
+) -> list[str]:
     """Notes on labels of training items that look like mistakes.
 
     Args:
         cells, names: the labels as they stand in the file, and the classes that they mean.
         several: whether an item may have any number of labels; then they are those of all items, one after the other.
+        remedies: the flags for unequal classes that are not given yet.
     """
     counts = Counter(names)
     notes = [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts, several)]
-    return notes if several else notes + _many(counts)
+    return notes if several else notes + _many(counts, remedies)
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:
@@ -261,7 +264,7 @@ def _parts(name: str, separator: str) -> list[str]:
     return [part.strip(" '\"") for part in name.split(separator) if part.strip(" '\"")]
 
 
-def _many(counts: Counter) -> list[str]:
+def _many(counts: Counter, remedies: Sequence[str]) -> list[str]:
     if not counts:
         return []
     notes, total = [], sum(counts.values())
@@ -271,8 +274,8 @@ def _many(counts: Counter) -> list[str]:
                      "if they are names of items, name the column of labels by --label_column")
     elif most >= 10 * least and len(counts) > 1:
         notes.append(f"the classes are unequal: {shown(largest)} has {most} of {total} training items, "
-                     f"{shown(smallest)} {least}; look at the balanced accuracy, and see --class_weights balanced and "
-                     "--select_by balanced_accuracy")
+                     f"{shown(smallest)} {least}; look at the balanced accuracy"
+                     + (f", and see {' and '.join(remedies)}" if remedies else ""))
     return notes
 
 
