@@ -159,8 +159,8 @@ def read_labels(
         except UserError as error:
             names.append(None)
             errors.append(error)
-    there = {name for name in names if name is not None}
-    missing = {name for name in there.difference(known) if name.lower() in _MISSING}
+    there = {name for name in names if name is not None and name not in known}
+    missing = {name for name in there if name.lower() in _MISSING}
     if missing and (rest := there.union(known) - missing) and all(map(_WHOLE.fullmatch, rest)):
         for number, (name, place) in enumerate(zip(names, places, strict=True)):
             if name in missing:
