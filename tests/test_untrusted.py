@@ -12,6 +12,7 @@ import shutil
 import signal
 import zipfile
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,7 +341,7 @@ def test_the_optimizers_state_may_lie_in_memory_as_it_likes(contents):
     def resumed(state):
         model = build_model(contents)
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.1, fused=True)
-        restore_optimizer(optimizer, forged(contents, ("optimizer", "state"), state))
+        restore_optimizer(optimizer, forged(contents, ("optimizer", "state"), deepcopy(state)))
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
