@@ -252,7 +252,9 @@ class Classification(Task, ClassTargets):
         if not good:
             return cls([]), []
         cells, names = zip(*good, strict=True)
-        return cls(class_order(names)), slips(cells, names)
+        remedies = ["--class_weights balanced"] * (settings.class_weights == "none")
+        remedies += ["--select_by balanced_accuracy"] * (settings.select_by is None)
+        return cls(class_order(names)), slips(cells, names, remedies=remedies)
 
     def check_names(self, path: str | None) -> None:
         if len(self.class_names) < 2:
