@@ -11,11 +11,9 @@ left. An .onnx file needs the packages onnx, onnxscript and onnxruntime, a .pt2 
 docs/export.md describes inputs and outputs, and has a script that predicts with onnxruntime and NumPy alone.
 """
 
-import io
 import json
 import logging
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -24,9 +22,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils.data import DataLoader
@@ -44,8 +43,8 @@ from inference import READING_REMEDIES, load_model
 from messages import UserError, exit_on_user_error, memory_advice, print_note, printable
 from perceiver_model import PerceiverModel
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # what an .onnx file needs
-OPSET = 18  # of ONNX
+PACKAGES = {"onnx": "1.19.1", "onnxscript": "0.6.2", "onnxruntime": "1.23.2"}  # for .onnx, from these versions on
+OPSET = 18  # of ONNX: the one that torch translates into
 LARGEST = 2**31  # bytes of an ONNX file, a limit of its format
 LIMIT = 1e-4  # largest difference between the outputs of the file and of the model
 CASES = ((1, 1), (1, 64), (2, 7), (3, 300))  # (samples, tokens) of the inputs on which they are compared
@@ -205,15 +204,33 @@ def to_int8(data: bytes) -> bytes:
         return target.read_bytes()
 
 
-class OnnxModel(nn.Module):
-    """An ONNX file in onnxruntime on the CPU, which answers as the model that it was made of.
+class ProgramModel(nn.Module):
+    """A .pt2 file, which answers as the model that it was made of.
 
     Args:
-        file: its path or its bytes.
+        file: its path.
         model: that model, whose modalities tell what the inputs are.
     """
 
-    def __init__(self, file: str | bytes, model: PerceiverModel):
+    def __init__(self, file: str, model: PerceiverModel):
+        super().__init__()
+        with open(file, "rb") as opened, _quiet():
+            self.program = torch.export.load(opened).module()
+        self.modalities = model.modalities
+
+    def outputs(self, x: Any, mask: Any) -> list[Tensor]:
+        return flat(self.program(*map(unwrapped, by_modality(self.modalities, x, mask))))
+
+
+class OnnxModel(nn.Module):
+    """An .onnx file in onnxruntime on the CPU, which answers as the model that it was made of.
+
+    Args:
+        file: its path.
+        model: that model, whose modalities tell what the inputs are.
+    """
+
+    def __init__(self, file: str, model: PerceiverModel):
         import onnxruntime
 
         super().__init__()
@@ -237,14 +254,14 @@ class OnnxModel(nn.Module):
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def largest_difference(model: PerceiverModel, outputs: Callable[[Any, Any], list[Tensor]], attention: bool) -> float:
-    """Between the outputs of an export and those of its model, over all CASES, padded and not; NaN if one is."""
+def largest_difference(model: PerceiverModel, runner: ProgramModel | OnnxModel, attention: bool) -> float:
+    """Between the outputs of a file and those of its model, over all CASES, padded and not; NaN if one is."""
     random, differences = torch.Generator().manual_seed(1), []
     cases = [(*case, padded) for case in CASES for padded in (False, True)]
     for case in tqdm(cases, "comparing", leave=False, disable=None):
         x, mask = map(unwrapped, random_inputs(model, *case, random))
         with torch.inference_mode():
-            expected, found = flat(model(x, mask, return_attention=attention)), outputs(x, mask)
+            expected, found = flat(model(x, mask, return_attention=attention)), runner.outputs(x, mask)
         if [each.shape for each in expected] != [each.shape for each in found]:
             return math.inf
         differences += [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
@@ -256,8 +273,8 @@ def flat(answered: Any) -> list[Tensor]:
     return [answered] if isinstance(answered, Tensor) else [answered[0], *answered[1]]
 
 
-def headline(model: PerceiverModel, runner: nn.Module, loader: DataLoader) -> float | None:
-    """The metric by which the task is told on the screen, over a data set; `runner` computes the outputs."""
+def headline(model: PerceiverModel, runner: OnnxModel, loader: DataLoader) -> float | None:
+    """The task's most telling metric of a file, over a data set."""
     rows = evaluation.collect(runner, tqdm(loader, "evaluating", leave=False, disable=None), model.task)
     return model.task.metrics(rows)[model.task.headline] if rows["finite"].all() else math.nan
 
@@ -303,23 +320,24 @@ def check_arguments(path: Path, model_path: str, quantize: str | None, overwrite
         raise UserError(f"--output: {path} is the checkpoint itself; choose another name")
     if path.exists() and not overwrite:
         raise UserError(f"--output: {path} is there already; choose another name, or say --overwrite")
-    if path.suffix == ".pt2":
-        if quantize:
-            raise UserError(f"--quantize: {quantize} is for .onnx files, not for {path}")
-        return
-    missing = [name for name in PACKAGES if not _is_installed(name)]
-    if missing:
-        raise UserError(
-            f"--output: an .onnx file needs the packages {', '.join(PACKAGES)}: pip install {' '.join(missing)}; a .pt2 "
-            "file needs torch alone"
-        )
+    if path.suffix == ".onnx":
+        check_packages()
+    elif quantize:
+        raise UserError(f"--quantize: {quantize} is for .onnx files, not for {path}")
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
+def check_packages() -> None:
+    """Raise UserError, with the command that installs them, where packages for .onnx files are missing or too old."""
+    wanted = []
+    for name, lowest in PACKAGES.items():
+        try:
+            if Version(version(name)) >= Version(lowest):
+                continue
+        except PackageNotFoundError:
+            pass
+        wanted.append(f'"{name}>={lowest}"')
+    if wanted:
+        raise UserError(f"--output: an .onnx file needs pip install {' '.join(wanted)}; a .pt2 file needs torch alone")
 
 
 def export(
@@ -328,17 +346,17 @@ def export(
     attention: bool = False,
     quantize: str | None = None,
     test_data: DataLoader | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, dict[str, float | None]]:
     """Write a model from :func:`inference.load_model`, which must be float32 and on the CPU.
 
     Args:
         attention: add the attention maps to the outputs.
         quantize: 'int8' or None.
-        test_data: of which the task's headline is computed before and after quantising.
+        test_data: data on which the task's headline is computed before and after quantising.
 
     Returns:
-        `difference`, the largest one between the outputs of the file and of the model; `bytes` of the file. Of int8
-        also `float32_difference`, `float32_bytes`, and the headline `before` and `after`.
+        of 'float32' and, if asked for, of 'int8' the `bytes` of the file, the largest `difference` between its outputs
+        and the model's, and with test_data the `headline`.
 
     Raises:
         UserError: the outputs of the file are not those of the model, which is allowed for int8 as long as they are
@@ -348,41 +366,35 @@ def export(
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     if path.suffix == ".onnx" and weights > 0.9 * LARGEST:
         raise UserError(f"an .onnx file holds 2 GiB at most, and the weights take {weights / 2**30:.1f}; export a .pt2")
-    description = describe(model, quantize, PACKAGES if path.suffix == ".onnx" else ())
+    description = describe(model, quantize, tuple(PACKAGES) if path.suffix == ".onnx" else ())
 
-    def compared(outputs: Callable[[Any, Any], list[Tensor]], limit: float = LIMIT) -> float:
-        difference = largest_difference(model, outputs, attention)
+    def checked(file: IO, limit: float = LIMIT) -> dict[str, float | None]:
+        file.flush()
+        runner = (ProgramModel if path.suffix == ".pt2" else OnnxModel)(file.name, model)
+        difference = largest_difference(model, runner, attention)
         if not difference <= limit:
             raise UserError(f"the outputs of {path} differ from the model's by up to {difference:.2g}, more than "
                             f"{limit:g}, so it is not kept; try other versions of the packages, or the other format")
-        return difference
+        known = {} if test_data is None else {"headline": headline(model, runner, test_data)}
+        return {"bytes": Path(file.name).stat().st_size, "difference": difference, **known}
 
-    facts = {}
     try:
         program = trace(model, attention)
         with written_whole(path) as file:
             if path.suffix == ".pt2":
                 torch.export.save(program, file, extra_files={f"{KEY}.json": description})
-                file.flush()
-                with open(file.name, "rb") as written:
-                    loaded = torch.export.load(written).module()
-                facts["difference"] = compared(lambda x, mask: flat(loaded(x, mask)))
-            else:
-                data = to_onnx(model, program, attention, description)
-                if quantize:
-                    original = OnnxModel(data, model)
-                    facts |= {"float32_difference": compared(original.outputs), "float32_bytes": len(data)}
-                    facts["before"] = headline(model, original, test_data)
-                    data = to_int8(data)
-                file.write(data)
-                file.flush()
-                written = OnnxModel(file.name, model)
-                facts["difference"] = compared(written.outputs, math.inf if quantize else LIMIT)
-                if quantize:
-                    facts["after"] = headline(model, written, test_data)
+                return {"float32": checked(file)}
+            data = to_onnx(model, program, attention, description)
+            file.write(data)
+            figures = {"float32": checked(file)}
+            if quantize:
+                file.seek(0)
+                file.truncate()
+                file.write(to_int8(data))
+                figures[quantize] = checked(file, math.inf)
+            return figures
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
-    return facts | {"bytes": path.stat().st_size}
 
 
 @exit_on_user_error
@@ -394,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE", required=True, help="to write: .onnx, or .pt2 for torch.export")
     parser.add_argument("--attention", action="store_true", help="add the attention maps to the outputs")
     parser.add_argument("--quantize", choices=("int8",), metavar="{int8}",
-                        help="weights of 8 bits: a smaller .onnx, tested on the checkpoint's test split")  # fmt: skip
+                        help="weights of 8 bits: a smaller .onnx, tried on the checkpoint's test split")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
     parser.add_settings(DATA, default="as in training")
     args = parser.parse_args(argv)
@@ -409,18 +421,15 @@ def main(argv: list[str] | None = None) -> int:
     make_folder(path.parent)
     weights = sum(weights.numel() for weights in model.parameters())
     print(f"{printable(args.model_path)}: {model.task.about()}, {weights:,} parameters", flush=True)
-    facts = export(model, path, args.attention, args.quantize, test_data)
-    megabytes = {name: f"{size / 1e6:.1f} MB" for name, size in facts.items() if name.endswith("bytes")}
-    checked = f"in {2 * len(CASES)} random batches, padded and not"
-    if args.quantize:
-        before, after = ("-" if facts[name] is None else f"{facts[name]:.4f}" for name in ("before", "after"))
-        print(f"float32   {megabytes['float32_bytes']:>10}  test {model.task.headline} {before}  largest difference from "
-              f"the model {facts['float32_difference']:.1e} (limit {LIMIT:g}), {checked}")  # fmt: skip
-        print(f"int8      {megabytes['bytes']:>10}  test {model.task.headline} {after}  largest difference from "
-              f"the model {facts['difference']:.1e}")  # fmt: skip
-    else:
-        print(f"largest difference from the model {facts['difference']:.1e} (limit {LIMIT:g}), {checked}")
-    print(f"wrote {printable(str(path))}: {megabytes['bytes']}")
+    found = export(model, path, args.attention, args.quantize, test_data)
+    print(f"compared with the model in {2 * len(CASES)} random batches, padded and not (limit {LIMIT:g} in float32):")
+    for kind, figures in found.items():
+        line = f"  {kind:<8}{figures['bytes'] / 1e6:>7.1f} MB  largest difference {figures['difference']:.1e}"
+        if "headline" in figures:
+            value = "-" if figures["headline"] is None else f"{figures['headline']:.4f}"
+            line += f"  test {model.task.headline} {value}"
+        print(line)
+    print(f"wrote {printable(str(path))}")
     return 0
 
 
