@@ -11,6 +11,7 @@ left. An .onnx file needs the packages onnx, onnxscript and onnxruntime, a .pt2 
 docs/export.md describes inputs and outputs, and has a script that predicts with onnxruntime and NumPy alone.
 """
 
+import io
 import json
 import logging
 import math
@@ -382,7 +383,9 @@ def export(
         program = trace(model, attention)
         with written_whole(path) as file:
             if path.suffix == ".pt2":
-                torch.export.save(program, file, extra_files={f"{KEY}.json": description})
+                whole = io.BytesIO()  # errors of writing into it pass through C++ and lose their kind
+                torch.export.save(program, whole, extra_files={f"{KEY}.json": description})
+                file.write(whole.getbuffer())
                 return {"float32": checked(file)}
             data = to_onnx(model, program, attention, description)
             file.write(data)
