@@ -19,7 +19,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +48,7 @@ PACKAGES = {"onnx": "1.19.1", "onnxscript": "0.6.2", "onnxruntime": "1.23.2"}  #
 OPSET = 18  # of ONNX: the one that torch translates into
 LARGEST = 2**31  # bytes of an ONNX file, a limit of its format
 LIMIT = 1e-4  # largest difference between the outputs of the file and of the model
-CASES = ((1, 1), (1, 64), (2, 7), (3, 300))  # (samples, tokens) of the inputs on which they are compared
+CASES = ((1, 1), (1, 300), (2, 7), (5, 50))  # (samples, tokens) of the inputs on which they are compared
 KEY = "perceiver"  # of the description in the metadata
 DATA = ("data_path", "test_path", "data_dir", "batch_size")  # settings for the test data of --quantize
 MEMORY_REMEDIES = ("closing other programs", "a smaller --batch_size")
@@ -63,7 +63,7 @@ def random_inputs(model: PerceiverModel, samples: int, tokens: int, padded: bool
     """Tokens float32 (B, L, C) and masks bool (B, L) of each modality.
 
     Lengths differ between modalities. Padded, a share of the tokens is hidden at random, and holds NaN; so are all of
-    the first sample, and of each further one all of one modality.
+    the first sample, and of the next ones all of one modality each.
     """
     inputs, masks = {}, {}
     for number, (name, features) in enumerate(model.modalities.items()):
@@ -78,7 +78,7 @@ def random_inputs(model: PerceiverModel, samples: int, tokens: int, padded: bool
             real = torch.rand(shape, generator=random) < 0.7
             real[0] = False
             if len(model.modalities) > 1:
-                real[1 + number :: len(model.modalities)] = False
+                real[1 + number : 2 + number] = False
             values[~real] = math.nan
         inputs[name], masks[name] = values, real
     return inputs, masks
@@ -299,7 +299,7 @@ def read_test_data(model: PerceiverModel, stored: dict[str, Any], flags: dict[st
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def describe(model: PerceiverModel, quantize: str | None, packages: tuple[str, ...]) -> str:
+def describe(model: PerceiverModel, quantize: str | None, packages: Sequence[str]) -> str:
     """What an export tells of itself, as JSON: the task, the adapters, and the versions that it was made with."""
     return json.dumps(
         {
@@ -367,7 +367,7 @@ def export(
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     if path.suffix == ".onnx" and weights > 0.9 * LARGEST:
         raise UserError(f"an .onnx file holds 2 GiB at most, and the weights take {weights / 2**30:.1f}; export a .pt2")
-    description = describe(model, quantize, tuple(PACKAGES) if path.suffix == ".onnx" else ())
+    description = describe(model, quantize, ["torch", *(PACKAGES if path.suffix == ".onnx" else ())])
 
     def checked(file: IO, limit: float = LIMIT) -> dict[str, float | None]:
         file.flush()
