@@ -1,7 +1,7 @@
 """The checkpoint file: what is in it, how it is written (atomically), read (safely) and turned back into a model.
 
 A checkpoint is a torch file that holds tensors and plain Python values only, so that it loads with
-``weights_only=True``. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
+`weights_only=True`. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
 
     format, format_version    "perceiver-checkpoint", 3
     model                     the weights (with --ema_decay their average), without any wrapper's prefix
@@ -117,15 +117,15 @@ def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
         kept = f"; {path} still holds the one before" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {cause.strerror or cause}{kept}; "
-            f"{remedy(cause)} or choose another --checkpoint_dir, then go on with --resume"
+            f"{remedy(cause)} or choose another --checkpoint_dir, then continue with --resume"
         ) from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint on the CPU, wherever it was made, and make sure that it is a whole one of ours.
 
-    Nothing in the file is executed: it is read with ``weights_only=True``, after its checksums were found right. Its
-    parts are of the types of ``Contents``; weights and arguments of the model are compared by ``build_model``.
+    Nothing in the file is executed: it is read with `weights_only=True`, after its checksums were found right. Its
+    parts are of the types of `Contents`; weights and arguments of the model are compared by `build_model`.
 
     Raises:
         UserError: there is no such file, it is damaged, foreign, or holds other objects than tensors and plain

@@ -46,13 +46,13 @@ def test_classes(cell, name):
 @pytest.mark.parametrize("cell, part", [
     (None, "the label is empty"), ("", "the label is empty"), (" \t", "the label is empty"),
     (math.nan, "the label is empty"),
-    (0.5, "label 0.5 is no class: for numbers say --task regression"),
-    ("0.333", "label '0.333' is no class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
+    (0.5, "label 0.5 is not a class: for numbers say --task regression"),
+    ("0.333", "label '0.333' is not a class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
     ("1e-05", "--task regression"), (".5", "--task regression"), ("0,5", "--task regression"),
     ("1,2", "if it is a list, separate its names by ';' and say --task multilabel"), (math.inf, "--task regression"),
-    (["a", "b"], "label ['a', 'b'] is no class; give one, as text or a whole number, or for items with any number of"),
+    (["a", "b"], "label ['a', 'b'] is not a class; give one, as text or a whole number, or for items with any number"),
     ({"a": 1}, "--task multilabel"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
-    ("\u200b", "nothing that can be seen"), ("\0", "nothing that can be seen"),
+    ("\u200b", "no visible characters"), ("\0", "no visible characters"),
     ("x" * 1001, "has 1001 characters; name the column by --label_column"),
 ])  # fmt: skip
 def test_what_is_no_class(cell, part):
@@ -76,7 +76,7 @@ def test_missing_beside_numbers_is_missing():
     """As NaN in an array is; beside words it may be one, and in a known class it is none."""
     names, errors = names_of(["1", "nan", "0", "None", "1"])
     assert names == ["1", None, "0", None, "1"]
-    assert errors == [f"line {n}: label {text!r} beside numbers is a missing one; fill it in, or remove the row"
+    assert errors == [f"line {n}: label {text!r} among numbers is a missing value; fill it in, or remove the row"
                       for n, text in ((1, "nan"), (3, "None"))]  # fmt: skip
     remedy = "label 'None' beside numbers is a missing one; fill it in, or remove the row"
     for cells in (["1", "None"], ["None", "None"]):  # once the classes are known, it is still no class of other data
@@ -98,7 +98,7 @@ def test_class_order():
     assert class_order(["1.0", "01", "1"]) == ["01", "1", "1.0"]
 
 
-# -- slips ----------------------------------------------------------------------------------------------------
+# --- Slips -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cells", [
@@ -169,7 +169,7 @@ def test_what_helps_is_said_where_it_is_needed():
     assert "30 classes for 30 items" in note and "if the labels are measurements, say --task regression" in note
 
 
-# -- numbers --------------------------------------------------------------------------------------------------
+# --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_classes_are_found_under_the_names_of_an_older_checkpoint():

@@ -245,7 +245,7 @@ def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, wor
     assert checkpoint["progress"]["batch"] == step * batches < 180
     assert output(tmp_path / "stopped").endswith(
         f"{number.name}: saved checkpoints/{LAST} at step {step}. "
-        f"Go on with: python train.py --resume checkpoints/{LAST}\n"
+        f"Continue with: python train.py --resume checkpoints/{LAST}\n"
     )
     with ThreadPoolExecutor() as threads:
         unbroken = threads.submit(succeed, start, tmp_path / "unbroken", flags)
@@ -318,7 +318,7 @@ def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, 
 
     with monkeypatch.context() as patch:
         if moment == "in the curves":
-            patch.setattr(plots, "plot_training_curves", lambda history, path, best: (path.write_text("half"), kill()))
+            patch.setattr(plots, "plot_training_curves", lambda history, path, *_: (path.write_text("half"), kill()))
         elif moment == "in the test":
             patch.setattr(train, "build_model", kill)
         elif moment == "before it says so":
@@ -345,7 +345,7 @@ def test_a_run_that_goes_on_has_not_ended(copy, run, monkeypatch, tmp_path):
     assert not (copy / "training_curves.png").exists()
     assert load_checkpoint(copy / LAST)["progress"]["test"] == {}
     drawn = []
-    plot = lambda history, path, best: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
+    plot = lambda history, path, *_: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
     monkeypatch.setattr(plots, "plot_training_curves", plot)
     result = run("--resume")
     assert result.status == 0 and "test accuracy" in result.out and drawn == [3]
@@ -450,7 +450,7 @@ def test_what_came_after_the_checkpoint_is_set_aside(copy, run, tmp_path):
     assert result.status == 0, result.err
     (kept,) = copy.glob("run_until_*")
     assert re.search(
-        rf"note: the run goes on from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
+        rf"note: the run continues from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
         result.out,
     )
     moved = hashes(kept)
@@ -506,7 +506,7 @@ def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
     torch.save(contents, moved / LAST)
     result = run(f"--resume moved/{LAST} --epochs=3")
     assert result.status == 0, result.err
-    assert f"note: moved/{BEST} does not hold this run's best model (epoch 1) any more" in result.out
+    assert f"note: moved/{BEST} no longer holds this run's best model (epoch 1)" in result.out
     last = log_of_file(moved / "log.jsonl")[-1]
     assert f"last epoch 3: validation accuracy {last['val_accuracy']:.4f}, test accuracy " in result.out
     assert f"python inference.py --model_path moved/{LAST}" in result.out
@@ -529,7 +529,7 @@ def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made,
     torch.save(contents, copy / LAST)
     before_step(monkeypatch, 2, replace)
     result = run("--resume --epochs=3")
-    assert result.status == 0 and "does not hold this run's best model" in result.out and "last epoch 3" in result.out
+    assert result.status == 0 and "no longer holds this run's best model" in result.out and "last epoch 3" in result.out
 
 
 # --- Two runs in one folder ------------------------------------------------------------------------------------------
@@ -903,8 +903,8 @@ def no_memory(*_, **__):
         ("data", "out of memory while reading the data (5 GiB more were asked for); .*a smaller --num_samples or "),
         ("rehearsal", "out of memory with batch_size 6 .*--batch_size 3 --accumulation_steps 2 (the same training)"),
         ("validation", "out of memory in validation with batch_size 6 .*--batch_size 3"),
-        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
-        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
+        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
         ("elsewhere", "out of memory on this machine .*--batch_size"),
     ],
 )
@@ -1087,7 +1087,7 @@ def test_a_disk_that_is_full_for_tensorboard(start, tmp_path):
     folder = tmp_path / "run"
     assert end(start(folder, f"{SMALL_BATCHES} --epochs=3", change=fill_the_disk_in_step_12)) == 2
     (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
-    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then go on with --resume", line)
+    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then continue with --resume", line)
     assert "Traceback" not in output(folder) and "Exception" not in output(folder)
     assert load_checkpoint(folder / "checkpoints" / LAST)["epoch"] == 1
     succeed(start, folder, "--resume")

@@ -275,7 +275,7 @@ def test_any_forged_entry_is_refused_on_resume_or_leaves_the_run_whole(contents,
     assert refused > 80
 
 
-# --- Forgeries of more than one entry, and what was tried before ------------------------------------------------------
+# --- Forgeries of more than one entry, and what was tried before -----------------------------------------------------
 
 
 def refusal(function, *args):
@@ -547,7 +547,7 @@ def test_what_is_neither_tensor_nor_plain_is_refused_before_it_is_made(contents,
     assert "holds other objects than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
 
 
-# --- The reader of plain data -----------------------------------------------------------------------------------------
+# --- The reader of plain data ----------------------------------------------------------------------------------------
 
 
 @dataclass
