@@ -306,6 +306,7 @@ def refusal(function, *args):
         (("random_state", "cpu"), torch.zeros(5056, dtype=torch.uint8), "cannot be resumed: "),
         (("random_state", "cpu"), torch.zeros(7, dtype=torch.uint8), "RNG state"),
         (("random_state",), GONE, "random_state is missing"),
+        (("threads",), [[[]] * 9], "threads must be a whole number"),
         (("trained_model",), GONE, "trained_model is missing"),
         (("settings", "num_heads"), 3, "do not agree about num_heads: 2 and 3"),
         (("step",), 3, "epoch and step are not those of progress"),
