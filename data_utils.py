@@ -669,7 +669,7 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
     still has them in memory, and this costs little compared with decoding them. Names may be in another normal form of
     Unicode than in the checkpoint, since data may have moved between systems.
     """
-    known = info["fingerprints"] if info else {}
+    known = (info or {}).get("fingerprints", {})
 
     def of_names(found: Items, texts: list[str], in_form: Callable[[str], str]) -> str:
         result = 0
@@ -737,13 +737,13 @@ def load_splits(settings: Settings, info: Info | None = None, only: str | None =
     asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
     splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
-    prints, known = specific.get("fingerprints", {}), info["fingerprints"] if info else {}
+    prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions used file names only: if these are the same, nothing more can be said
     prints = {name: known[name] if text.partition("-")[0] == known.get(name) else text for name, text in prints.items()}
     return splits, {
         "dataset_type": settings.dataset_type,
         **specific,
         "fingerprints": prints,
-        "split_sizes": (info["split_sizes"] if info else {}) | sizes,
+        "split_sizes": (info or {}).get("split_sizes", {}) | sizes,
         "split_seed": settings.seed,
     }

@@ -298,29 +298,31 @@ def multilabel_metrics(
     A label is predicted if its probability reaches its threshold. Means over the labels leave out those that are on no
     sample (for `macro_f1`: neither on a sample nor predicted). `average_precision` does not depend on the threshold.
     """
-    from sklearn.metrics import average_precision_score, f1_score, hamming_loss, precision_recall_fscore_support
+    from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
     probabilities = torch.from_numpy(logits).sigmoid().numpy()
-    predicted = probabilities >= thresholds
-    per_class = precision_recall_fscore_support(true, predicted, average=None, zero_division=np.nan)
-    support = per_class[3]
-    precision = [
-        average_precision_score(true[:, i], probabilities[:, i]) if support[i] else np.nan for i in range(true.shape[1])
+    predicted, support = probabilities >= thresholds, true.sum(0)
+    columns = list(zip(true.T, predicted.T, strict=True))  # one at a time: scikit-learn takes a single one for classes
+    options = {"average": "binary", "zero_division": np.nan}
+    per_class = [precision_recall_fscore_support(*column, **options)[:3] for column in columns]
+    average_precision = [
+        average_precision_score(there, p) if there.any() else np.nan
+        for there, p in zip(true.T, probabilities.T, strict=True)
     ]
     columns = {
-        "class": class_names, **dict(zip(("precision", "recall", "f1"), per_class, strict=False)),
-        "average_precision": precision, "support": support, "threshold": thresholds,
+        "class": class_names, **dict(zip(("precision", "recall", "f1"), zip(*per_class, strict=True), strict=True)),
+        "average_precision": average_precision, "support": support, "threshold": thresholds,
     }  # fmt: skip
     loss = np.logaddexp(0, logits) - logits * true
     return plain(
         {
             "num_samples": len(true),
             "num_classes": len(class_names),
-            "macro_f1": _mean(per_class[2]),
-            "micro_f1": f1_score(true, predicted, average="micro", zero_division=np.nan),
-            "mean_average_precision": _mean(precision),
+            "macro_f1": _mean(columns["f1"]),
+            "micro_f1": f1_score(true.ravel(), predicted.ravel(), zero_division=np.nan),
+            "mean_average_precision": _mean(average_precision),
             "subset_accuracy": (predicted == true).all(1).mean(),
-            "hamming_loss": hamming_loss(true, predicted),
+            "hamming_loss": (predicted != true).mean(),
             "baseline_hamming_loss": np.minimum(true.mean(0), 1 - true.mean(0)).mean(),
             "binary_cross_entropy": loss.mean(),
             "per_class": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],

@@ -230,7 +230,7 @@ def _analysis_figures(
 
     def latents(path: Path) -> None:
         pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
-        plots.plot_latent_projection(pooled, colours, names, path)
+        plots.plot_latent_projection(pooled, colours, names, path, task.colour_meaning())
 
     def attention(modality: str, path: Path) -> None:
         examples = {}  # colour -> its first sample with the modality
@@ -309,6 +309,8 @@ def print_results(results: dict[str, Any]) -> None:
         return figure_text(value) if value is None or isinstance(value, float) else printable(str(value))
 
     hidden = ("epoch", "split_seed", "num_classes", "num_targets")
+    if results.get("num_targets", 1) > 1:
+        print("mae and rmse of all numbers are in units of their standard deviations in training")
     for name, value in results.items():
         if type(value) in (int, float) and name not in hidden and not name.startswith("baseline_"):
             beside = f"   baseline {shown(baseline)}" if (baseline := results.get(f"baseline_{name}")) else ""
@@ -318,10 +320,12 @@ def print_results(results: dict[str, Any]) -> None:
             continue
         header = list(rows[0])
         cells = [[shown(row[name]) for name in header] for row in rows]
-        titles = [name.replace("_", " ") for name in header]
-        widths = [max(6 * (i > 0), *(len(line[i]) for line in [titles, *cells])) for i in range(len(header))]
+        words = [name.split("_") for name in header]  # a line each, so that columns stay narrow
+        height = max(map(len, words))
+        titles = [list(line) for line in zip(*([""] * (height - len(each)) + each for each in words), strict=True)]
+        widths = [max(6 * (i > 0), *(len(line[i]) for line in [*titles, *cells])) for i in range(len(header))]
         print()
-        for first, *others in [titles, *cells]:
+        for first, *others in [*titles, *cells]:
             more = "  ".join(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
             print(f"{first:<{widths[0]}}  {more}")
 

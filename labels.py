@@ -119,7 +119,7 @@ def number_of(cell: Any, where: str) -> float:
     if text.lower() in _MISSING or text == "NA":
         raise UserError(f"{where}: label {shown(cell)} is a missing value; fill it in, or remove the row")
     try:
-        if isinstance(cell, bool) or "_" in text:  # float("1_000") would be 1000
+        if isinstance(cell, (bool, bytes)) or "_" in text:  # float("1_000") would be 1000
             raise ValueError
         value = float(cell)
     except (TypeError, ValueError):
@@ -188,17 +188,20 @@ def class_order(labels: Iterable[str]) -> list[str]:
 # --- Slips -----------------------------------------------------------------------------------------------------------
 
 
-def slips(cells: Sequence[Any], names: Sequence[str], several: bool = False) -> list[str]:
+def slips(
+    cells: Sequence[Any], names: Sequence[str], several: bool = False, remedies: Sequence[str] = ()
+) -> list[str]:
     """Notes on labels of training items that look like mistakes.
 
     Args:
         cells, names: the labels as they stand in the file, and the classes that they mean.
         several: whether an item may have any number of labels; `cells` and `names` are then those of all items, one
             after the other.
+        remedies: the flags for unequal classes that are not given yet.
     """
     counts = Counter(names)
     notes = [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts, several)]
-    return notes if several else notes + _many(counts)
+    return notes if several else notes + _many(counts, remedies)
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:
@@ -268,7 +271,7 @@ def _parts(name: str, separator: str) -> list[str]:
     return [part.strip(" '\"") for part in name.split(separator) if part.strip(" '\"")]
 
 
-def _many(counts: Counter) -> list[str]:
+def _many(counts: Counter, remedies: Sequence[str]) -> list[str]:
     if not counts:
         return []
     notes, total = [], sum(counts.values())
@@ -278,8 +281,8 @@ def _many(counts: Counter) -> list[str]:
                      "if they are names of items, name the column of labels by --label_column")
     elif most >= 10 * least and len(counts) > 1:
         notes.append(f"the classes are unequal: {shown(largest)} has {most} of {total} training items, "
-                     f"{shown(smallest)} {least}; look at the balanced accuracy, and see --class_weights balanced and "
-                     "--select_by balanced_accuracy")
+                     f"{shown(smallest)} {least}; look at the balanced accuracy"
+                     + (f", and see {' and '.join(remedies)}" if remedies else ""))
     return notes
 
 

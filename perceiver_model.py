@@ -193,7 +193,7 @@ class MultiHeadAttention(nn.Module):
         which groups of fewer than 512 queries do not pay back.
         """
         wanted = 1
-        if inputs.device.type == "cpu":
+        if inputs.device.type == "cpu" and not torch.compiler.is_exporting():  # which leaves the batch size open
             wanted = max(1, min(4, num_queries // 512, -(-CPU_THREADS // max(1, inputs.size(0)))))
         return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
 
@@ -740,15 +740,15 @@ class PerceiverModel(nn.Module):
         x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
         if not x:
             raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
-        if len({len(values) for values in x.values()}) != 1:
-            sizes = {name: len(values) for name, values in x.items()}
-            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
         like, several = next(iter(x.values())), len(self.modalities) > 1
+        if any(values.shape[:1] != like.shape[:1] for values in x.values()):
+            sizes = {name: values.size(0) for name, values in x.items()}
+            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
         inputs, masks = [], []
         for name, tokens in self.modalities.items():
             values, real = x.get(name), mask.get(name)
             if values is None:  # missing in every sample: one path for all, as if by the mask
-                values = like.new_zeros(len(like), tokens.missing_length, tokens.input_dim)
+                values = like.new_zeros(like.size(0), tokens.missing_length, tokens.input_dim)
                 real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
             tokens.check(values, name if several else "input")
             if real is not None:

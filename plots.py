@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,9 +271,13 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
 # --- Figures of numbers ----------------------------------------------------------------------------------------------
 
 
+def _columns_of_panels(names: Sequence[str]) -> int:
+    return len(names) if len(names) <= 4 else 3
+
+
 def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
-    """A panel for each of the numbers, up to four to a row."""
-    columns = min(4, len(names))
+    """A panel for each of the numbers."""
+    columns = _columns_of_panels(names)
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
     for axes in grid[len(names) :]:
         axes.set_axis_off()
@@ -282,12 +286,33 @@ def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
     return list(grid[: len(names)])
 
 
-def _page_of_numbers(path: PathLike, names: Sequence[str]) -> Any:
-    return _page(path, 4.4 * min(4, len(names)), 4 * -(-len(names) // 4))
+def _page_of_numbers(path: PathLike, names: Sequence[str]) -> AbstractContextManager[Figure]:
+    columns = _columns_of_panels(names)
+    return _page(path, 4.4 * columns, 4 * -(-len(names) // columns))
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.scatter(x, y, s=np.clip(4000 / len(x), 3, 25), color=BLUE, alpha=0.55, linewidths=0)
+
+
+def _in_unit(*values: np.ndarray) -> tuple[str, list[np.ndarray]]:
+    """(what to add to the name of an axis, the values as it shows them): large and small ones in powers of 1000; of
+    values that lie close together, far from 0, the distance from a round number."""
+    low, high = min(each.min() for each in values), max(each.max() for each in values)
+    base, label = 0.0, ""
+    if 0 < high - low < 1e-4 * max(abs(low), abs(high)):
+        step = 10.0 ** np.ceil(np.log10(high - low))
+        base = np.round((low + high) / 2 / step) * step
+        label, values = f" − {base:.15g}".replace("− -", "+ "), [each - base for each in values]
+    largest = max(abs(low - base), abs(high - base))
+    if largest == 0 or 1e-2 <= largest < 1e5:
+        return label, list(values)
+    power = 3 * int(np.floor(np.log10(largest) / 3))
+    return f"{label} [1e{power}]", [each / 10.0**power for each in values]
+
+
+def _few_ticks(axes: Axes, which: str = "both") -> None:
+    axes.locator_params(axis=which, nbins=6, steps=[1, 2, 5, 10])
 
 
 def plot_predicted_against_true(
@@ -296,46 +321,55 @@ def plot_predicted_against_true(
     """Predicted against true numbers, (N, K) each, a panel per target, with the diagonal of equality."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), true.T, predicted.T, strict=True):
+            unit, (x, y) = _in_unit(x, y)
             _dots(axes, x, y)
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             margin = 0.03 * ((high - low) or 1)
             ends = (low - margin, high + margin)
-            axes.plot(ends, ends, "--", color=VERMILION, linewidth=1, label="equal")
-            axes.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect="equal")
-            axes.legend()
+            axes.plot(ends, ends, "--", color=VERMILION, linewidth=1)  # where they are equal
+            axes.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", xlim=ends, ylim=ends, aspect="equal")
+            _few_ticks(axes)
 
 
 def plot_residuals(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
     """Residuals (predicted - true) against predicted numbers, (N, K) each."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), predicted.T, (predicted - true).T, strict=True):
+            (x_unit, (x,)), (y_unit, (y,)) = _in_unit(x), _in_unit(y)
             _dots(axes, x, y)
             axes.axhline(0, color=VERMILION, linestyle="--", linewidth=1)
-            axes.set(xlabel="predicted", ylabel="predicted - true")
+            axes.set(xlabel=f"predicted{x_unit}", ylabel=f"predicted − true{y_unit}")
+            _few_ticks(axes)
 
 
 def plot_residual_histogram(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
     """A histogram of the residuals (predicted - true) of numbers (N, K)."""
+    from matplotlib.ticker import MaxNLocator
+
     with _page_of_numbers(path, names) as figure:
-        for axes, residuals in zip(_panels(figure, names), (predicted - true).T, strict=True):
+        for axes, name, residuals in zip(_panels(figure, names), names, (predicted - true).T, strict=True):
+            unit, (residuals,) = _in_unit(residuals)
             axes.hist(residuals, bins=min(40, max(8, int(len(residuals) ** 0.5))), color=BLUE, edgecolor="white")
             axes.axvline(0, color="black", linewidth=1)
             median = np.median(residuals)
-            axes.axvline(median, color=VERMILION, linestyle="--", linewidth=1, label=f"median {median:.3g}")
-            axes.set(xlabel="predicted - true", ylabel="samples")
-            axes.legend()
+            axes.axvline(median, color=VERMILION, linestyle="--", linewidth=1)
+            axes.set_title(f"{short(str(name), 24)}: median {median:.3g}{unit}")
+            axes.set(xlabel=f"predicted − true{unit}", ylabel="samples")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+            _few_ticks(axes, "x")
 
 
 def plot_error_by_length(rows: Sequence[dict], path: PathLike) -> None:
     """The rows of `evaluation.by_length` of mean errors as bars."""
     count, error = _columns(rows, "count", "mean_error")
+    mean = error @ count / count.sum()
+    unit, (error, mean) = _in_unit(error, mean)
     with _page(path, 7, 3.6) as figure:
         axes = figure.subplots()
         axes.bar(np.arange(len(rows)), error, 0.8, color=BLUE, alpha=0.55, edgecolor="white")
-        mean = error @ count / count.sum()
         axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3g}")
         _length_ticks(axes, rows)
-        axes.set(ylabel="mean error")
+        axes.set(ylabel=f"mean error{unit}")
         axes.set_title("Error by sequence length")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
 
@@ -345,14 +379,15 @@ def plot_error_by_length(rows: Sequence[dict], path: PathLike) -> None:
 
 def plot_precision_recall_bars(per_class: Sequence[Mapping[str, Any]], path: PathLike) -> None:
     """Precision, recall and F1 of each label, the rows `per_class` of `evaluation.multilabel_metrics`."""
-    ticks, names = _tick_names([row["class"] for row in per_class], most=40)
+    ticks, names = _tick_names([row["class"] for row in per_class], most=75)
     y = np.arange(len(per_class))
-    with _page(path, 7, float(np.clip(0.32 * len(per_class), 2, 12)) + 1.2) as figure:
+    height = np.clip((0.32 if len(per_class) <= FEW_CLASSES else 0.18) * len(per_class), 1.6, 14)
+    with _page(path, 7, height + 1.2) as figure:
         axes = figure.subplots()
         for offset, (key, colour) in enumerate({"precision": BLUE, "recall": VERMILION, "f1": GREY}.items()):
             values = [row[key] or 0 for row in per_class]
             axes.barh(y + 0.25 * (offset - 1), values, 0.25, color=colour, alpha=0.75, label=key.replace("f1", "F1"))
-        axes.set_yticks(ticks, names)
+        axes.set_yticks(ticks, names, fontsize=9 if len(per_class) <= FEW_CLASSES else 7)
         axes.set_ylim(len(per_class) - 0.5, -0.5)
         axes.set(xlim=(0, 1), xlabel="share")
         axes.grid(axis="y", visible=False)
@@ -370,22 +405,27 @@ def plot_precision_recall_curves(
         true: bool (N, C). Labels that are on no sample are left out; of many the 12 most frequent are drawn.
     """
     import seaborn
-    from sklearn.metrics import precision_recall_curve
+    from sklearn.metrics import average_precision_score, precision_recall_curve
 
     support = true.sum(0)
     shown = [i for i in np.argsort(-support, kind="stable")[:12] if support[i]]
+    palette = seaborn.color_palette("colorblind" if len(shown) <= 10 else "husl", max(1, len(shown)))
     with _page(path, 7.5, 4.6) as figure:
         axes = figure.subplots()
-        for colour, i in zip(seaborn.color_palette("husl", max(1, len(shown))), sorted(shown), strict=False):
+        for colour, i in zip(palette, sorted(shown), strict=False):
             precision, recall, _ = precision_recall_curve(true[:, i], probabilities[:, i])
-            axes.plot(recall, precision, color=colour, drawstyle="steps-post", label=short(str(class_names[i])))
+            label = f"{short(str(class_names[i]))} ({average_precision_score(true[:, i], probabilities[:, i]):.3f})"
+            axes.plot(recall, precision, color=colour, drawstyle="steps-post", label=label)
             predicted = probabilities[:, i] >= thresholds[i]
             if predicted.any():
                 hits = (predicted & true[:, i]).sum()
                 axes.plot(hits / support[i], hits / predicted.sum(), "o", color=colour, markersize=5, clip_on=False)
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        axes.set_title("Precision and recall; the dots are at the thresholds")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+        few = len(shown) == len(class_names)
+        what = "Precision and recall" if few else f"The {len(shown)} most frequent of {len(class_names)} labels"
+        axes.set_title(f"{what} (dots: at the thresholds)")
+        title = "average precision" if shown else None
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title=title)
 
 
 def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -> None:
@@ -404,6 +444,8 @@ def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -
         upper.set_title("Calibration over all labels")
         lower.bar(start + width / 2, count, width, color=GREY, edgecolor="white")
         lower.set(xlabel="probability of a label", ylabel="answers", yscale="log")
+        lower.yaxis.set_major_formatter("{x:,.0f}")
+        lower.minorticks_off()
         figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
@@ -564,11 +606,11 @@ def plot_text_attention(
 
 
 def plot_latent_projection(
-    latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike
+    latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike, meaning: str = "truth"
 ) -> None:
     """Pooled latents (N, D) on their first four principal components, two to a panel.
 
-    values: class numbers (N,) that colour them, or other numbers where class_names is None.
+    values: class numbers (N,) that colour them, or other numbers where class_names is None; `meaning` says of what.
     """
     import seaborn
     from matplotlib.colors import ListedColormap
@@ -601,7 +643,8 @@ def plot_latent_projection(
                 outline = [withStroke(linewidth=2.5, foreground="white")]
                 name = short(str(class_names[number]), 12)
                 axes.text(x, y, name, ha="center", va="center", path_effects=outline)
-        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class" if classes else "truth")
+        label = "true class" if classes else short(meaning, 40)
+        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label=label)
         bar.solids.set_alpha(1)
         if class_names:
             ticks, names = _tick_names(class_names, most=25)
@@ -638,7 +681,8 @@ def plot_training_curves(
             value = history[best][f"val_{name}"]
             star = {"color": VERMILION, "markersize": 11, "label": f"best epoch {epochs[best]}: {figure_text(value)}"}
             axes.plot(epochs[best], np.nan if value is None else value, "*", **star)
-            axes.set_title(name.replace("_", " ").capitalize())
+            words = name.replace("_", " ")
+            axes.set_title("RMSE" if words == "rmse" else words[:1].upper() + words[1:].replace("f1", "F1"))
             axes.legend()
         rates = [line["learning_rate"] for line in history]
         rate.plot(epochs, rates, color=BLUE, marker=marker, markersize=3)

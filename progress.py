@@ -293,6 +293,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, An
     if len(groups) != len(saved):
         raise UserError(f"the checkpoint's optimizer has {len(saved)} groups of parameters, its model {len(groups)}")
     groups = [own | {"lr": known["lr"]} for own, known in zip(groups, saved, strict=True)]
+    # As one stretch of memory each: strides of 0 or of a transposed tensor are not looked at by the fused kernels
+    state = {number: {name: values.contiguous() for name, values in known.items()} for number, known in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

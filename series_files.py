@@ -554,19 +554,19 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
             rows.append(("",) * len(names))
     table = Table(path, {name: position for position, name in enumerate(names)}, rows, places, faults, notes=notes)
     declared = {label: _arff_classes(path, label, attributes[label]) for label in labels}
-    several = len(labels) > 1
+    by_name = settings.task == "regression" or len(labels) > 1  # so that an answer is called as its attribute
 
     def checked(part: Part) -> Part:
         id, place, make, *group = part
 
         def make_checked() -> tuple[Any, Any]:
             value, cell = make()
-            cells = cell if several else dict.fromkeys(labels, cell)
+            cells = cell if len(labels) > 1 else dict.fromkeys(labels, cell)
             cells = {label: None if found == "?" else found for label, found in cells.items()}
             for label, found in cells.items() if labelled else ():
                 if found is not None and declared[label]:
                     _check_declared(found, declared[label], settings.task, place, f"@attribute {label}")
-            return value, cells if several else cells.get(labels[0]) if labels else None
+            return value, cells if by_name else next(iter(cells.values()), None)
 
         return id, place, make_checked, *group
 
@@ -773,8 +773,10 @@ def _npz_labels(path: Path, arrays: dict[str, np.ndarray], task: str, count: int
         y = y[:, None]
     fits = isinstance(y, np.ndarray) and y.dtype.kind in "biuf" and y.ndim == 2
     if not fits or len(y) != count or not y.shape[1]:
-        raise UserError(f"{path}: y is {_kind(arrays['y'])}; with {key or 'several columns'} it must be numbers "
-                        f"({count}, columns), a row for each series")
+        raise UserError(f"{path}: y is {_kind(arrays['y'])}; it must be numbers ({count}, columns), a row for each "
+                        "series" + f"; {key} names the columns" * (key in arrays))
+    if key not in arrays and task == "regression" and y.shape[1] == 1:
+        return y[:, 0].tolist()
     names = [f"label {number}" for number in range(1, y.shape[1] + 1)]
     if key in arrays:
         names = [nfc(name).strip() for name in _per_series(path, key, arrays[key], "US", None, task)]

@@ -185,6 +185,10 @@ class Task:
         """What samples are coloured by in a scatter plot: (class numbers (N,), their names) or (numbers (N,), None)."""
         raise NotImplementedError
 
+    def colour_meaning(self) -> str:
+        """Of what these numbers are."""
+        return "truth"
+
     # --- Answers ---
 
     def answer(self, output: Tensor) -> dict[str, Any]:
@@ -248,7 +252,9 @@ class Classification(Task, ClassTargets):
         if not good:
             return cls([]), []
         cells, names = zip(*good, strict=True)
-        return cls(class_order(names)), slips(cells, names)
+        remedies = ["--class_weights balanced"] * (settings.class_weights == "none")
+        remedies += ["--select_by balanced_accuracy"] * (settings.select_by is None)
+        return cls(class_order(names)), slips(cells, names, remedies=remedies)
 
     def check_names(self, path: str | None) -> None:
         if len(self.class_names) < 2:
@@ -550,7 +556,8 @@ class Regression(Task):
         """The shortest decimal that standardises to the same float32: the label as it stood in the file."""
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
-        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+        first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
+        shorter = (round(value, places) for places in range(first, first + 18))
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
@@ -589,6 +596,9 @@ class Regression(Task):
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"][:, 0], None
 
+    def colour_meaning(self) -> str:
+        return f"true {self.target_names[0]}"
+
     # --- Answers ---
 
     def answer(self, output: Tensor) -> dict[str, Any]:
@@ -601,6 +611,7 @@ class Regression(Task):
 
 # --- Several labels at once ------------------------------------------------------------------------------------------
 
+FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
@@ -697,12 +708,13 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The combination of labels of each sample; if it occurs once, its rarest label, so that some stay in training.
+        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
+        each of many rare combinations on its own would hold out far more than was asked for.
         """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
         rarest = np.where(targets.any(1), frequency.argmin(1), self.num_outputs)
-        return np.where(counts[strata] > 1, strata, len(counts) + rarest)
+        return np.where(counts[strata] >= FREQUENT, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
         absent = np.flatnonzero(~targets.any(0))
@@ -811,6 +823,9 @@ class MultiLabel(Task):
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"].sum(1), None
+
+    def colour_meaning(self) -> str:
+        return "number of true labels"
 
     # --- Answers ---
 

@@ -70,7 +70,7 @@ from config import (
 )
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
-from messages import UserError, exit_on_user_error, figure_text, memory_advice, print_note, printable, quoted
+from messages import UserError, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable, quoted
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
@@ -334,7 +334,8 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
         UserError: they do not.
     """
     old, new = checkpoint["model_args"], model_arguments(settings, data)
-    check_model_arguments(old)
+    with naming("the checkpoint's model arguments are refused"):
+        check_model_arguments(old)
     for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
         if old[name] != new.get(name):
             raise UserError(
