@@ -544,7 +544,7 @@ class Memory:
 def test_what_is_neither_tensor_nor_plain_is_refused_before_it_is_made(contents, tmp_path, value, monkeypatch):
     torch.save(contents | {"more": value}, tmp_path / "forged.pth")
     monkeypatch.setattr(torch, "load", None)
-    assert "holds other objects than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
+    assert "holds objects other than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
 
 
 # --- The reader of plain data ----------------------------------------------------------------------------------------
