@@ -129,7 +129,8 @@ class RunLog:
         if steps and self.bar is not None and not self.bar.disable:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
             values = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
-            shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in values.items())
+            names = [name.removeprefix("train_").replace("accuracy", "acc")[:8] for name in values]  # in 80 columns
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values.values(), strict=True))
             speed = self._samples() / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {speed:,.0f} samples/s")
 

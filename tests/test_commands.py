@@ -768,7 +768,7 @@ def test_batch_sizes_that_are_none(sequences, size):
 
 def test_one_item_is_no_list(sequences):
     model, _ = load_model(sequences)
-    with pytest.raises(UserError, match=r"this is one DataFrame; write predict\(model, \[item\]\)"):
+    with pytest.raises(UserError, match=r"this is one DataFrame, .*; write predict\(model, \[frame\]\)"):
         predict(model, pd.DataFrame(GOOD))
 
 
@@ -925,9 +925,9 @@ def scripted(monkeypatch, accuracies):
     """Let the validations (after the rehearsal) give these accuracies."""
     validate, values = train.validate, iter([0.0, *accuracies])
 
-    def give(*args):
-        metrics, matrix = validate(*args)
-        return metrics | {"val_accuracy": next(values)}, matrix
+    def give(*args, **kwargs):
+        metrics, figures = validate(*args, **kwargs)
+        return metrics, figures | {"val_accuracy": next(values)}
 
     monkeypatch.setattr(train, "validate", give)
 
