@@ -651,7 +651,7 @@ COLUMNS = {"image": "photo", "text": "text", "series": "series"}
 def test_manifest(tmp_path):
     image, series = image_file(tmp_path / "p/1.png"), write(tmp_path / "s.csv", "1\n")
     expected = [{"image": image, "text": " hi "}, {"series": series}]
-    table = write(tmp_path / "m.csv", f"photo,text,series,label\np/1.png, hi ,,a\n,,{series},b\n")
+    table = write(tmp_path / "m.csv", f"photo,text,series,label\n p/1.png , hi ,,a\n,,{series},b\n")
     rows = [{"photo": "p/1.png", "text": " hi ", "label": "a"}, {"photo": None, "series": "s.csv", "label": "b"}]
     for path in (table, write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))):
         items = read_manifest(path, COLUMNS)
