@@ -296,6 +296,8 @@ def test_decimal_commas(tmp_path):
     assert items.notes[1] == f"{path}: a comma is the decimal point in it"
     path = write(path, "id;x;y;label\n1;-1,5;2;a\n1;1.234;4;a\n")
     assert "line 3, column 'x': '1.234' is not a finite number" in message(read_series, path)
+    path = write(path, "id;x;y;label\n1;-1,5;2.5;a\n1;1,25;4.5;a\n")
+    assert "in other cells of the table a comma is the decimal point; write all" in message(read_series, path)
     path = write(path, 'id,x,label\n1,"1,5",a\n')
     assert "write numbers with a decimal point" in message(read_series, path)
     same([read_one_series(write(path, "1,5;2\n3;4,5\n"))], [np.array([[1.5, 2], [3, 4.5]])])
