@@ -688,6 +688,16 @@ def test_an_unreadable_item_is_reported_and_the_others_are_there(kind, make, req
     check_predictions(folder, tmp_path / "results", ids, items)
 
 
+def test_of_many_unreadable_items_a_few_are_named_and_the_others_counted(text_run, tmp_path):
+    folder, _ = text_run
+    (tmp_path / "a.csv").write_text("words\n" + '" "\n' * 12 + "good\n" + '" "\n')
+    done = run(inference.main, tmp_path, f"--model_path={folder}/checkpoints/{BEST}", "--input=a.csv")
+    *named, last = done.err.splitlines()
+    assert [line.partition(",")[0] for line in named] == ["error: a.csv"] * 10
+    assert "line 2," in named[0] and "line 11," in named[-1] and last == "error: and 3 more"
+    assert done.status == 0 and "1 prediction; 13 could not be read" in done.out
+
+
 @pytest.mark.parametrize("kind, name, content, part", [
     ("images_run", "new/a.png", "no image", "new/a.png"),
     ("images_run", "a.png", "no image", "a.png"),
