@@ -77,8 +77,9 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
         members = rng.permutation(np.flatnonzero(labels == label))
         held_out.extend(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     if not held_out:
-        each = ", one of each class," if len(labels) > 1 else ""
-        raise UserError(f"{len(labels)} sample{'s' * (len(labels) > 1)}{each} cannot be split; more are needed")
+        if len(labels) == 1:
+            raise UserError("1 sample cannot be split; more are needed")
+        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; more of a class are needed")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
