@@ -23,6 +23,8 @@ import evaluation
 import inference
 import plots
 import train
+from adapters import ImageAdapter, ImageDataset
+from batches import collate
 from checkpoint import BEST, LAST, load_checkpoint
 from config import Settings
 from inference import load_model, predict
@@ -166,6 +168,18 @@ def test_the_loss_of_several_labels_is_weighted_by_scikit_learns_rule():
     plain = -np.where(targets > 0, np.log(p), np.log(1 - p)).mean(1).sum()
     right = ((logits.numpy() > 0) == (targets > 0)).mean(1).sum()
     assert task.step_sums(logits, torch.from_numpy(targets)).tolist() == pytest.approx([plain, right], rel=1e-5)
+
+
+def test_items_of_images_are_stacked_as_their_batches_are():
+    """A ConcatDataset asks for items, a loader for batches: the targets are standardised once in both."""
+    targets = np.array([[1.0], [2], [6]])
+    task = Regression(["a"]).learn(targets, Settings())
+    adapter = ImageAdapter.fit(np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1), 2)
+    data = ImageDataset(np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1), targets, adapter, targets=task)
+    assert [item["label"].tolist() for item in map(data.__getitem__, range(3))] == targets.tolist()
+    batch, whole = collate([data[0], data[1], data[2]], targets=task), data.__getitems__([0, 1, 2])
+    assert torch.equal(batch["label"], whole["label"]) and torch.equal(batch["input"], whole["input"])
+    assert batch["label"].dtype == torch.float32 and abs(batch["label"].mean()) < 1e-6
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
