@@ -635,7 +635,8 @@ class ImageDataset(Dataset):
         return {"input": tokens, "mask": mask, "label": self.targets.stack(self.labels[numbers])}
 
     def __getitem__(self, number: int) -> Item:
-        return {name: values[0] for name, values in self.__getitems__([number]).items()}
+        item = {name: values[0] for name, values in self.__getitems__([number]).items()}
+        return item | {"label": self.labels[number]}  # as it is before `stack`, which collate calls
 
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class Settings:
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column(
-        "label", "column of the label; several for regression: price,weight", applies=_TABLES)
+        "label", "column of the label; of numbers, and of labels that are 1 or 0, several: price,weight",
+        applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
     ignore_columns: str | None = _column(None, "columns to leave out of the features: time,station", applies=_SERIES)

@@ -557,7 +557,7 @@ class Regression(Task):
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
         first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
-        shorter = (round(value, places) for places in range(first, first + 18))
+        shorter = (round(value, places) + 0.0 for places in range(first, first + 18))  # 0.0 instead of -0.0
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
