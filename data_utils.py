@@ -175,7 +175,7 @@ def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] =
         **({"class_names": list(task.class_names)} if hasattr(task, "class_names") else {}),
         "features": {name: adapter.features for name, adapter in adapters.items()},
         "adapters": {name: describe(adapter) for name, adapter in adapters.items()},
-        "notes": list(notes),
+        "notes": [as_utf8(note) for note in notes],
         **more,
     }
 

@@ -365,7 +365,7 @@ def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> Ev
 def _hyperparameters(settings: Settings) -> dict[str, float | str]:
     """Numbers as numbers, so that HPARAMS can sort and plot them; a setting that may be none as text in all runs."""
     numbers = {name for name, field in FIELDS.items() if field.type in (int, float)}
-    return {name: value if name in numbers else str(value) for name, value in settings.to_dict().items()}
+    return {name: value if name in numbers else printable(str(value)) for name, value in settings.to_dict().items()}
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

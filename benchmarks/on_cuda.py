@@ -519,8 +519,8 @@ def loader(run: Run) -> None:
     import numpy as np
     import torch
 
-    from batches import model_inputs
     from adapters import ImageAdapter
+    from batches import model_inputs
     from config import resolve
     from data_utils import ImageDataset, create_dataloader, load_splits
     from perceiver_model import MODEL_SIZES, PerceiverModel

@@ -78,7 +78,7 @@ def test_missing_beside_numbers_is_missing():
     assert names == ["1", None, "0", None, "1"]
     assert errors == [f"line {n}: label {text!r} among numbers is a missing value; fill it in, or remove the row"
                       for n, text in ((1, "nan"), (3, "None"))]  # fmt: skip
-    remedy = "label 'None' beside numbers is a missing one; fill it in, or remove the row"
+    remedy = "label 'None' among numbers is a missing value; fill it in, or remove the row"
     for cells in (["1", "None"], ["None", "None"]):  # once the classes are known, it is still no class of other data
         assert f"line 1: {remedy}" in names_of(cells, known=["0", "1"])[1]
     assert names_of(["1", "nan"], known=["1", "nan"]) == (["1", "nan"], [])

@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +28,12 @@ from running import ROOT, before_step, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
+from torch.nn import functional as F
 
 import evaluation
 import files
 import plots
+import progress
 import run_log
 import train
 from checkpoint import BEST, LAST, build_model, load_checkpoint
@@ -38,6 +41,7 @@ from config import DATASET_DEFAULTS, Settings
 from data_utils import EpochBatchSampler, load_splits
 from perceiver_model import PerceiverModel
 from progress import FINAL_RATE, Progress, Schedule, average_decay, moving_average, parameter_groups
+from tasks import Classification
 
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
@@ -322,7 +326,7 @@ def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, 
         elif moment == "in the test":
             patch.setattr(train, "build_model", kill)
         elif moment == "before it says so":
-            patch.setattr(train, "log_end", kill)
+            patch.setattr(run_log.RunLog, "close", kill)
         else:
             patch.setattr(train, "finish", kill)
         assert run(f"{SMALL_BATCHES} --epochs=2").status == 130
@@ -627,7 +631,7 @@ def test_the_curves_on_the_disk_are_never_behind_the_checkpoint(monkeypatch, tmp
 
     monkeypatch.setattr(os, "replace", watching)
     assert train.main(f"{SMALL_BATCHES} --epochs=1 --save_every=3".split()) == 0
-    assert compared == [True] * 3
+    assert compared == [True] * 4  # after 3, 6 and 9 steps, and at the end
 
 
 class Killed(BaseException):
@@ -810,14 +814,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path, rate):
 def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
     step = 12  # the third of the second epoch
     if part == "loss":
-        function, count = train.F.cross_entropy, -1  # the rehearsal is none
+        function, count = F.cross_entropy, -1  # the rehearsal is none
 
         def broken(*args, **kwargs):
             nonlocal count
-            count += 1
+            count += torch.is_grad_enabled()  # the one whose gradient is taken, not the one that is shown
             return function(*args, **kwargs) * (math.nan if count == step else 1)
 
-        monkeypatch.setattr(train.F, "cross_entropy", broken)
+        monkeypatch.setattr(F, "cross_entropy", broken)
     else:
         function, count = nn.utils.clip_grad_norm_, 0
 
@@ -918,13 +922,13 @@ def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, sa
         owner, name, act = {
             "model": (nn.Linear, "reset_parameters", no_memory),
             "device": (PerceiverModel, "to", no_memory),
-            "average": (train, "moving_average", no_memory),
+            "average": (progress, "moving_average", no_memory),
             "data": (train, "load_splits", no_array),
             "rehearsal": (torch.Tensor, "backward", no_memory),
             "validation": (evaluation, "collect", no_memory),
             "curves": (plots, "plot_training_curves", no_memory),
             "test": (train, "build_model", no_memory),
-            "elsewhere": (train, "print_run", no_memory),
+            "elsewhere": (run_log.RunLog, "start", no_memory),
         }[place]
         patch.setattr(owner, name, act)
         result = run(f"{SMALL_BATCHES} --epochs=1 --ema_decay=0.5")
@@ -939,7 +943,7 @@ def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, sa
 
 
 def test_what_is_no_lack_of_memory_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(train, "print_run", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_log.RunLog, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(SMALL_BATCHES)
 
@@ -989,7 +993,7 @@ def test_a_step_is_rehearsed_without_a_trace(run, monkeypatch, tmp_path, saved):
     def fail(*_, **__):
         raise RuntimeError("a fault in the first step")
 
-    monkeypatch.setattr(train.F, "cross_entropy", fail)
+    monkeypatch.setattr(F, "cross_entropy", fail)
     with pytest.raises(RuntimeError, match="a fault in the first step"):
         run(SMALL_BATCHES)
     assert files_of(tmp_path) == before
@@ -1033,7 +1037,7 @@ def test_a_validation_that_cannot_work_fails_before_the_first_epoch(run, monkeyp
 
     steps = []
     before_step(monkeypatch, 1, lambda: steps.append(1))
-    monkeypatch.setattr(evaluation, "compute_metrics", fail)
+    monkeypatch.setattr(evaluation, "class_metrics", fail)
     with pytest.raises(RuntimeError, match="a metric that fails"):
         run(SMALL_BATCHES)
     assert not steps
@@ -1175,13 +1179,16 @@ def test_the_loss_is_that_of_smoothed_labels(run, saved, smoothing):
     before = {state["epoch"]: build_model(state).double() for state in saved}
     train_set = load_splits(Settings.from_dict(saved[0]["settings"]))[0]["train"]
     for line in saved[-1]["progress"]["history"]:
-        losses, right = [], []
+        losses, smoothed, right = [], [], []
         for number in range(len(train_set)):
             item = train_set[number]
             log_p = before[line["epoch"] - 1](torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
-            losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
+            losses.append(-log_p[item["label"]])
+            smoothed.append((1 - smoothing) * losses[-1] + smoothing * -log_p.mean())
             right.append(log_p.argmax().item() == item["label"])
         assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
+        objective = line.get("train_objective", line["train_loss"])
+        assert objective == pytest.approx(sum(smoothed).item() / len(smoothed), rel=1e-5)
         assert line["train_accuracy"] == pytest.approx(np.mean(right))
 
 
@@ -1324,12 +1331,12 @@ def test_the_rate_in_figures():
 
 
 def test_the_best_epoch_has_the_highest_accuracy_and_of_those_the_lowest_loss():
-    progress = Progress("run", Schedule(1.0, 0, 10))
+    task, progress = Classification(["a", "b"]), Progress("run", Schedule(1.0, 0, 10))
     epochs = [(0.5, 1.0, True), (0.5, 0.9, True), (0.5, 0.9, False), (0.5, 1.1, False), (0.4, 0.1, False),
               (0.6, 3.0, True), (0.6, 2.9, True)]  # fmt: skip
     for number, (accuracy, loss, better) in enumerate(epochs, 1):
         record = {"epoch": number, "val_accuracy": accuracy, "val_loss": loss}
-        assert progress.end_epoch(record) is better, number
+        assert progress.end_epoch(record, partial(task.score, select_by=None)) is better, number
     assert progress.best["epoch"] == 7 and len(progress.history) == progress.epoch == 7
 
 
