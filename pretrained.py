@@ -177,7 +177,7 @@ SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in 
 
 @dataclass(frozen=True)
 class PretrainedImageAdapter(ImageAdapter):
-    """An image as its pixels, of which the published models see the middle square, scaled to the size of training.
+    """An image as its pixels. The published models see its middle square, scaled to the size of training.
 
     Args:
         crop: side of that square, as a share of the image's shorter side.
