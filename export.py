@@ -281,7 +281,7 @@ def headline(model: PerceiverModel, runner: OnnxModel, loader: DataLoader) -> fl
 
 
 def read_test_data(model: PerceiverModel, stored: dict[str, Any], flags: dict[str, Any]) -> DataLoader:
-    """The test split of the data of training, of which `flags` say where they are now."""
+    """The test split of the training run's data; `flags` say where the data are now."""
     settings, sources = resolve(base={**stored, "device": "cpu", "augment": False}, flags=flags)
     for note in unused_settings(settings, sources):
         print_note(note)

@@ -611,7 +611,7 @@ class Regression(Task):
 
 # --- Several labels at once ------------------------------------------------------------------------------------------
 
-FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
+FREQUENT = 10  # samples that a combination of labels needs to be a stratum of its own
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
@@ -708,8 +708,8 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
-        each of many rare combinations on its own would hold out far more than was asked for.
+        """Each frequent combination of labels is a stratum. All other samples are put together by their rarest label:
+        if each rare combination were a stratum, far more samples than asked for would be held out.
         """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
