@@ -398,7 +398,7 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     assert group.end() != 0 and time.monotonic() - killed < 20
     text = group.text()
     assert text.count("note: torchrun restarted the processes") == text.count("the earlier run in checkpoints") == 1
-    for start in text.split("note: torchrun started"):  # the other process may be ended before it can say so
+    for start in text.split("note: torchrun restarted"):  # the other process may be ended before it can say so
         assert start.count("error: ") == start.count("error: lost another process of the run") <= 1, text
     assert "exitcode  : -9" in text and "RuntimeError" not in text
     epochs = [int(number) for number in re.findall(r"^epoch +(\d+)/500", text, re.MULTILINE)]
