@@ -58,6 +58,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
+PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
@@ -70,9 +71,9 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
     on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
     'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
     rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `at_most`, `above` and `below`,
-    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. Sizes have an
-    upper limit, far above what is of use, where a slip of the finger or a forged file would otherwise be computed for
-    hours.
+    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. `common` ones
+    are in --help, the others in --help_all. Sizes have an upper limit, far above what is of use, where a slip of the
+    finger or a forged file would otherwise be computed for hours.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -86,10 +87,12 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
-_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
-_OWN_IMAGES = {"dataset_type": ("images", "multimodal")}
-_SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
-_OWN = {"dataset_type": OWN_DATA}
+_OUR_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_IMAGES = {"dataset_type": (*_OUR_IMAGES["dataset_type"], PYTHON)}
+_OWN_IMAGES = {"dataset_type": ("images", "multimodal", PYTHON)}
+_SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal", PYTHON)}
+_FILES = {"dataset_type": OWN_DATA}
+_OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
@@ -104,10 +107,12 @@ class Settings:
     Raises UserError with a line for each wrong value.
     """
 
-    dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
+    dataset_type: str = _data(
+        "synthetic", "data set: built in, of your files (--data_path), or of your code (docs/own_data.md)",
+        flag="dataset", choices=tuple(DATASET_DEFAULTS))
     data_path: str | None = _data(None, "your data, a file or folder", applies=_OWN, on_resume="free")
     test_path: str | None = _data(
-        None, "your test data; none = its test folder, or test_fraction", applies=_OWN, on_resume="free")
+        None, "your test data; none = its test folder, or test_fraction", applies=_FILES, on_resume="free")
     test_fraction: float = _data(
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
@@ -138,7 +143,7 @@ class Settings:
     max_unpacking: int = _column(
         100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
     group_column: str | None = _data(
-        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_OWN)
+        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_FILES)
     group_pattern: str | None = _data(
         None, "the same, as a regular expression found in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
@@ -158,9 +163,9 @@ class Settings:
         None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
-    augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
+    augment: bool = _data(True, "move the training images at random", applies=_OUR_IMAGES, on_resume="inexact")
     flip: bool = _data(
-        False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
+        False, "mirror half of the training images, at random", applies=_OUR_IMAGES | {"augment": (True,)},
         on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
@@ -264,6 +269,11 @@ def flag_of(name: str) -> str:
     return "--" + FIELDS[name].metadata.get("flag", name)
 
 
+def is_code(dataset: Any) -> bool:
+    """Whether a data set is a file of the user's own Python code, which own_data.py reads."""
+    return isinstance(dataset, str) and dataset.endswith(".py")
+
+
 def _is_optional(field: dataclasses.Field) -> bool:
     return type(None) in typing.get_args(field.type)
 
@@ -307,7 +317,8 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
         if low > high:
             raise ValueError
         return low, high
-    if not isinstance(value, kind) or value not in rules.get("choices", [value]):
+    of_code = field.name == "dataset_type" and (is_code(value) or value == PYTHON)
+    if not isinstance(value, kind) or (value not in rules.get("choices", [value]) and not of_code):
         raise ValueError
     if kind is str and (not value or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)):
         raise ValueError  # no path, or one that cannot be written as UTF-8
@@ -347,7 +358,8 @@ def _expected(field: dataclasses.Field, none: str) -> str:
     """What a valid value looks like: 'a whole number (epochs) of at least 1'."""
     kind, rules = _kind(field), field.metadata
     if "choices" in rules:
-        return "one of " + ", ".join(rules["choices"])
+        file = ", or a file of yours such as my_data.py" if field.name == "dataset_type" else ""
+        return "one of " + ", ".join(rules["choices"]) + file
     nouns = {int: "a whole number", float: "a number", tuple: "two whole numbers"}
     text = nouns.get(kind, "text" if kind is str else "true or false")
     text += f" ({rules['unit']})" if rules["unit"] else ""
@@ -446,17 +458,19 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
 
     flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they
-    take the place of the defaults, and a change to one that is 'fixed' on resume is refused.
+    take the place of the defaults, and a change to one that is 'fixed' on resume is refused. own: the defaults of a
+    data set of the user's own code.
     Raises UserError with a line for each problem.
     """
     flags, file, checkpoint = flags or {}, file or {}, base or {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
-    dataset = DATASET_DEFAULTS[ChainMap(flags, file, checkpoint, defaults)["dataset_type"]]
+    dataset = DATASET_DEFAULTS.get(ChainMap(flags, file, checkpoint, defaults)["dataset_type"], own or {})
     layers = {"default": defaults, "data set": dataset, "checkpoint": checkpoint, "file": file, "flag": flags}
     values, sources = {}, {}
     for source, layer in layers.items():
@@ -475,17 +489,19 @@ def resolve(
 def has_effect(settings: Settings, name: str) -> bool:
     """Whether a setting has an effect in this run: one of synthetic data has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
-    return all(getattr(settings, other) in values for other, values in conditions.items())
+    in_force = vars(settings) | ({"dataset_type": PYTHON} if is_code(settings.dataset_type) else {})
+    return all(in_force[other] in values for other, values in conditions.items())
 
 
 def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
     """A line for each setting that the file or a flag gives and that has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
-        if sources[name] in ("file", "flag") and not has_effect(settings, name):
+        if sources[name] in ("file", "flag", "given") and not has_effect(settings, name):
             for other, values in field.metadata["applies"].items():
-                notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} "
-                             f"{' or '.join(map(_text, values))}, not {_text(getattr(settings, other))}")
+                needed = " or ".join("FILE.py" if value == PYTHON else _text(value) for value in values)
+                notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {needed}, "
+                             f"not {_text(getattr(settings, other))}")
     return notes
 
 

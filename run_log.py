@@ -21,7 +21,7 @@ import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, load_checkpoint
-from config import FIELDS, Settings
+from config import FIELDS, PYTHON, Settings
 from files import disk_advice, make_folder, new_folder, replace, written_whole
 from messages import UserError, print_note, printable, quoted
 from progress import Progress
@@ -208,18 +208,21 @@ class RunLog:
                 history, best = self.progress.history, self.progress.best["epoch"]
                 plots.plot_training_curves(history, self.folder / CURVES, best, self.task.headline)
 
-    def end(self, tested: Mapping[str, Any], model: Path, is_best: bool) -> None:
-        """The closing lines: of the epoch whose model was tested, and its file."""
+    def end(self, tested: Mapping[str, Any], model: Path, is_best: bool, options: str = "") -> None:
+        """The closing lines: of the epoch whose model was tested, and its file; `options` that opening it needs."""
         progress, headline = self.progress, self.task.headline
         label, test = headline.replace("_", " "), progress.test
         if progress.epoch < self.settings.num_epochs:
             print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
+        following = f"python inference.py --model_path {quoted(model)}{options} --analyze --output_dir results/"
+        if self.settings.dataset_type == PYTHON:
+            following = "predict(result.model, items), evaluate(result.model, dataset)  (from inference)"
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
             f"{tested[f'val_{headline}']:.4f}, test {label} {test[headline]:.4f} ({test['num_samples']} samples, "
             f"touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
-            f"next:   python inference.py --model_path {quoted(model)} --analyze --output_dir results/"
+            f"next:   {following}"
         )
 
     def close(self) -> None:
