@@ -78,7 +78,7 @@ from config import (
 )
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
-from messages import UserError, exit_on_user_error, memory_advice, print_note, printable, quoted
+from messages import UserError, exit_on_user_error, figure_text, memory_advice, print_note, printable, quoted
 from own_data import OwnData
 from perceiver_model import PerceiverModel
 from progress import (
@@ -530,6 +530,8 @@ def finish(run: Run) -> None:
         metrics = metrics_of(model.task, collect(run, model, loader), "test")
     headline = model.task.headline
     progress.test = {"epoch": tested["epoch"], headline: metrics[headline], "num_samples": metrics["num_samples"]}
+    if (baseline := metrics.get(f"baseline_{headline}")) is not None:
+        progress.test["baseline"] = baseline
     run.log.end(tested, file, file.name == BEST, named_again(run.own))
     run.save(LAST)  # with the test figures: the run has ended
     run.log.close()
@@ -763,7 +765,7 @@ def _resume(args: Any, own: OwnData | None) -> Run | None:
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
         f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "
-        + (f"{progress.best[f'val_{headline}']:.4f}" if progress.best else "none yet")
+        + (figure_text(progress.best[f"val_{headline}"]) if progress.best else "none yet")
     )
     return show_and_train(settings, sources, checkpoint, Path(args.resume), own)
 
