@@ -5,7 +5,7 @@ the checkpoint's settings take the place of both defaults. A new setting is one 
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
-    print(format_settings(settings, sources))
+    print(format_settings(settings, sources, {}))
 """
 
 import argparse
@@ -15,7 +15,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import typing
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -71,9 +73,9 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
     on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
     'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
     rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `at_most`, `above` and `below`,
-    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. `common` ones
-    are in --help, the others in --help_all. Sizes have an upper limit, far above what is of use, where a slip of the
-    finger or a forged file would otherwise be computed for hours.
+    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. Sizes have an
+    upper limit, far above what is of use, where a slip of the finger or a forged file would otherwise be computed for
+    hours.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,7 +110,7 @@ class Settings:
     """
 
     dataset_type: str = _data(
-        "synthetic", "data set: built in, of your files (--data_path), or of your code (docs/own_data.md)",
+        "synthetic", "data set: built in, of your files (--data_path), or a file of your code (docs/data.md)",
         flag="dataset", choices=tuple(DATASET_DEFAULTS))
     data_path: str | None = _data(None, "your data, a file or folder", applies=_OWN, on_resume="free")
     test_path: str | None = _data(
@@ -531,18 +533,30 @@ def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *sig
                         f"if that is right, say so with {flag_of(name)}")
 
 
-def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
-    """The settings with an effect in this run, grouped and aligned, with unit and source."""
-    rows: list[str] = []
+def format_settings(settings: Settings, sources: Mapping[str, str], in_force: Mapping[str, Any]) -> str:
+    """The settings that were given or are not at their default, aligned, with unit and source.
+
+    in_force: what `auto` and `none` stand for in this run, by name.
+    """
+    rows = []
     for name, field in FIELDS.items():
-        group, unit = field.metadata["group"], field.metadata["unit"]
-        if group not in rows:
-            rows.append(group)
+        value, unit = getattr(settings, name), field.metadata["unit"]
+        if sources[name] in ("default", "checkpoint") and value == field.default and name != "dataset_type":
+            continue
         if has_effect(settings, name):
-            value = _text(getattr(settings, name))
-            shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
-    return "\n".join(rows)
+            shown = _text(value)
+            if value in ("auto", None):
+                shown += f" = {in_force.get(name) or _meaning(field, shown)}"
+            elif unit:
+                shown += f" [{unit}]"
+            rows.append((name, printable(shown), sources[name]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"  {name:<{widths[0]}}  {shown:<{widths[1]}}  {source}" for name, shown, source in rows)
+
+
+def _meaning(field: dataclasses.Field, word: str) -> str:
+    """What the help says that `auto` or `none` is: 'no limit' of '...; none = no limit'."""
+    return field.metadata["help"].partition(f"{word} = ")[2].partition(";")[0].partition(",")[0] or "none"
 
 
 # -- what "auto" means on this machine -------------------------------------------------------------------
@@ -608,12 +622,18 @@ class Parser(argparse.ArgumentParser):
     that `--config` names, both checked: for `resolve`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, common: Mapping[str, Iterable[str]] | None = None, **kwargs: Any) -> None:
+        """common: settings that most people use, by purpose. --help shows only these, --help_all shows all."""
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, add_help=False, **kwargs)
+        self.common, self.default = common or {}, ""
+        self.add_argument("-h", "--help", nargs=0, action=_Help, help="show the settings that most people use")
+        self.add_argument("--help_all", nargs=0, action=_Help, help="show all settings")
 
     def add_settings(self, names: Iterable[str] = tuple(FIELDS), default: str = "") -> None:
         """Add the flags of these settings by group; their help names `default`, or else each one's own."""
         groups: dict[str, Any] = {}
+        self.default = default
         for name in names:
             field, flag, kind = FIELDS[name], flag_of(name), _kind(FIELDS[name])
             title = field.metadata["group"]
@@ -633,6 +653,25 @@ class Parser(argparse.ArgumentParser):
                     options |= {"nargs": "+", "action": _Names}
                     metavar = "NAME"
                 groups[title].add_argument(flag, metavar=metavar, **options)
+
+    def format_common_help(self) -> str:
+        """What --help shows: the first lines of the description, and the common settings by purpose."""
+        first = "\n\n".join(self.description.split("\n\n")[:2])
+        parts = [f"usage: {self.usage % {'prog': self.prog}}\n\n{first.strip()}"]
+        groups = {"": [(_flag(action), action.help) for action in self._actions if action.dest not in FIELDS]}
+        flags = {action.dest: _flag(action) for action in self._actions}
+        for purpose, names in self.common.items():
+            groups[purpose] = [(flags[name], _brief_help(FIELDS[name], not self.default)) for name in names]
+        width = 2 + max(len(flag) for rows in groups.values() for flag, _ in rows)
+        columns = min(120, shutil.get_terminal_size().columns)
+        for purpose, rows in groups.items():
+            default = f" (default {self.default})" if self.default else ""
+            lines = [f"{purpose}{default}:"] if purpose else []
+            for flag, text in rows:
+                wrap = {"initial_indent": f"  {flag:<{width}}", "subsequent_indent": " " * (width + 2)}
+                lines += textwrap.wrap(text, max(columns, width + 40), break_on_hyphens=False, **wrap)
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts) + "\n"
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = []
@@ -692,6 +731,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Help(argparse.Action):
+    """--help and --help_all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        everything = option_string == "--help_all" or not parser.common
+        sys.stdout.write(parser.format_help() if everything else parser.format_common_help())
+        parser.exit()
+
+
 class _Names(argparse.Action):
     """--name a b and --name a,b set 'a,b'."""
 
@@ -716,15 +764,48 @@ def _help(field: dataclasses.Field, default: str) -> str:
     return f"{field.metadata['help']}{unit} (default {default})"
 
 
+def _flag(action: argparse.Action) -> str:
+    """'--batch_size N'; of a choice and a switch the name alone."""
+    if isinstance(action, _Switch) or action.nargs == 0:
+        return ", ".join(option for option in action.option_strings if not option.startswith("--no_"))
+    metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else str(action.metavar)
+    if metavar.startswith("{") and len(metavar) > 20:
+        metavar = "NAME"
+    return f"{action.option_strings[0]} " + (f"[{metavar}]" if action.nargs == "?" else metavar)
+
+
+def _brief_help(field: dataclasses.Field, with_default: bool) -> str:
+    """'what is answered: classification, regression, multilabel (default classification)'."""
+    text = field.metadata["help"].partition(";")[0].partition(":")[0]
+    if "choices" in field.metadata:
+        text += f": {', '.join(field.metadata['choices'])}" + ", or FILE.py" * (field.name == "dataset_type")
+    differs = any(values.get(field.name, field.default) != field.default for values in DATASET_DEFAULTS.values())
+    if not with_default or (field.default is None and not differs):
+        return text
+    return f"{text} (default {'by data set' if differs else _text(field.default)})"
+
+
+# What most people set, by purpose: what --help shows
+COMMON = {
+    "Data": ("dataset_type", "data_path", "test_path", "label_column", "task", "max_seq_len", "image_size"),
+    "Model": ("model_size", "num_latents"),
+    "Training": (
+        "num_epochs", "batch_size", "learning_rate", "class_weights", "select_by", "early_stopping_patience", "seed",
+        "checkpoint_dir",
+    ),
+    "Speed": ("device", "amp", "compile", "num_workers"),
+}  # fmt: skip
+
+
 def make_parser(description: str) -> Parser:
     """The parser of the training command: every setting, --config and --resume.
 
     Its `parse_args` gives, beside `flags` and `file`, `resume`: the checkpoint to resume from, or None.
     """
     usage = "%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]"
-    parser = Parser(description=description, usage=usage)
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags go over it")
+    parser = Parser(COMMON, description=description, usage=usage)
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags override it")
     parser.add_argument("--resume", metavar="FILE", nargs="?", const=_LAST,
-                        help=f"go on from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
+                        help="continue from this checkpoint, or from the last one in checkpoint_dir")
     parser.add_settings()
     return parser

@@ -65,6 +65,7 @@ OVERRIDES = (
     "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
     "amp", "device",
 )  # fmt: skip
+COMMON = {"Settings": ("data_path", "test_path", "label_column", "batch_size", "num_workers", "amp", "device")}
 EXAMPLES = 3  # samples whose attention maps are drawn
 REPORTED = 10  # items that cannot be read and are named; of more the number is given
 READING_REMEDIES = ("fewer items", "--max_unpacking", "closing other programs")
@@ -362,7 +363,8 @@ def code_again(path: str | None, checkpoint: dict[str, Any], for_data: bool) -> 
 @exit_on_user_error
 @memory_advice("in evaluation", MEMORY_REMEDIES)
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
+    usage = "%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [--SETTING VALUE ...]"
+    parser = Parser(COMMON, description=__doc__, usage=usage)
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
     parser.add_argument("--analyze", action="store_true", help="write the analysis too, and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")

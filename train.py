@@ -80,7 +80,7 @@ from data_utils import CIFAR10_FILES, load_splits
 from files import owned
 from messages import UserError, exit_on_user_error, figure_text, memory_advice, print_note, printable, quoted
 from own_data import OwnData
-from perceiver_model import PerceiverModel
+from perceiver_model import MODEL_SIZES, PerceiverModel
 from progress import (
     STOP_SIGNALS,
     Progress,
@@ -778,10 +778,22 @@ def show_and_train(
     own: OwnData | None = None,
 ) -> Run:
     """Show the settings and train."""
-    print(format_settings(settings, sources))
+    file = Path(settings.checkpoint_dir, "settings.json")
+    print(f"settings that are not at their default, or were given (all of them: {printable(str(file))})")
+    print(format_settings(settings, sources, in_force(settings)))
     for note in unused_settings(settings, sources):
         print_note(note)
     return execute(settings, checkpoint, resumed, own)
+
+
+def in_force(settings: Settings) -> dict[str, Any]:
+    """What `auto` and `none` stand for on this machine and in this model."""
+    device = choose_device(settings.device)
+    preset = MODEL_SIZES[settings.model_size]
+    width, heads = settings.d_model or preset["d_model"], settings.num_heads or preset["num_heads"]
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(choose_precision(settings.amp, device), "off")
+    others = {"cross_attention_dim": width, "num_cross_attention_heads": heads}
+    return {**preset, **others, "device": device.type, "amp": amp}
 
 
 @exit_on_user_error
