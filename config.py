@@ -769,7 +769,7 @@ def _flag(action: argparse.Action) -> str:
     if isinstance(action, _Switch) or action.nargs == 0:
         return ", ".join(option for option in action.option_strings if not option.startswith("--no_"))
     metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else str(action.metavar)
-    if metavar.startswith("{") and len(metavar) > 20:
+    if metavar.startswith("{") and action.dest in FIELDS:  # whose help names the choices
         metavar = "NAME"
     return f"{action.option_strings[0]} " + (f"[{metavar}]" if action.nargs == "?" else metavar)
 

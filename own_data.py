@@ -55,7 +55,8 @@ from tasks import Task
 
 SPLITS = ("train", "val", "test")
 FUNCTION, DEFAULTS = "load_data", "DEFAULTS"
-OURS = {__file__, adapters_module.__file__}  # of a traceback through the user's code, what is not shown
+OURS = (__file__, adapters_module.__file__)  # of a traceback, what is not the user's code
+LIBRARIES = (sys.prefix, sys.base_prefix, "<frozen")
 
 _loaded: set[Path] = set()  # the files that were loaded as modules
 
@@ -102,10 +103,12 @@ def running(place: str) -> Iterator[None]:
         raise (error if place in str(error) else UserError(f"{place}: {error}")) from error.__cause__
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        while frames and frames[0].filename in OURS:
-            del frames[0]
-        told = "".join(traceback.format_exception_only(error)).strip()
-        raise UserError(f"{place}: {told}\n{''.join(traceback.format_list(frames)).rstrip()}".rstrip()) from error
+        theirs = [frame for frame in frames if not frame.filename.startswith((*OURS, *LIBRARIES))] or frames
+        told = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{place}: {type(error).__name__}{': ' * bool(told)}{told}, raised at {theirs[-1].filename}, line "
+            f"{theirs[-1].lineno}, in {theirs[-1].name}: {theirs[-1].line}"
+        ) from error
 
 
 def load_file(path: str) -> OwnData:

@@ -263,15 +263,17 @@ def test_the_printed_settings_are_those_stored(digits_run):
     text = {name: str(value).lower() if value is None or value is True or value is False else str(value)
             for name, value in stored.items()}  # fmt: skip
     assert printed == {name: text[name] for name in printed}
-    only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
-    own_data = {"data_path", "test_path", "test_fraction", "image_size", "image_bits", "group_pattern"}
-    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
-    own_data |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
         "learning_rate", "num_cross_attention_layers", "num_self_attention_layers",
     }  # fmt: skip
+    assert {name for name, _, source in rows if source != "flag"} == {"label_smoothing", "ema_decay"}
+
+
+def test_the_losses_on_the_screen_are_said_to_be_of_which_weights(digits_run):
+    (line,) = re.findall(r"^loss +(.*)$", digits_run[0].stdout, re.MULTILINE)
+    assert line == ("cross-entropy without label smoothing; train: with each step's weights and dropout; "
+                    "val: with the moving average of the weights")  # fmt: skip
 
 
 def test_tensorboard_holds_the_run(digits_run):
