@@ -46,7 +46,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import adapters as adapters_module
-from adapters import ADAPTERS, Adapter, Source, TensorAdapter
+from adapters import ADAPTERS, Adapter, Source, TensorAdapter, describe
 from batches import ONLY, Item, to_sample
 from config import PYTHON, Settings, check_settings
 from data_files import Items
@@ -103,12 +103,10 @@ def running(place: str) -> Iterator[None]:
         raise (error if place in str(error) else UserError(f"{place}: {error}")) from error.__cause__
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not frame.filename.startswith((*OURS, *LIBRARIES))] or frames
-        told = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{place}: {type(error).__name__}{': ' * bool(told)}{told}, raised at {theirs[-1].filename}, line "
-            f"{theirs[-1].lineno}, in {theirs[-1].name}: {theirs[-1].line}"
-        ) from error
+        theirs = [frame for frame in frames if not frame.filename.startswith((*OURS, *LIBRARIES))]
+        told = [f"{place}: {type(error).__name__}", *str(error).strip().splitlines()[:1]]
+        where = [f", raised at {one.filename}, line {one.lineno}, in {one.name}: {one.line}" for one in theirs[-1:]]
+        raise UserError(": ".join(told) + "".join(where)) from error
 
 
 def load_file(path: str) -> OwnData:
@@ -246,6 +244,8 @@ def read_items(sources: Mapping[str, Any], own: OwnData, max_errors: int = 20) -
             found.ids = [as_utf8(str(id)) for id in getattr(source, "ids", range(len(source)))]
             continue
         groups = []
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(0)
         for number in tqdm(range(len(source)), f"reading {name}", delay=2, leave=False, disable=None):
             if len(errors) > max_errors:
                 break
@@ -257,6 +257,8 @@ def read_items(sources: Mapping[str, Any], own: OwnData, max_errors: int = 20) -
                 found.ids.append(as_utf8(str(item.get("id", number))))
                 groups.append(item.get("group"))
             except UserError as error:
+                if error.__cause__:  # an exception of the user's code, which is likely the same for every item
+                    raise
                 errors.append(error)
         if not errors and any(group is not None for group in groups):
             found.groups = ["" if group is None else str(plain_label(group)) for group in groups]
@@ -321,6 +323,7 @@ def fit_adapters(given: Given, train: Items, settings: Settings, own: OwnData) -
                 raise UserError(f"{own.path or 'data'}: no training item has an input for {name}")
             with running(f"{own.path or 'data'}: {adapter.__name__}.fit"):
                 adapter, _ = adapter.load(source, settings, None)
+        describe(adapter)  # what cannot be stored is refused here
         made[name] = adapter
     return made
 
