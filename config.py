@@ -119,8 +119,8 @@ class Settings:
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is answered: one class, numbers, or several labels at once",
-        choices=("classification", "regression", "multilabel"), applies=_OWN)
+        "classification", "what is answered: classification, regression, or multilabel (several labels at once)",
+        metavar="NAME", applies=_OWN)  # tasks.py knows which there are
     id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
@@ -776,7 +776,8 @@ def _flag(action: argparse.Action) -> str:
 
 def _brief_help(field: dataclasses.Field, with_default: bool) -> str:
     """'what is answered: classification, regression, multilabel (default classification)'."""
-    text = field.metadata["help"].partition(";")[0].partition(":")[0]
+    text = field.metadata["help"].partition(";")[0]
+    text = text if field.name == "task" else text.partition(":")[0]
     if "choices" in field.metadata:
         text += f": {', '.join(field.metadata['choices'])}" + ", or FILE.py" * (field.name == "dataset_type")
     differs = any(values.get(field.name, field.default) != field.default for values in DATASET_DEFAULTS.values())

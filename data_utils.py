@@ -513,7 +513,7 @@ def _targets(
     task, notes = known, []
     if task is None:
         train = items["train"]
-        task, notes = tasks.TASKS[settings.task].fit(train.labels, train.places, settings)
+        task, notes = tasks.task_named(settings.task).fit(train.labels, train.places, settings)
     targets = {}
     for name, found in items.items():
         targets[name], wrong = task.read(found.labels, found.places)
@@ -758,7 +758,7 @@ def _given_targets(
                 if not own_data.is_name(label)
             )
         return _targets(items, known, settings, [], where)
-    task = known or tasks.TASKS[settings.task](class_names)
+    task = known or tasks.task_named(settings.task)(class_names)
     if getattr(task, "class_names", class_names) != class_names:
         raise UserError(f"{where}: class_names are {class_names}, the checkpoint's {task.class_names}")
     targets, errors = {}, []

@@ -841,6 +841,13 @@ class MultiLabel(Task):
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
 
 
+def task_named(name: str) -> type[Task]:
+    """The class of a task by settings.task. Raises UserError for a name that there is not."""
+    if name not in TASKS:
+        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {shown(name)}")
+    return TASKS[name]
+
+
 def describe(task: Task) -> dict[str, Any]:
     """Plain values that a checkpoint can store."""
     return {"kind": task.kind, **asdict(task)}

@@ -237,6 +237,7 @@ def prepare(
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
+    tasks.task_named(settings.task)
     check_size(settings, device)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint and checkpoint["data"], own=own)
