@@ -303,7 +303,8 @@ class Classification(Task, ClassTargets):
     def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
         weights = None
         if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+            dtype = torch.promote_types(outputs.dtype, torch.float32)  # that of the loss, also under autocast
+            weights, outputs = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device), outputs.to(dtype)
         smoothing = settings.label_smoothing
         return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing, reduction="sum")
 

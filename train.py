@@ -510,11 +510,13 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         rows = collect(run, run.evaluated, run.loaders["val"], batches)
+    task = run.task
     if settings.tune_thresholds:
-        run.task = distributed.broadcast(lambda: run.task.tuned(rows))
-        run.data["task"] = tasks.describe(run.task)
-    metrics = metrics_of(run.task, rows, "validation")
-    return metrics, run.task.epoch_figures(metrics, settings.select_by)
+        task = distributed.broadcast(lambda: task.tuned(rows))
+    if batches is None:
+        run.task, run.data["task"] = task, tasks.describe(task)
+    metrics = metrics_of(task, rows, "validation")
+    return metrics, task.epoch_figures(metrics, settings.select_by)
 
 
 # --- After the last step ----------------------------------------------------------------------------------------------
