@@ -240,7 +240,7 @@ def prepare(
     tasks.task_named(settings.task)
     check_size(settings, device)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
-        splits, data = load_splits(settings, checkpoint and checkpoint["data"], own=own)
+        splits, data = load_splits(settings, checkpoint and checkpoint["data"], None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
@@ -764,7 +764,7 @@ def _resume(args: Any, own: OwnData | None) -> Run | None:
             f"epochs; to go on, raise {more}"
         )
         return None
-    headline = tasks.TASKS[checkpoint["data"]["task"]["kind"]].headline
+    headline = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task").headline
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
         f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "
