@@ -31,6 +31,7 @@ data: it is opened again with the same file.
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 import zlib
@@ -56,7 +57,7 @@ from tasks import Task
 SPLITS = ("train", "val", "test")
 FUNCTION, DEFAULTS = "load_data", "DEFAULTS"
 OURS = (__file__, adapters_module.__file__)  # of a traceback, what is not the user's code
-LIBRARIES = (sys.prefix, sys.base_prefix, "<frozen")
+STANDARD = os.path.dirname(os.__file__)  # of Python's own library
 
 _loaded: set[Path] = set()  # the files that were loaded as modules
 
@@ -103,10 +104,14 @@ def running(place: str) -> Iterator[None]:
         raise (error if place in str(error) else UserError(f"{place}: {error}")) from error.__cause__
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not frame.filename.startswith((*OURS, *LIBRARIES))]
+        theirs = [one for one in frames if one.filename not in OURS and not _is_library(one.filename)]
         told = [f"{place}: {type(error).__name__}", *str(error).strip().splitlines()[:1]]
         where = [f", raised at {one.filename}, line {one.lineno}, in {one.name}: {one.line}" for one in theirs[-1:]]
         raise UserError(": ".join(told) + "".join(where)) from error
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or file.startswith((STANDARD, "<frozen"))
 
 
 def load_file(path: str) -> OwnData:

@@ -223,7 +223,7 @@ class RunLog:
             print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
         following = f"python inference.py --model_path {quoted(model)}{options} --analyze --output_dir results/"
         if self.settings.dataset_type == PYTHON:
-            following = "predict(result.model, items), evaluate(result.model, dataset)  (from inference)"
+            following = "from inference import evaluate, predict; evaluate(result.model, result.splits['test'])"
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
             f"{figure_text(tested[f'val_{headline}'])}, test {label} {figure_text(test[headline])} ({beside}"

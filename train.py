@@ -578,6 +578,7 @@ class Result:
         best: that of the best epoch.
         test: figures of the best model on the test data; empty where the run was stopped.
         checkpoint: the model's file, for `inference.load_model`.
+        splits: the data sets 'train', 'val' and 'test' as the model read them, for `inference.evaluate`.
         stopped: the signal that stopped the run (in a notebook, the button "interrupt": SIGINT), or None.
     """
 
@@ -586,7 +587,8 @@ class Result:
     best: dict[str, Any]
     test: dict[str, Any]
     checkpoint: Path
-    stopped: int | None = None
+    splits: dict[str, Any]
+    stopped: int | None
 
 
 def train(
@@ -638,7 +640,8 @@ def train(
     device = run.device if run else distributed.own_device(choose_device(settings.device))
     model = equipped_model(best or checkpoint, device, own and own.classes)
     file = last.parent / BEST if best else last
-    return Result(model, progress.history, progress.best, progress.test, file, run and run.stop.agreed)
+    splits = run.splits if run else load_splits(settings, checkpoint["data"], None, own)[0]
+    return Result(model, progress.history, progress.best, progress.test, file, splits, run and run.stop.agreed)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

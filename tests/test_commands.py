@@ -904,7 +904,7 @@ def test_folders_that_cannot_be_written(call, quick, flag, place):
 def test_the_example_file_with_flags_over_it(call, monkeypatch):
     """The longest command that the README has, up to where it needs the data."""
 
-    def no_data(settings, info=None):
+    def no_data(*_):
         raise UserError("no data here")
 
     monkeypatch.setattr(train, "load_splits", no_data)

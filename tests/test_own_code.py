@@ -256,6 +256,8 @@ def test_lists_and_datasets_give_the_same_run_with_any_number_of_workers(folder)
     assert result.best == max(result.history, key=lambda line: (line["val_accuracy"], -line["val_loss"]))
     assert_same(dict(result.model.state_dict()), checkpoint["model"])
     assert evaluate(result.model, test)["accuracy"] == result.test["accuracy"]
+    results = evaluate(result.model, result.splits["test"], analyze=True, output_dir="results")
+    assert results["accuracy"] == result.test["accuracy"] and Path("results/attention.png").exists()
     answers = predict(result.model, [item["input"] for item in test])
     assert np.mean([answer["label"] == item["label"] for answer, item in zip(answers, test, strict=True)]) == (
         result.test["accuracy"]
@@ -283,6 +285,7 @@ def test_a_run_is_continued_from_python(folder):
     ended = trained(3, "broken", resume=f"broken/checkpoints/{LAST}")  # nothing is left to do
     assert_same(ended.history, broken.history)
     assert ended.test == broken.test
+    assert evaluate(ended.model, ended.splits["test"])["accuracy"] == ended.test["accuracy"]
     assert len(trained(4, "broken", resume=f"broken/checkpoints/{LAST}").history) == 4
     with pytest.raises(UserError, match="seed: cannot change on resume, the checkpoint has 0"):
         train(replace(settings, seed=1, checkpoint_dir="broken/checkpoints"), data, resume=f"broken/checkpoints/{LAST}")
