@@ -915,7 +915,7 @@ def test_the_example_file_with_flags_over_it(call, monkeypatch):
     assert [note.split()[1] for note in notes] == ["num_samples", "seq_len_range"]
     assert all("(file) has no effect: it needs dataset_type synthetic, not cifar10" in note for note in notes)
     expected = [("batch_size", "64", "flag"), ("num_epochs", "200", "flag"), ("learning_rate", "0.0002", "flag"),
-                ("weight_decay", "0.0001", "file"), ("patch_size", "4", "data")]  # fmt: skip
+                ("weight_decay", "0.0001", "file"), ("flip", "true", "data")]  # fmt: skip
     for name, value, source in expected:
         assert re.search(rf"^  {name} +{re.escape(value)} .* {source}", done.out, re.MULTILINE), name
 
@@ -927,9 +927,9 @@ def scripted(monkeypatch, accuracies):
     """Let the validations (after the rehearsal) give these accuracies."""
     validate, values = train.validate, iter([0.0, *accuracies])
 
-    def give(*args):
-        metrics, matrix = validate(*args)
-        return metrics | {"val_accuracy": next(values)}, matrix
+    def give(*args, **options):
+        metrics, figures = validate(*args, **options)
+        return metrics, figures | {"val_accuracy": next(values)}
 
     monkeypatch.setattr(train, "validate", give)
 

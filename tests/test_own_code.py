@@ -191,6 +191,30 @@ def test_a_file_that_changed_is_noted_and_other_data_are_not_resumed(folder, run
     assert "dataset_type: cannot change on resume" in run(f"--resume {path} --dataset renamed.py").err
 
 
+def test_new_items_are_predicted_from_files_where_the_adapter_reads_them(folder, run, capsys):
+    """Tokens need no code of the user's; an adapter of theirs says how its files are read, or that it does not."""
+    Path("ramps.py").write_text(f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+from test_own_code import ramps
+def load_data(settings):
+    return {{"train": ramps(60), "class_names": ["rises", "falls"]}}
+""")
+    assert run(f"--dataset ramps.py {FLAGS} --epochs=6 --lr=5e-3").status == 0
+    new = ramps(20, seed=3)
+    x = np.concatenate([item["input"] for item in new])
+    np.savez("new.npz", x=x, lengths=[len(item["input"]) for item in new])
+    assert inference_of("--model_path", f"checkpoints/{BEST}", "--input", "new.npz") == 0
+    rows = Path("results/predictions.csv").read_text().splitlines()
+    answers = predict(load_model(f"checkpoints/{BEST}")[0], [item["input"] for item in new])
+    assert [row.split(",")[1] for row in rows[1:]] == [answer["class"] for answer in answers]
+    Path("walks.py").write_text(STEPS)
+    assert run(f"--dataset walks.py {FLAGS} --checkpoint_dir=walks").status == 0
+    capsys.readouterr()
+    assert inference_of("--model_path", f"walks/{BEST}", "--input", "new.npz", "--dataset", "walks.py") == 2
+    assert capsys.readouterr().err == "error: new.npz: Steps does not say how files are read\n"
+
+
 def test_a_killed_run_resumes_bit_for_bit(start, tmp_path):
     """The user's code is loaded again by the command, in a new process; with a worker."""
     code = tmp_path / "walks.py"
