@@ -86,7 +86,7 @@ def problems(function, *args, **kwargs):
     return str(caught.value).splitlines()
 
 
-# -- types -----------------------------------------------------------------------------------------------
+# --- Types -----------------------------------------------------------------------------------------------------------
 
 
 def assert_declared_types(chosen):
@@ -198,7 +198,7 @@ def test_whole_floats_are_whole_numbers_and_ints_are_numbers():
     assert repr((chosen.num_samples, chosen.seq_len_range, chosen.grad_clip)) == "(100000, (50, 60), 2.0)"
 
 
-# -- the file --------------------------------------------------------------------------------------------
+# --- The file --------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_file():
@@ -303,7 +303,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, data):
         assert str(tmp_path) in str(error)
 
 
-# -- where values come from ------------------------------------------------------------------------------
+# --- Where values come from ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -366,7 +366,7 @@ def test_given_settings_without_effect_are_named():
     assert config.unused_settings(*resolve(file=file)) == []
 
 
-# -- resume ----------------------------------------------------------------------------------------------
+# --- Resume ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_checkpoint_takes_the_place_of_the_defaults():
@@ -417,7 +417,7 @@ def test_what_no_machine_could_hold_is_refused(needed, refused):
         config.check_memory(needed, "so much")
 
 
-# -- the command line ------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------------------
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
@@ -547,7 +547,7 @@ def test_the_settings_shown_are_those_given_and_those_not_at_their_default():
     assert "patch_size" not in rows and "mlp_ratio" not in rows and rows["num_epochs"].startswith("3 [epochs]")
 
 
-# -- what "auto" means -----------------------------------------------------------------------------------
+# --- What "auto" means -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -592,7 +592,7 @@ def test_fp16_without_cuda_is_refused():
     assert line == "amp: fp16 needs a CUDA device, not cpu; choose one of auto, bf16, off"
 
 
-# -- a real process --------------------------------------------------------------------------------------
+# --- A real process --------------------------------------------------------------------------------------------------
 
 COMMAND = """
 import sys

@@ -327,7 +327,7 @@ def test_a_signal_stops_a_run_in_python(folder, monkeypatch, capsys):
     result = train(Settings(**(SMALL | {"num_epochs": 9}), batch_size=10), data={"train": ramps(40)})
     signal.signal(signal.SIGINT, before)
     assert result.stopped == signal.SIGINT and result.test == {} and 1 <= len(result.history) < 9
-    assert f"Go on with: train(settings, data=..., resume='checkpoints/{LAST}')" in capsys.readouterr().out
+    assert f"Continue with: train(settings, data=..., resume='checkpoints/{LAST}')" in capsys.readouterr().out
     assert predict(result.model, [ramps(1)[0]["input"]])[0]["class"] in ("0", "1")
 
 
