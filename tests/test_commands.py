@@ -1028,7 +1028,7 @@ def test_importing_changes_nothing(processes):
 def test_the_tour(processes):
     result, folder = processes(tour)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("12345678")
+    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("123456789")
     assert files_below(folder) == set()
 
 
