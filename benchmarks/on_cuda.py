@@ -519,10 +519,10 @@ def loader(run: Run) -> None:
     import numpy as np
     import torch
 
-    from adapters import ImageAdapter
-    from batches import model_inputs
+    from adapters import ImageAdapter, ImageDataset
+    from batches import create_dataloader, model_inputs
     from config import resolve
-    from data_utils import ImageDataset, create_dataloader, load_splits
+    from data_utils import load_splits
     from perceiver_model import MODEL_SIZES, PerceiverModel
 
     rng = np.random.default_rng(0)
