@@ -44,8 +44,7 @@ def run_train(folder, flags, file_limit=None, change=None, terminal=None):
     os.dup2(screen, 1)
     os.dup2(screen, 2)
     if terminal:  # the streams of the process still take it for what the server's output was, a file with a position
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default one

@@ -976,7 +976,7 @@ def test_labels_of_test_data_are_found_by_what_they_mean(tmp_path):
     assert info["class_names"] == ["0", "1", "é"] and splits["test"].labels.tolist() == [1, 0, 2]
     (tmp_path / "b.csv").write_text(f"text;label\nx;1.0\ny;0.0\nz;{apart}\n")
     notes = load_splits(Settings(dataset_type="text", **paths))[1]["notes"]
-    assert any("b.csv: semicolons separate its cells" in note for note in notes)
+    assert any("b.csv: its cells seem to be separated by semicolons" in note for note in notes)
     write_table(tmp_path / "b.csv", {"text": list("xyz"), "label": ["1", "É", "2"]})
     with pytest.raises(ValueError) as caught:
         load_splits(Settings(dataset_type="text", **paths))
