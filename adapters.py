@@ -13,6 +13,7 @@ To add a modality, write a subclass of `Adapter` and enter it in ADAPTERS.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -270,6 +271,66 @@ class TextAdapter(Adapter):
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
 
 
+SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in transformers' code; then come the bytes
+
+
+@dataclass(frozen=True)
+class PretrainedTextAdapter(TextAdapter):
+    """A text as DeepMind's language model reads it (pretrained.py): [CLS], its UTF-8 bytes and [SEP], a token each.
+
+    Numbers 0 to 5 are special symbols, 6 to 261 the bytes. A special symbol that the text spells out, such as [MASK],
+    is one token. A longer text is cut to max_seq_len tokens, [CLS] and [SEP] included.
+
+    Args:
+        symbols: how the special symbols are spelt, in the order of SYMBOLS.
+    """
+
+    symbols: list[str] = field(default_factory=lambda: list(SYMBOLS))
+
+    def __post_init__(self) -> None:
+        if len(set(self.symbols)) != len(SYMBOLS) or len(self.symbols) != len(SYMBOLS) or "" in self.symbols:
+            raise UserError(f"the special symbols must be six different words, not {self.symbols}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise UserError(f"the longest text must have 2 tokens or more, not {self.max_seq_len}")
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"vocab_size": len(SYMBOLS) + 256}
+
+    def __call__(self, text: str) -> Tensor:
+        """(L, 1), float32: numbers below the vocab_size."""
+        TextAdapter()(text)  # refuses what is no text
+        numbers = self.numbers(text)
+        if self.max_seq_len and len(numbers) > self.max_seq_len:
+            numbers = [*numbers[: self.max_seq_len - 1], numbers[-1]]
+        return torch.tensor(numbers).float()[:, None]
+
+    def length(self, raw: str) -> int:
+        return len(self.numbers(raw))
+
+    def numbers(self, text: str) -> list[int]:
+        """All of [CLS], text and [SEP], however long."""
+        numbers = [SYMBOLS.index("[CLS]")]
+        for piece in re.split(f"({'|'.join(map(re.escape, self.symbols))})", text):
+            special = piece in self.symbols
+            numbers += [self.symbols.index(piece)] if special else [len(SYMBOLS) + byte for byte in piece.encode()]
+        return [*numbers, SYMBOLS.index("[SEP]")]
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """The text of these numbers; bytes that are not UTF-8 together become U+FFFD."""
+        offset = len(SYMBOLS)
+        pieces = [self.symbols[number].encode() if number < offset else bytes([number - offset]) for number in numbers]
+        return b"".join(pieces).decode(errors="replace")
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        """As for any text; a special symbol is drawn as one character that says nothing."""
+        numbers = tokens[..., 0].numpy()
+        symbols = numbers < len(SYMBOLS)
+        plots.plot_text_attention(np.where(symbols, 0, numbers - len(SYMBOLS)), mask, attention, captions, path)
+
+
 # --- Series -----------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +513,8 @@ class ImageAdapter(Adapter):
             (H, W); without it only arrays of image_shape are taken, as they were stored in training.
         bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
             numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
+        crop: with any_size, the side of the square in the middle that is seen, as a share of the image's shorter side,
+            which the published models leave a margin around (pretrained.py). None for all of it.
     """
 
     modality = "image"
@@ -462,6 +525,7 @@ class ImageAdapter(Adapter):
     std: list[Positive]
     any_size: bool = False
     bits: int | None = None
+    crop: Annotated[float, lambda share: 0 < share <= 1, "a number above 0 and at most 1"] | None = None
 
     def __post_init__(self) -> None:
         height, width, channels = self.image_shape
@@ -507,7 +571,7 @@ class ImageAdapter(Adapter):
         if not known:
             check_patch_size(settings.patch_size, size, size)
             bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
-        raw = _read_pixels(source.values, source.places, size, bits)
+        raw = _read_pixels(source.values, source.places, size, bits, known and known.crop)
         return known or cls.fit(raw["train"], settings.patch_size, any_size=True, bits=bits), raw
 
     def datasets(
@@ -526,7 +590,10 @@ class ImageAdapter(Adapter):
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
-        plots.plot_image_attention(self.images(tokens), attention, self.grid_shape, captions, path)
+        grid, length = self.grid_shape, attention[0].shape[-1]
+        if math.prod(grid) != length:  # a convolution has made fewer tokens of a square image
+            grid = [math.isqrt(length)] * 2
+        plots.plot_image_attention(self.images(tokens), attention, grid, captions, path)
 
     def tokens(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, channels) -> float32 (B, L, C)."""
@@ -536,7 +603,7 @@ class ImageAdapter(Adapter):
         """The image as it is kept: uint8 (H, W, channels)."""
         image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
-            return square_pixels(image, self.image_shape[0], self.bits)
+            return square_pixels(image, self.image_shape[0], self.bits, self.crop)
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
 
     def images(self, tokens: Tensor) -> np.ndarray:
@@ -633,7 +700,7 @@ def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, An
 
 
 def _read_pixels(
-    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
+    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None, crop: float | None
 ) -> dict[str, np.ndarray]:
     """uint8 (N, size, size, 3) of each split. Raises UserError for more than this machine's memory."""
     number = sum(map(len, files.values()))
@@ -642,7 +709,7 @@ def _read_pixels(
 
     def read(place: tuple[np.ndarray, int, Path]) -> None:
         images, number, file = place
-        images[number] = square_pixels(file, size, bits)
+        images[number] = square_pixels(file, size, bits, crop)
 
     each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
     return pixels
@@ -713,14 +780,22 @@ def _array_image(array: Any, bits: int | None) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
-    """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
+def square_pixels(image: Any, size: int, bits: int | None = None, crop: float | None = None) -> np.ndarray:
+    """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels]).
+
+    bits, crop: see :class:`ImageAdapter`.
+    """
     name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
     else:
         image = upright(image) if isinstance(image, Image.Image) else _array_image(image, bits)
     image = to_rgb(image, name, bits or 16)
+    if crop:  # to whole pixels, as transformers' PerceiverImageProcessor does
+        side = max(1, int(crop * min(image.size)))
+        left, top = ((length - side) // 2 for length in image.size)
+        square = image.crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
@@ -778,7 +853,8 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 # --- Descriptions -----------------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    "tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter,
+    "tensor": TensorAdapter, "text": TextAdapter, "pretrained_text": PretrainedTextAdapter, "series": SeriesAdapter,
+    "image": ImageAdapter,
 }  # fmt: skip
 MODALITIES: dict[str, type[Adapter]] = {"image": ImageAdapter, "text": TextAdapter, "series": SeriesAdapter}  # of files
 

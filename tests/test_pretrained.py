@@ -30,10 +30,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import parity
 
 import pretrained
+from adapters import ImageAdapter, PretrainedTextAdapter, from_description
 from inference import predict
 from messages import UserError
 from perceiver_model import DECODER, CrossAttentionBlock, PerceiverModel, SelfAttentionBlock
-from pretrained import PretrainedImageAdapter, PretrainedTextAdapter, fill_masks, load_pretrained, read_pretrained
+from pretrained import fill_masks, load_pretrained, read_pretrained
 
 TINY = {
     "num_latents": 6,
@@ -256,7 +257,7 @@ def test_what_is_read_is_plain_data_from_which_the_model_comes_back(folders, nam
     with torch.no_grad():
         assert torch.equal(again(x, mask), model(x, mask))
     assert model.data_info == data
-    assert {key: pretrained.adapter_of(value) for key, value in data["adapters"].items()} == model.adapters
+    assert {key: from_description(value) for key, value in data["adapters"].items()} == model.adapters
     assert [list(data["features"])] == [["image" if name in IMAGES else "text"]]
 
 
@@ -565,8 +566,8 @@ def picture(width, height, mode="RGB"):
 def test_images_are_prepared_as_by_transformers(width, height):
     image = picture(width, height)
     sizes = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 36, "width": 36}}
-    adapter = PretrainedImageAdapter([32, 32, 3], 1, [255 * m for m in pretrained.IMAGENET["image_mean"]],
-                                     [255 * s for s in pretrained.IMAGENET["image_std"]], True, 32 / 36)  # fmt: skip
+    adapter = ImageAdapter([32, 32, 3], 1, [255 * m for m in pretrained.IMAGENET["image_mean"]],
+                                     [255 * s for s in pretrained.IMAGENET["image_std"]], True, crop=32 / 36)  # fmt: skip
     tokens = adapter(image)
     assert tokens.shape == (32 * 32, 3) and tokens.dtype == torch.float32
     for processor, tolerance in ((PerceiverImageProcessorPil, 1e-5), (PerceiverImageProcessor, 0.05)):
@@ -575,7 +576,7 @@ def test_images_are_prepared_as_by_transformers(width, height):
 
 
 def test_images_come_in_every_form(tmp_path):
-    adapter = PretrainedImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)
+    adapter = ImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)
     image = picture(20, 30)
     expected = adapter(image)
     image.save(tmp_path / "image.png")
@@ -595,11 +596,11 @@ def test_images_come_in_every_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "item", [np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), "no.png", 3], ids=str
+    "item", [np.full((4, 4), 0.5), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), "no.png", 3], ids=str
 )
 def test_what_is_no_image_is_refused(item):
     with pytest.raises(UserError):
-        PretrainedImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)(item)
+        ImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)(item)
 
 
 def test_predict_names_the_class_that_transformers_gives(folder):
