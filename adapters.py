@@ -168,6 +168,13 @@ class Adapter:
         """(the adapter, fitted on the training split if it is not known; the raw items of each split)."""
         return known or cls.fit(source.values["train"], settings), source.values
 
+    def taken_over(self, source: Source, settings: Settings) -> "Adapter | None":
+        """This adapter for a run that starts from the model that it was made for, with what these settings change.
+
+        None where the data are others than it knows; a note of the source says why.
+        """
+        return replace(self, max_seq_len=settings.max_seq_len)
+
     def datasets(
         self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
         settings: Settings, targets: Targets,
@@ -464,6 +471,23 @@ class SeriesAdapter(Adapter):
         with naming(str(settings.data_path)):
             return cls.fit(series, settings.max_seq_len, names, source.table_rows), raw
 
+    def taken_over(self, source: Source, settings: Settings) -> "SeriesAdapter | None":
+        values = source.values["train"]
+        in_files = isinstance(values[0], Path)
+        names = _series_names(values) if in_files else source.names
+        series = read_one_series(values[0]) if in_files else values[0]
+        new = SeriesAdapter([0.0] * series.shape[1], [1.0] * series.shape[1], [], None, names, source.table_rows)
+        unnamed = new.channels is None or self.channels is None
+        if len(new.mean) == len(self.mean) and (unnamed or new.channels == self.channels):
+            return replace(self, max_seq_len=settings.max_seq_len, names=names, table_rows=source.table_rows)
+        found, known = (listed(one.channels) if one.channels else f"{len(one.mean)} without names"
+                        for one in (new, self))  # fmt: skip
+        source.notes.append(f"the channels of the series are {found}, those of init_from {known}: they are "
+                            "standardised by these data")  # fmt: skip
+        if not unnamed and sorted(new.channels) == sorted(self.channels):
+            source.notes[-1] += f"; to take them in the same order: --feature_columns {','.join(self.channels)}"
+        return None
+
     def length(self, raw: np.ndarray) -> int:
         return len(raw)
 
@@ -573,6 +597,16 @@ class ImageAdapter(Adapter):
             bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
         raw = _read_pixels(source.values, source.places, size, bits, known and known.crop)
         return known or cls.fit(raw["train"], settings.patch_size, any_size=True, bits=bits), raw
+
+    def taken_over(self, source: Source, settings: Settings) -> "ImageAdapter | None":
+        side = settings.image_size
+        if len(self.mean) != 3:
+            source.notes.append(f"your images have 3 channels, those of init_from {len(self.mean)}: they are "
+                                "normalised by these data")  # fmt: skip
+            return None
+        check_patch_size(settings.patch_size, side, side)
+        bits = self.bits or _bits(source.values["train"], source.places["train"], settings, source.notes)
+        return replace(self, image_shape=[side, side, 3], patch_size=settings.patch_size, any_size=True, bits=bits)
 
     def datasets(
         self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
@@ -694,7 +728,7 @@ class ImageDataset(Dataset):
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
     """What `ImageDataset` is told to do to the images of a split."""
-    if split != "train" or not settings.augment:
+    if split != "train" or not settings.augment or settings.cache_features:
         return {}
     return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
 

@@ -1,7 +1,8 @@
 """The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
 
-A value comes from, in rising order: the default, the data set's default, the config file, the flag. On resume
-the checkpoint's settings take the place of both defaults. A new setting is one more line in `Settings`.
+A value comes from, in rising order: the default, the data set's default, the model that init_from names, the
+config file, the flag. On resume the checkpoint's settings take the place of the defaults. A new setting is one
+more line in `Settings`.
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
@@ -81,6 +82,7 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 _data = functools.partial(_setting, group="Data", on_resume="fixed")
 _column = functools.partial(_setting, group="Data", on_resume="free")
 _model = functools.partial(_setting, group="Model", on_resume="fixed")
+_start = functools.partial(_setting, group="Start", on_resume="fixed")
 _training = functools.partial(_setting, group="Training", on_resume="inexact")
 _files = functools.partial(_setting, group="Files", on_resume="free")
 
@@ -94,6 +96,7 @@ _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
+_NOT_CACHED = {"cache_features": (False,)}
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,10 @@ class Settings:
         None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
-    augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
+    augment: bool = _data(
+        True, "move the training images at random", applies=_IMAGES | _NOT_CACHED, on_resume="inexact")
     flip: bool = _data(
-        False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
+        False, "mirror half of the training images, at random", applies=_IMAGES | _NOT_CACHED | {"augment": (True,)},
         on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
@@ -169,7 +173,23 @@ class Settings:
         0, "processes that load data; 0 = the training process", "processes", at_least=0, at_most=1024,
         on_resume="free")
 
-    model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
+    init_from: str | None = _start(
+        None, "start from the weights of another model: a checkpoint, or the folder or hub name of a published one")
+    init_checksum: str | None = _start(
+        None, "of the file behind init_from, written down by the run; where it is given, another file is refused",
+        "SHA-256", metavar="HEX")
+    freeze: str = _start(
+        "none", "what keeps the weights of init_from; encoder = all but the last linear layer",
+        choices=("none", "encoder"))
+    cache_features: bool = _start(
+        False, "encode the data once and train the last layer on that: the answers of a frozen encoder, much faster",
+        applies={"freeze": ("encoder",)})
+    lr_encoder_scale: float = _start(
+        1.0, "learning rate of all but the last linear layer", "times learning_rate", above=0,
+        applies={"freeze": ("none",)})
+
+    model_size: str = _model(
+        "base", "preset of the model", choices=("tiny", "small", "base", "large"), applies={"init_from": (None,)})
     d_model: int | None = _model(
         None, "width of a latent; none = the preset's", "features", at_least=1, at_most=100_000)
     num_heads: int | None = _model(None, "heads of an attention; none = the preset's", "heads", at_least=1)
@@ -223,7 +243,7 @@ class Settings:
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",
         choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = _training(False, "torch.compile the model: slower start, faster steps")
+    compile: bool = _training(False, "torch.compile the model: slower start, faster steps", applies=_NOT_CACHED)
     device: str = _training(
         "auto", "device to train on; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
     early_stopping_patience: int = _training(
@@ -446,18 +466,22 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
+    """(the settings in force, where each came from: 'default', 'data set', 'init_from', 'checkpoint', 'file' or
+    'flag').
 
     flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they
-    take the place of the defaults, and a change to one that is 'fixed' on resume is refused.
+    take the place of the defaults, and a change to one that is 'fixed' on resume is refused. start: what the model
+    that a new run starts from says about it.
     Raises UserError with a line for each problem.
     """
     flags, file, checkpoint = flags or {}, file or {}, base or {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
     dataset = DATASET_DEFAULTS[ChainMap(flags, file, checkpoint, defaults)["dataset_type"]]
-    layers = {"default": defaults, "data set": dataset, "checkpoint": checkpoint, "file": file, "flag": flags}
+    layers = {"default": defaults, "data set": dataset, "init_from": start or {}, "checkpoint": checkpoint}
+    layers |= {"file": file, "flag": flags}
     values, sources = {}, {}
     for source, layer in layers.items():
         values.update(layer)

@@ -14,6 +14,7 @@ import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -146,8 +147,8 @@ def known_adapters(info: Info | None) -> dict[str, Adapter]:
 
 
 def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
-    """The adapter of data of one modality; None without a description. Raises UserError where it is of other data."""
-    if not info:
+    """The adapter of data of one modality; None where no training is known. Raises UserError for other data."""
+    if not info or "task" not in info:
         return None
     known = known_adapters(info)
     if list(known) != [kind.modality]:
@@ -159,7 +160,7 @@ def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
 
 
 def known_task(info: Info | None) -> Task | None:
-    return tasks.from_description(info["task"], "the checkpoint's task") if info else None
+    return tasks.from_description(info["task"], "the checkpoint's task") if info and "task" in info else None
 
 
 def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] = (), **more: Any) -> Info:
@@ -282,7 +283,12 @@ def _image_splits(
         {name: np.asarray(values[source])[numbers] for name, (source, numbers) in parts.items()}
         for values in (images, labels, ids)
     )
-    adapter = _known_adapter(info, ImageAdapter) or ImageAdapter.fit(images["train"], settings.patch_size)
+    adapter = _known_adapter(info, ImageAdapter)
+    if not adapter:
+        adapter = ImageAdapter.fit(images["train"], settings.patch_size)
+        start = known_adapters(info).get("image")
+        if start and len(start.mean) == len(adapter.mean):
+            adapter = replace(adapter, mean=start.mean, std=start.std)
     splits = {}
     for name in images:
         augmentation = augmentation_of(settings, name, margin)
@@ -448,6 +454,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     """
     if settings.dataset_type in ("images", "multimodal"):
         check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
+    info, start = (None, known_adapters(info)) if info and "task" not in info else (info, {})
     known = known_adapters(info)
     if info and settings.dataset_type in MODALITY_OF:
         _known_adapter(info, MODALITIES[MODALITY_OF[settings.dataset_type]])
@@ -479,7 +486,11 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             train and train.features,
             train and train.table_rows,
         )
-        adapter, raw = MODALITIES[modality].load(source, settings, known.get(modality))
+        adapter = known.get(modality)
+        if modality in start:
+            adapter = start[modality].taken_over(source, settings)
+        kind = type(adapter) if adapter else MODALITIES[modality]
+        adapter, raw = kind.load(source, settings, adapter)
         labels = {name: targets[name][numbers] for name, numbers in there.items()}
         ids = {name: [items[name].ids[i] for i in numbers] for name, numbers in there.items()}
         adapters[modality], made = adapter, adapter.datasets(raw, source, labels, ids, settings, task)
@@ -715,19 +726,20 @@ def load_splits(settings: Settings, info: Info | None = None, only: str | None =
     that the model is told of; split_sizes, split_seed, notes for the user, of images what is done to those of training
     (augmentation), and of the user's own data a fingerprint of the samples of each split.
 
-    info: a description made in training. Its adapters and its task are then used.
+    info: a description made in training. Its adapters and its task are then used. One with nothing but adapters is of
+        the model that a new run starts from: what they know is used where the data are of their kind.
     only: the split that is asked for. Of the user's own data it alone is read if it is not a part of another one.
     """
     asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
     splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
-    prints, known = specific.get("fingerprints", {}), info["fingerprints"] if info else {}
+    prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions looked at the names of files alone: where these are the same, no more can be told
     prints = {name: known[name] if text.partition("-")[0] == known.get(name) else text for name, text in prints.items()}
     return splits, {
         "dataset_type": settings.dataset_type,
         **specific,
         "fingerprints": prints,
-        "split_sizes": (info["split_sizes"] if info else {}) | sizes,
+        "split_sizes": (info or {}).get("split_sizes", {}) | sizes,
         "split_seed": settings.seed,
     }

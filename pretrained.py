@@ -106,7 +106,7 @@ def load_pretrained(source: str | Path, image_size: int | None = None, **changes
 
 def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretrained:
     """The parts of a published model, see :func:`load_pretrained`."""
-    folder = _folder(source)
+    folder = find_folder(source)
     arguments, data = read_architecture(folder, image_size)
     with torch.device("meta"):
         expected = PerceiverModel(**arguments).state_dict()
@@ -378,7 +378,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OTHERS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
-def _folder(source: str | Path) -> Path:
+def find_folder(source: str | Path) -> Path:
     """The folder with the files of a model. Those of a name on the hub are downloaded into the cache of its package."""
     if Path(source).is_dir():
         return Path(source)
@@ -423,7 +423,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return contents
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def weights_file(folder: Path) -> Path:
     """Of both formats, which hold the same weights, the one that can be read."""
     there = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not there:
@@ -431,6 +431,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = there[0] if _has_safetensors() else there[-1]
     if path.suffix == ".safetensors" and not _has_safetensors():
         raise UserError(f"{path} is read by safetensors: pip install safetensors, or put {WEIGHTS[1]} beside it")
+    return path
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = weights_file(folder)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -5,6 +5,7 @@
     python train.py --dataset cifar10 --model_size small --epochs 100 --lr 1e-4
     python train.py --dataset cifar10 --config config.json --lr 2e-4    # flags override the file
     python train.py --resume                                            # continue from checkpoints/last_model.pth
+    python train.py --dataset images --data_path photos/ --init_from path/to/vision-perceiver-fourier/ --freeze encoder
     torchrun --standalone --nproc_per_node=2 train.py --dataset digits  # the same run on two devices (distributed.py)
 
 A run writes into --checkpoint_dir: best_model.pth (best on validation data), last_model.pth (for --resume),
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 import evaluation
+import finetune
 import tasks
 from batches import (
     create_dataloader,
@@ -184,16 +186,22 @@ class Run:
                 distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.folder / LAST))
 
 
-def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> int:
+def train(
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    start: finetune.Start | None = None,
+) -> int:
     """Run, or continue, a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     Args:
         checkpoint: what to continue from, and `resumed` its file; neither for a new run.
+        start: the model that a new run starts from, that of settings.init_from.
 
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
     """
-    run = prepare(settings, checkpoint, resumed)
+    run = prepare(settings, checkpoint, resumed, start)
     if checkpoint is None:
         run.save(LAST)
     with run.stop:
@@ -207,7 +215,12 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
 # --- Before the first step --------------------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> Run:
+def prepare(
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    start: finetune.Start | None = None,
+) -> Run:
     """Read the data, make the model and all else, and try out what can fail before any file is written or moved."""
     device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
@@ -215,27 +228,16 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
-    check_size(settings, device)
+    finetune.check_settings(settings, start)
+    base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
+    check_size(settings, device, base)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
-        splits, data = load_splits(settings, checkpoint and checkpoint["data"])
+        splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
                         f"{', '.join(task.higher_is_better)}")  # fmt: skip
-    loaders = {
-        name: create_dataloader(
-            splits[name],
-            settings.batch_size,
-            targets=task,
-            shuffle=name == "train",
-            bucket_by_length=settings.bucket_by_length and name == "train",
-            seed=settings.seed,
-            num_workers=settings.num_workers,
-            pin_memory=device.type == "cuda",
-            share=(distributed.rank(), distributed.size()),
-        )
-        for name in ("train", "val")
-    }
+    loaders = {name: new_loader(splits[name], settings, task, device, name == "train") for name in ("train", "val")}
     if checkpoint:
         check_data(checkpoint, data)
         check_model(checkpoint, settings, data, len(loaders["train"]))
@@ -243,31 +245,37 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
     steps_per_epoch = math.ceil(len(loaders["train"]) / settings.accumulation_steps)
     progress = progress_of(checkpoint) if checkpoint else new_progress(settings, steps_per_epoch)
     with memory_advice("for a model of this size", MODEL_REMEDIES):
-        model = new_model(settings, data).to(device)
+        model = new_model(settings, data, base).to(device)
+        origin = finetune.begin(model, settings, start, data)
         scaled = amp_dtype == torch.float16
-        decay = settings.ema_decay
-        state = RunState(model, progress, settings.learning_rate, settings.weight_decay, decay, scaled)
-    run_model = model
-    if settings.compile:
-        with compiler_advice():
-            run_model = compiled(model, device, settings.accumulation_steps)
-    model_args, precision = model_arguments(settings, data), amp_dtype or torch.float32
+        rate, decay, scale = settings.learning_rate, settings.ema_decay, settings.lr_encoder_scale
+        state = RunState(model, progress, rate, settings.weight_decay, decay, scaled, scale)
+    model_args, precision = model_arguments(settings, data, base), amp_dtype or torch.float32
     log = RunLog(settings, task, progress)
-    log.start(data, model_args, [sum(p.numel() for p in group["params"]) for group in state.groups], device, precision)
+    log.start(data, model_args, state.parameter_counts(), device, precision)
+    print(*origin, sep="\n", end="\n" * bool(origin))
     if checkpoint:
         state.restore(checkpoint)
         left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + left)
 
-    stop = StopRequest()
+    run_model = model
+    if compiles := has_effect(settings, "compile") and settings.compile:
+        with compiler_advice():
+            run_model = compiled(model, device, settings.accumulation_steps)
     evaluated = state.kept if state.average else run_model
+    if settings.cache_features:
+        found = {name: finetune.encode(model, loader, name, device, amp_dtype) for name, loader in loaders.items()}
+        loaders = {name: new_loader(data, settings, task, device, name == "train") for name, data in found.items()}
+        run_model, evaluated = finetune.Readout(model), finetune.Readout(state.kept)
+    stop = StopRequest()
     sums = StepSums(progress, ("objective", *task.step_names), scaled, stop)
     run = Run(settings, data, task, splits, loaders, device, amp_dtype, model_args, state, run_model, evaluated, sums,
               log, stop)  # fmt: skip
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
-    with compiler_advice() if settings.compile else nullcontext():
-        if settings.compile:
+    with compiler_advice() if compiles else nullcontext():
+        if compiles:
             print("compiling the model, which may take minutes", flush=True)
         validate(run, batches=2)
         rehearse(run)
@@ -280,10 +288,24 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
     return run
 
 
-def check_size(settings: Settings, device: torch.device) -> None:
+def new_loader(dataset: Any, settings: Settings, task: Task, device: torch.device, training: bool) -> DataLoader:
+    return create_dataloader(
+        dataset,
+        settings.batch_size,
+        targets=task,
+        shuffle=training,
+        bucket_by_length=settings.bucket_by_length and training,
+        seed=settings.seed,
+        num_workers=settings.num_workers,
+        pin_memory=device.type == "cuda",
+        share=(distributed.rank(), distributed.size()),
+    )
+
+
+def check_size(settings: Settings, device: torch.device, base: dict[str, Any] | None) -> None:
     """Refuse a model that cannot be, or is too large for the device, before any data is read or downloaded."""
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
-        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2})
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2}, base)
     number = sum(parameter.numel() for parameter in sketch.parameters())
     check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
 
@@ -291,8 +313,8 @@ def check_size(settings: Settings, device: torch.device) -> None:
 def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
     total_steps = settings.num_epochs * steps_per_epoch
     schedule = Schedule(settings.learning_rate, round(settings.warmup_fraction * total_steps), total_steps)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{settings.model_size}"
-    return Progress(name, schedule)
+    kind = settings.model_size if has_effect(settings, "model_size") else "finetuned"
+    return Progress(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{kind}", schedule)
 
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
@@ -301,9 +323,9 @@ def progress_of(checkpoint: dict[str, Any]) -> Progress:
     return progress
 
 
-def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
+def new_model(settings: Settings, data: dict[str, Any], base: dict[str, Any] | None = None) -> PerceiverModel:
     try:
-        return PerceiverModel(**model_arguments(settings, data))
+        return PerceiverModel(**model_arguments(settings, data, base))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -320,8 +342,10 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, Any]) -> None:
 
 def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
     """Raise UserError, before memory is taken for it, unless settings, data and weights are those of one model."""
-    old, new = checkpoint["model_args"], model_arguments(settings, data)
+    old = checkpoint["model_args"]
     check_model_arguments(old)
+    base = old if settings.init_from else None
+    new = model_arguments(settings, data, base)
     for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
         if old[name] != new.get(name):
             raise UserError(
@@ -329,7 +353,7 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
                 f"{shown(old[name])} and {shown(new.get(name))}"
             )
     with torch.device("meta"):
-        check_weights(new_model(settings, data), checkpoint["model"])
+        check_weights(new_model(settings, data, base), checkpoint["model"])
     if (done := checkpoint["progress"]["batch"]) > batches:
         raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
 
@@ -348,12 +372,13 @@ def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1
 
 def rehearse(run: Run) -> None:
     """The passes of a training step over the first batch of the epoch, which leave no trace: neither in the gradients
-    nor in the random numbers."""
+    nor in the statistics of a batch norm nor in the random numbers."""
     model, loader, device = run.replica, run.loaders["train"], run.device
     first = loader.batch_sampler.batches(run.state.progress.epoch)[0]
     numbers = loaded_of(first, distributed.rank(), distributed.size())
     cards = [torch.cuda.current_device()] if device.type == "cuda" else []
     advice = memory_advice(f"with batch_size {run.settings.batch_size}", step_remedies(run.settings))
+    before = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(cards), advice:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
         model.train()
@@ -361,6 +386,8 @@ def rehearse(run: Run) -> None:
             outputs = model(*model_inputs(batch, device))
             run.task.objective(outputs, batch["label"].to(device), run.settings).backward()
     model.zero_grad(set_to_none=True)
+    for buffer, values in zip(model.buffers(), before, strict=True):
+        buffer.copy_(values)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -594,9 +621,11 @@ def command(argv: list[str] | None) -> int:
         writable = os.access(folder, os.W_OK)  # what is not may hold a finished run
         with owned_by_first(folder) if writable else nullcontext():
             return resume(args)
-    settings, sources = resolve(args.flags, args.file)
+    asked = {**args.file, **args.flags}
+    start = finetune.read_start(asked["init_from"]) if asked.get("init_from") else None
+    settings, sources = resolve(args.flags, args.file, start=start and start.settings)
     with owned_by_first(settings.checkpoint_dir):
-        return show_and_train(settings, sources)
+        return show_and_train(settings, sources, start=start)
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
@@ -627,14 +656,18 @@ def resume(args: Any) -> int:
 
 
 def show_and_train(
-    settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None = None, resumed: Path | None = None
+    settings: Settings,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    start: finetune.Start | None = None,
 ) -> int:
     """Show the settings and train."""
     print(format_settings(settings, sources))
-    for note in unused_settings(settings, sources):
+    for note in [*unused_settings(settings, sources), *(start.differences(settings, sources) if start else [])]:
         print_note(note)
     try:
-        return train(settings, checkpoint, resumed)
+        return train(settings, checkpoint, resumed, start)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
         print("interrupted; --resume goes on from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT

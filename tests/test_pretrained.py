@@ -566,8 +566,8 @@ def picture(width, height, mode="RGB"):
 def test_images_are_prepared_as_by_transformers(width, height):
     image = picture(width, height)
     sizes = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 36, "width": 36}}
-    adapter = ImageAdapter([32, 32, 3], 1, [255 * m for m in pretrained.IMAGENET["image_mean"]],
-                                     [255 * s for s in pretrained.IMAGENET["image_std"]], True, crop=32 / 36)  # fmt: skip
+    mean, std = ([255 * value for value in pretrained.IMAGENET[name]] for name in ("image_mean", "image_std"))
+    adapter = ImageAdapter([32, 32, 3], 1, mean, std, any_size=True, crop=32 / 36)
     tokens = adapter(image)
     assert tokens.shape == (32 * 32, 3) and tokens.dtype == torch.float32
     for processor, tolerance in ((PerceiverImageProcessorPil, 1e-5), (PerceiverImageProcessor, 0.05)):
