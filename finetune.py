@@ -108,12 +108,13 @@ class Start:
         """For data_utils.load_splits."""
         return {"adapters": self.data["adapters"]}
 
-    def differences(self, given: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+    def differences(self, settings: Settings, sources: Mapping[str, str]) -> list[str]:
         """A line for each setting that a flag or the file makes other than it is in this model."""
+        values = vars(settings)
         return [
-            f"{name} {given[name]} ({sources[name]}) is not that of {self.path}, {self.settings[name]}"
-            for name in self.settings
-            if sources[name] in ("file", "flag") and given[name] != self.settings[name]
+            f"{name} {values[name]} ({sources[name]}) is not that of {self.path}, {known}"
+            for name, known in self.settings.items()
+            if sources[name] in ("file", "flag") and values[name] != known
             and FIELDS[name].metadata["on_resume"] == "fixed"
         ]  # fmt: skip
 

@@ -115,6 +115,8 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
 
 def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """All but the weights: the arguments of PerceiverModel, and the data, see :class:`Pretrained`."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; name the folder of a published model: {BY_HAND}")
     config = _read_json(folder / "config.json")
     architecture = config.get("architectures")
     if isinstance(architecture, list) and len(architecture) == 1:
@@ -376,21 +378,21 @@ def _converted(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OTHERS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+BY_HAND = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
 
 
 def find_folder(source: str | Path) -> Path:
     """The folder with the files of a model. Those of a name on the hub are downloaded into the cache of its package."""
     if Path(source).is_dir():
         return Path(source)
-    by_hand = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise UserError(f"{source} is no folder; {by_hand}")
+        raise UserError(f"{source} is no folder; {BY_HAND}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
             f"there is no folder {source}; to download the model of this name from the Hugging Face hub, "
-            f"pip install huggingface_hub, or {by_hand}"
+            f"pip install huggingface_hub, or {BY_HAND}"
         ) from error
     for weights in WEIGHTS if _has_safetensors() else WEIGHTS[1:]:
         try:
@@ -398,7 +400,7 @@ def find_folder(source: str | Path) -> Path:
         except Exception as error:  # network, hub and name have their own kinds each
             cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"there is no folder {source}, and no model of this name could be downloaded ({cause}); {by_hand}"
+                f"there is no folder {source}, and no model of this name could be downloaded ({cause}); {BY_HAND}"
             ) from error
         if (folder / weights).exists():
             break
