@@ -500,7 +500,7 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     for name, field in FIELDS.items():
         meaning, unit = field.metadata["help"], field.metadata["unit"]
         assert unit or field.type in (bool, str, str | None) or name == "seed"
-        entry = text.split(f" {flag_of(name)}", 1)[1]
+        entry = re.split(rf" {flag_of(name)}\b", text, maxsplit=1)[1]  # --lr is not --lr_encoder_scale
         assert entry.index(f"{meaning} [{unit}] (default " if unit else f"{meaning} (default ") < 80, name
     own = "images small; sequences tiny; text tiny; multimodal tiny"
     assert f"(default base; synthetic tiny; digits tiny; {own})" in text
@@ -517,9 +517,9 @@ def test_the_printed_settings_are_those_in_force():
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
     others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
     others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    others |= {"group_pattern", "image_bits", "tune_thresholds", "task"}
+    others |= {"group_pattern", "image_bits", "tune_thresholds", "task", "cache_features"}
     assert FIELDS.keys() - printed == others
-    assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
+    assert printed - FIELDS.keys() == {"Data", "Start", "Model", "Training", "Files"}
 
 
 # -- what "auto" means -----------------------------------------------------------------------------------
