@@ -170,12 +170,15 @@ def read_start(source: str) -> Start:
 
 
 def check_settings(settings: Settings, start: Start | None) -> None:
-    """Raise UserError where an encoder is to be frozen that knows nothing, or `start` is not for these settings."""
+    """Raise UserError where an encoder is to be frozen that knows nothing, or features cached that would change, or
+    `start` is not for these settings."""
     if start:
         start.check(settings)
     if settings.freeze != "none" and settings.init_from is None:
         raise UserError(f"freeze: {settings.freeze}: it would keep the random weights of a new model; say with "
                         "--init_from where it learned something, or leave --freeze out")  # fmt: skip
+    if settings.cache_features and settings.freeze == "none":
+        raise UserError("cache_features: the features change as long as the encoder learns; add --freeze encoder")
 
 
 def begin(model: PerceiverModel, settings: Settings, start: Start | None, data: dict[str, Any]) -> list[str]:
@@ -187,7 +190,12 @@ def begin(model: PerceiverModel, settings: Settings, start: Start | None, data: 
     Raises:
         UserError: no weights fit, or a part that is to be frozen has none.
     """
-    lines = take_over(model, start, data, settings.freeze == "encoder") if start else []
+    lines = []
+    if start:
+        lines = take_over(model, start, data, settings.freeze == "encoder")
+        start.weights.clear()  # not to be held twice
+    if settings.cache_features and model.head not in ("mean", "query"):
+        raise UserError("cache_features: it is for one answer an item; leave it out")
     if settings.freeze == "encoder":
         model.freeze_encoder()
     return lines

@@ -201,6 +201,8 @@ def train(
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
     """
+    if settings.init_from and not (checkpoint or start):
+        start = distributed.broadcast(finetune.read_start, settings.init_from)
     run = prepare(settings, checkpoint, resumed, start)
     if checkpoint is None:
         run.save(LAST)
@@ -248,7 +250,8 @@ def prepare(
         model = new_model(settings, data, base).to(device)
         origin = finetune.begin(model, settings, start, data)
         scaled = amp_dtype == torch.float16
-        rate, decay, scale = settings.learning_rate, settings.ema_decay, settings.lr_encoder_scale
+        rate, decay = settings.learning_rate, settings.ema_decay
+        scale = settings.lr_encoder_scale if has_effect(settings, "lr_encoder_scale") else 1.0
         state = RunState(model, progress, rate, settings.weight_decay, decay, scaled, scale)
     model_args, precision = model_arguments(settings, data, base), amp_dtype or torch.float32
     log = RunLog(settings, task, progress)
@@ -624,7 +627,7 @@ def command(argv: list[str] | None) -> int:
         with owned_by_first(folder) if writable else nullcontext():
             return resume(args)
     asked = {**args.file, **args.flags}
-    start = finetune.read_start(asked["init_from"]) if asked.get("init_from") else None
+    start = distributed.broadcast(finetune.read_start, asked["init_from"]) if asked.get("init_from") else None
     settings, sources = resolve(args.flags, args.file, start=start and start.settings)
     with owned_by_first(settings.checkpoint_dir):
         return show_and_train(settings, sources, start=start)

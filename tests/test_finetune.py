@@ -331,10 +331,11 @@ def test_cached_features_give_the_answers_of_a_frozen_encoder(go, tmp_path, name
 
 def test_augmentation_of_cached_features_is_refused_in_words(go):
     flags = f"{DATA['photos']} --init_from published/fourier --freeze encoder --cache_features --flip --compile"
-    done = go(f"{flags} --epochs 1 {COMMON}")
+    done = go(f"{flags} --lr_encoder_scale 0.5 --epochs 1 {COMMON}")
     assert done.status == 0, done.err
     for name in ("flip", "compile"):
         assert f"note: {name} (flag) has no effect: it needs cache_features false, not true" in done.out
+    assert "note: lr_encoder_scale (flag) has no effect: it needs freeze none, not encoder" in done.out
 
 
 def test_the_encoder_may_learn_at_a_smaller_rate(prepare):
@@ -496,6 +497,7 @@ def test_a_spoilt_folder_is_refused_in_a_line(go, world, tmp_path, how, part):
     ("--init_from nowhere", "nowhere is no folder; put config.json"),
     ("--init_from texts.csv", "texts.csv is not a checkpoint of this project"),
     ("--freeze encoder", "freeze: encoder: it would keep the random weights of a new model"),
+    ("--init_from published/fourier --cache_features", "cache_features: the features change as long as the encoder"),
     ("--init_from digits --d_model 8 --num_heads 1", "none fits this model by name and shape"),
     ("--init_from digits --freeze encoder", "freeze: encoder: these weights did not come from init_from"),
     ("--init_from published/fourier --freeze decoder", "--freeze: expected one of none, encoder"),
