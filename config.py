@@ -176,15 +176,15 @@ class Settings:
         on_resume="free")
 
     init_from: str | None = _start(
-        None, "start from the weights of another model: a checkpoint, or the folder or hub name of a published one")
+        None, "another model whose weights a new run starts from: a checkpoint, or a published one")
     init_checksum: str | None = _start(
-        None, "of the file behind init_from, written down by the run; where it is given, another file is refused",
+        None, "of the file of init_from, written by the run; if given, another file is refused",
         "SHA-256", metavar="HEX")
     freeze: str = _start(
         "none", "what keeps the weights of init_from; encoder = all but the last linear layer",
         choices=("none", "encoder"))
     cache_features: bool = _start(
-        False, "encode the data once and train the last layer on that: the answers of a frozen encoder, much faster",
+        False, "encode the data once and train the last layer on that: the same answers, sooner",
         applies={"freeze": ("encoder",)})
     lr_encoder_scale: float = _start(
         1.0, "learning rate of all but the last linear layer", "times learning_rate", above=0,
