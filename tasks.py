@@ -35,7 +35,7 @@ import plots
 from batches import ClassTargets
 from config import Settings
 from labels import ClassNumbers, class_names_of, class_order, is_zero, label_parts, number_of, read_labels, slips
-from messages import UserError, figure_text
+from messages import UserError, figure_text, printable
 from schema import Positive, read, shown
 from tables import label_columns, listed
 
@@ -50,6 +50,7 @@ class Task:
 
     kind: ClassVar[str]
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
+    loss_name: ClassVar[str]  # what the loss of a sample is, on the screen
     step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
     higher_is_better: ClassVar[dict[str, bool]]  # what --select_by may name; the first one is the default
 
@@ -103,6 +104,10 @@ class Task:
     def about(self) -> str:
         """A few words for the start of a run: '10 classes'."""
         raise NotImplementedError
+
+    def weights_text(self) -> str:
+        """The weights of classes in what is minimised, for the first lines of a run; '' without."""
+        return ""
 
     def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
         """What is minimised, summed over the samples: outputs (B, num_outputs), targets from `stack` -> ()."""
@@ -200,6 +205,13 @@ class Task:
         raise NotImplementedError
 
 
+def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) -> str:
+    """'cat 0.5, dog 2'; of many classes the first ones."""
+    pairs = [f"{printable(name)} {weight}" for name, weight in zip(names, weights, strict=False)]
+    more = f", and {len(pairs) - most} more" if len(pairs) > most else ""
+    return ", ".join(pairs[:most]) + more
+
+
 def _refuse_infinite(rows: Rows) -> None:
     if broken := int((~rows["finite"]).sum()):
         raise ValueError(f"the outputs of {broken} of {len(rows['finite'])} samples are not finite")
@@ -226,6 +238,7 @@ class Classification(Task, ClassTargets):
 
     kind = "classification"
     headline = "accuracy"
+    loss_name = "cross-entropy"
     step_names = ("loss", "correct")
     higher_is_better = {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
 
@@ -300,10 +313,14 @@ class Classification(Task, ClassTargets):
 
     # --- Training ---
 
+    def weights_text(self) -> str:
+        return _weights_of(self.class_names, [f"{weight:.4g}" for weight in self.class_weights or ()])
+
     def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
         weights = None
         if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+            dtype = torch.promote_types(outputs.dtype, torch.float32)  # that of the loss, also under autocast
+            weights, outputs = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device), outputs.to(dtype)
         smoothing = settings.label_smoothing
         return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing, reduction="sum")
 
@@ -416,6 +433,7 @@ class Regression(Task):
 
     kind = "regression"
     headline = "rmse"
+    loss_name = "squared error in units of the training deviation"
     step_names = ("loss",)
     higher_is_better = {"rmse": False, "mae": False, "loss": False}
 
@@ -557,7 +575,7 @@ class Regression(Task):
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
         first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
-        shorter = (round(value, places) for places in range(first, first + 18))
+        shorter = (round(value, places) + 0.0 for places in range(first, first + 18))  # 0.0 instead of -0.0
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
@@ -611,7 +629,7 @@ class Regression(Task):
 
 # --- Several labels at once ------------------------------------------------------------------------------------------
 
-FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
+FREQUENT = 10  # samples that a combination of labels needs to be a stratum of its own
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
@@ -627,6 +645,7 @@ class MultiLabel(Task):
 
     kind = "multilabel"
     headline = "macro_f1"
+    loss_name = "binary cross-entropy, mean of the labels"
     step_names = ("loss", "right")
     higher_is_better = {
         "macro_f1": True, "micro_f1": True, "mean_average_precision": True, "subset_accuracy": True, "loss": False,
@@ -708,8 +727,8 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
-        each of many rare combinations on its own would hold out far more than was asked for.
+        """Each frequent combination of labels is a stratum. All other samples are put together by their rarest label:
+        if each rare combination were a stratum, far more samples than asked for would be held out.
         """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
@@ -731,6 +750,10 @@ class MultiLabel(Task):
         return replace(self, weights=pairs)
 
     # --- Training ---
+
+    def weights_text(self) -> str:
+        pairs = _weights_of(self.class_names, [f"{without:.4g}/{there:.4g}" for without, there in self.weights or ()])
+        return f"without/with the label: {pairs}" if pairs else ""
 
     def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
         weights = None
@@ -843,6 +866,13 @@ class MultiLabel(Task):
 # --- Descriptions ----------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
+
+
+def task_named(name: str) -> type[Task]:
+    """The class of a task by settings.task. Raises UserError for a name that there is not."""
+    if name not in TASKS:
+        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {shown(name)}")
+    return TASKS[name]
 
 
 def describe(task: Task) -> dict[str, Any]:
