@@ -1,7 +1,7 @@
 """The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
 
-Default < data set's default < config file < flag: each overrides the one before. On resume the checkpoint's settings
-take the place of both defaults. A new setting is one more line in `Settings`.
+Default < data set's default < model of init_from < config file < flag: each overrides the one before. On resume the
+checkpoint's settings take the place of the defaults. A new setting is one more line in `Settings`.
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
@@ -84,6 +84,7 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 _data = functools.partial(_setting, group="Data", on_resume="fixed")
 _column = functools.partial(_setting, group="Data", on_resume="free")
 _model = functools.partial(_setting, group="Model", on_resume="fixed")
+_start = functools.partial(_setting, group="Start", on_resume="fixed")
 _training = functools.partial(_setting, group="Training", on_resume="inexact")
 _files = functools.partial(_setting, group="Files", on_resume="free")
 
@@ -99,6 +100,7 @@ _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
+_NOT_CACHED = {"cache_features": (False,)}
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,11 @@ class Settings:
         None, "bits in use of your 16-bit grey images; none = what the training images need", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
-    augment: bool = _data(True, "shift the training images at random", applies=_OUR_IMAGES, on_resume="inexact")
+    augment: bool = _data(
+        True, "shift the training images at random", applies=_OUR_IMAGES | _NOT_CACHED, on_resume="inexact")
     flip: bool = _data(
-        False, "mirror training images at random, half of them", applies=_OUR_IMAGES | {"augment": (True,)},
+        False, "mirror training images at random, half of them",
+        applies=_OUR_IMAGES | _NOT_CACHED | {"augment": (True,)},
         on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
@@ -180,7 +184,23 @@ class Settings:
         0, "processes that load data; 0 = the training process", "processes", at_least=0, at_most=1024,
         on_resume="free")
 
-    model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
+    init_from: str | None = _start(
+        None, "another model whose weights a new run starts from: a checkpoint, or a published one")
+    init_checksum: str | None = _start(
+        None, "of the file of init_from, written by the run; if given, another file is refused",
+        "SHA-256", metavar="HEX")
+    freeze: str = _start(
+        "none", "what keeps the weights of init_from; encoder = all but the last linear layer",
+        choices=("none", "encoder"))
+    cache_features: bool = _start(
+        False, "encode the data once and train the last layer on that: the same answers, sooner",
+        applies={"freeze": ("encoder",)})
+    lr_encoder_scale: float = _start(
+        1.0, "learning rate of all but the last linear layer", "times learning_rate", above=0,
+        applies={"freeze": ("none",)})
+
+    model_size: str = _model(
+        "base", "preset of the model", choices=("tiny", "small", "base", "large"), applies={"init_from": (None,)})
     d_model: int | None = _model(
         None, "width of a latent; none = the preset's", "features", at_least=1, at_most=100_000)
     num_heads: int | None = _model(None, "heads of an attention; none = the preset's", "heads", at_least=1)
@@ -235,7 +255,7 @@ class Settings:
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",
         choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = _training(False, "torch.compile the model: slower start, faster steps")
+    compile: bool = _training(False, "torch.compile the model: slower start, faster steps", applies=_NOT_CACHED)
     device: str = _training(
         "auto", "device to train on; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
     early_stopping_patience: int = _training(
@@ -487,14 +507,17 @@ def resolve(
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
+    """(the settings in force, where each came from: 'default', 'data set', 'init_from', 'checkpoint', 'file' or
+    'flag').
 
     Args:
         flags, file: the settings given there, by name.
         base: the settings of the checkpoint to resume from; they take the place of the defaults, and a change to one
             that is 'fixed' on resume is refused.
         own: the defaults of a data set of the user's own code.
+        start: what the model that a new run starts from says about it.
 
     Raises:
         UserError: a line for each problem.
@@ -503,7 +526,8 @@ def resolve(
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
     dataset = DATASET_DEFAULTS.get(ChainMap(flags, file, checkpoint, defaults)["dataset_type"], own or {})
-    layers = {"default": defaults, "data set": dataset, "checkpoint": checkpoint, "file": file, "flag": flags}
+    layers = {"default": defaults, "data set": dataset, "init_from": start or {}, "checkpoint": checkpoint}
+    layers |= {"file": file, "flag": flags}
     values, sources = {}, {}
     for source, layer in layers.items():
         values.update(layer)
