@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import plots
-from batches import Batch, ClassTargets, Item, Targets, as_numbers, random_stream
+from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings, check_memory
 from data_files import Items, OnError, read_series, read_texts
 from image_files import depth, open_image, read_images, to_bytes, to_rgb, upright
@@ -187,11 +187,30 @@ class Adapter:
             source.notes.append(f"{cut} of {len(raw)} training items are cut to max_seq_len {limit} ({self.modality})")
         return []
 
+    # Where an answer is given for each token, a user's item has U units that are told apart, such as the steps of a
+    # series. These two say which tokens answer for which units; nothing else knows.
+
+    @classmethod
+    def of_tokens(cls, raw: Any, targets: np.ndarray, settings: Settings) -> np.ndarray:
+        """Targets (L,) of the tokens of a raw item, of those of its units (U,)."""
+        return targets[: settings.max_seq_len]
+
+    def of_units(self, tokens: Tensor, answers: Any) -> Any:
+        """Answers (U, ...) to the units of an item, of those to its tokens (L, C), (L, ...)."""
+        return answers
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         """Draw cross-attention to the tokens (B, L, C) of a few items, see plots.plot_sequence_attention."""
         plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
+
+    def draw_tags(
+        self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+        class_names: Sequence[str], outside: bool, captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """Draw true and predicted classes (U,) of the units of a few items of tokens (L, C); negative: none."""
+        plots.plot_sequence_tags([each.numpy() for each in tokens], true, predicted, class_names, captions, path)
 
 
 # --- Any tensor -------------------------------------------------------------------------------------------------------
@@ -264,10 +283,33 @@ class TextAdapter(Adapter):
     def length(self, raw: str) -> int:
         return len(raw.encode())
 
+    @classmethod
+    def of_tokens(cls, raw: str, targets: np.ndarray, settings: Settings) -> np.ndarray:
+        """A character is answered for by its first byte."""
+        first = _starts(np.frombuffer(raw.encode(), np.uint8))
+        of_bytes = np.full(len(first), UNLABELLED)
+        of_bytes[first] = targets
+        return of_bytes[: settings.max_seq_len]
+
+    def of_units(self, tokens: Tensor, answers: Any) -> Any:
+        return answers[_starts(tokens[:, 0].numpy().astype(np.uint8))]
+
+    def draw_tags(
+        self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+        class_names: Sequence[str], outside: bool, captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        texts = [bytes(each[:, 0].numpy().astype(np.uint8)).decode(errors="replace") for each in tokens]
+        plots.plot_text_tags(texts, true, predicted, class_names, captions, path)
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
+
+
+def _starts(data: np.ndarray) -> np.ndarray:
+    """Which bytes (L,) of a text in UTF-8 begin a character, bool."""
+    return (data & 0xC0) != 0x80
 
 
 # --- Series -----------------------------------------------------------------------------------------------------------

@@ -41,8 +41,13 @@ def random_stream(purpose: str, *key: int) -> np.random.Generator:
 # --- Targets ----------------------------------------------------------------------------------------------------------
 
 
+UNLABELLED = -100  # the target of a token that is not asked for; torch's cross_entropy leaves it out, too
+
+
 class Targets(Protocol):
     """What a loader has to know of the labels of its items; every task is one (tasks.py)."""
+
+    per_token: bool  # whether a target has a value for each token of its item, and is cut and hidden with them
 
     def target(self, label: Any, where: str) -> Any:
         """The label of an item as the loss wants it. Raises UserError that begins with `where`."""
@@ -60,6 +65,8 @@ class ClassTargets:
     Args:
         num_classes: None for as many as there are.
     """
+
+    per_token = False
 
     def __init__(self, num_classes: int | None = None):
         self.num_classes = num_classes
@@ -171,7 +178,24 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
     if not parts:
         shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
         raise UserError(f"{where}: empty, no real token (input {shapes}); remove the sample")
-    return parts, (targets or ClassTargets()).target(item["label"], where) if "label" in item else None
+    targets = targets or ClassTargets()
+    target = targets.target(item["label"], where) if "label" in item else None
+    if target is not None and targets.per_token:
+        target = _for_tokens(target, inputs, parts, where)
+    return parts, target
+
+
+def _for_tokens(
+    target: np.ndarray, inputs: dict[str, Any], parts: dict[str, tuple[Tensor, Tensor]], where: str
+) -> np.ndarray:
+    """The targets (L,) of the tokens that are left of an item, UNLABELLED at those that a mask hides."""
+    if len(inputs) > 1:
+        raise UserError(f"{where}: a label for each token is for one modality, not for {', '.join(inputs)}")
+    ((name, given),) = inputs.items()
+    if len(target) != len(given):
+        raise UserError(f"{where}: {len(target)} labels of {len(given)} tokens; give one for each")
+    tokens, real = parts[name]
+    return np.where(real.numpy(), target[: len(tokens)], UNLABELLED)
 
 
 def collate(

@@ -65,6 +65,7 @@ class Data(TypedDict):
     task: dict[str, Any]
     num_outputs: int
     class_names: NotRequired[Annotated[list[str], _are_distinct, "a list of different names"]]
+    head: NotRequired[dict[str, int | str]]
     adapters: dict[Name, dict[str, Any]]
     features: NotRequired[dict[Name, dict[str, int | list[int]]]]
     dataset_type: NotRequired[str]
@@ -93,6 +94,7 @@ def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in chosen.items() if value is not None},
         "input_dim": data["features"],
         "num_classes": data["num_outputs"],
+        **data.get("head", {}),
     }
 
 
@@ -235,7 +237,7 @@ def check_model_arguments(arguments: dict[str, Any]) -> None:
     """Raise UserError unless each argument is known, of its declared type and within the limits of its setting."""
     tokens = get_type_hints(TokenFeatures.__init__)
     model = get_type_hints(PerceiverEncoder.__init__) | tokens
-    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats}
+    model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats, "head": str}
     read_arguments(arguments, model)
     if isinstance(arguments.get("input_dim"), dict):
         for name, own in arguments["input_dim"].items():

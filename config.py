@@ -58,6 +58,13 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
+_OF_ITEMS = ("classification", "regression", "multilabel")
+TASKS_OF: dict[str, tuple[str, ...]] = {  # what can be answered about each data set
+    "synthetic": ("classification", "tagging"),
+    **dict.fromkeys(("cifar10", "digits"), ("classification",)),
+    **dict.fromkeys(("images", "multimodal"), _OF_ITEMS),
+    **dict.fromkeys(("sequences", "text"), (*_OF_ITEMS, "tagging")),
+}
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
 _TOO_LARGE = 2**31  # for every whole number
@@ -93,7 +100,7 @@ _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
-_CLASSES = {"task": ("classification", "multilabel")}
+_CLASSES = {"task": ("classification", "multilabel", "tagging")}
 
 
 @dataclass(frozen=True)
@@ -112,14 +119,15 @@ class Settings:
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is answered: one class, numbers, or several labels at once",
-        choices=("classification", "regression", "multilabel"), applies=_OWN)
+        "classification", "what is answered: one class, numbers, several labels at once, or a class for each step of a "
+        "series or character of a text", choices=(*_OF_ITEMS, "tagging"))
     id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column(
-        "label", "column of the label; for regression several: price,weight", applies=_TABLES)
+        "label", "column of the label; for regression several: price,weight; for tagging of texts the default is spans",
+        applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
     ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
@@ -205,13 +213,13 @@ class Settings:
         0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1, on_resume="fixed")
     label_smoothing: float = _training(
         0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1,
-        applies={"task": ("classification",)})
+        applies={"task": ("classification", "tagging")})
     class_weights: str = _training(
         "none", "of the classes in the loss; balanced = the rarer the heavier", choices=("none", "balanced"),
         applies=_CLASSES, on_resume="fixed")
     select_by: str | None = _training(
         None, "score on validation data that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; none = "
-        "the task's own: accuracy, rmse, macro_f1", metavar="SCORE", on_resume="fixed")
+        "the task's own: accuracy, rmse, macro_f1, span_f1 of texts", metavar="SCORE", on_resume="fixed")
     tune_thresholds: bool = _training(
         False, "choose on validation data from which probability a label counts as there; else 0.5",
         applies={"task": ("multilabel",)}, on_resume="fixed")

@@ -53,7 +53,7 @@ from batches import (  # noqa: F401 (for those who import them from here)
     to_sample,
     unshared,
 )
-from config import FIELDS, OWN_DATA, Settings, check_memory
+from config import FIELDS, OWN_DATA, TASKS_OF, Settings, check_memory
 from data_files import Items, OnError, read_manifest, without_effect
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, printable, refuse_together
@@ -167,6 +167,7 @@ def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] =
     return {
         "task": tasks.describe(task),
         "num_outputs": task.num_outputs,
+        **({"head": task.head} if task.head else {}),
         **({"class_names": list(task.class_names)} if hasattr(task, "class_names") else {}),
         "features": {name: adapter.features for name, adapter in adapters.items()},
         "adapters": {name: describe(adapter) for name, adapter in adapters.items()},
@@ -203,6 +204,10 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
         4 * settings.feature_dim * tokens,
         f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
     )
+    if settings.task == "tagging":
+        pairs = [_synthetic_changes(settings, split, number) for number in range(num_samples)]
+        sequences, labels = zip(*pairs, strict=True)
+        return SequenceDataset(sequences, tasks.ragged(labels))
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
 
@@ -210,12 +215,43 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
 def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarray:
     rng = random_stream(f"synthetic {split}", settings.seed, number)
     label, channels = number % settings.num_classes, settings.feature_dim
-    pattern = list(PATTERNS.values())[label % len(PATTERNS)]
-    rate = 0.03 * (0.25 / 0.03) ** ((label + 0.5) * 0.618 % 1) * rng.uniform(0.95, 1.05)  # golden ratio: spread evenly
+    rate = _rate(label, rng)
     length = rng.integers(*settings.seq_len_range, endpoint=True)
+    wave = _wave(label, rate, length, channels, rng)
+    return _noisy(wave, rng)
+
+
+SEGMENT = (15, 60)  # tokens of a stretch of one pattern, where it changes within a sequence
+
+
+def _synthetic_changes(settings: Settings, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(a sequence whose pattern changes every SEGMENT tokens, the class of each token)."""
+    rng = random_stream(f"synthetic changes {split}", settings.seed, number)
+    length = rng.integers(*settings.seq_len_range, endpoint=True)
+    waves, labels, label = [], [], number % settings.num_classes
+    while len(labels) < length:
+        steps = rng.integers(*SEGMENT, endpoint=True)
+        waves.append(_wave(label, _rate(label, rng), steps, settings.feature_dim, rng))
+        labels += [label] * steps
+        label = (label + rng.integers(1, settings.num_classes)) % settings.num_classes
+    return _noisy(np.concatenate(waves)[:length], rng), np.array(labels[:length], np.int64)
+
+
+def _rate(label: int, rng: np.random.Generator) -> float:
+    """Cycles per token; by the golden ratio, so that those of the classes are spread evenly."""
+    return 0.03 * (0.25 / 0.03) ** ((label + 0.5) * 0.618 % 1) * rng.uniform(0.95, 1.05)
+
+
+def _wave(label: int, rate: float, length: int, channels: int, rng: np.random.Generator) -> np.ndarray:
+    """The pattern of a class, (length, channels), of mean 0 and variance 1 in every channel."""
+    pattern = list(PATTERNS.values())[label % len(PATTERNS)]
     time = np.arange(length)[:, None] - np.linspace(0, LAG, channels)  # (L, C) tokens
     wave = pattern(rate * time + rng.uniform(0, 8))
-    wave = (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
+    return (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
+
+
+def _noisy(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    length, channels = wave.shape
     gains = rng.uniform(0.5, 1.5) * rng.uniform(0, 2, channels)
     noise = rng.uniform(0.5, 1.5) * rng.standard_normal((length, channels))
     return (gains * wave + noise + rng.normal(0, 0.3, channels)).astype(np.float32)
@@ -225,14 +261,20 @@ def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple
     """Validation comes out of num_samples sequences; a fifth as many more are the test set."""
     data = make_synthetic(settings, "train", settings.num_samples)
     test = make_synthetic(settings, "test", math.ceil(settings.num_samples / 5))
-    train, val = _split_off_validation(data.labels, settings)
     rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
     names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
     adapter = _known_adapter(info, TensorAdapter) or TensorAdapter(settings.feature_dim, settings.max_seq_len)
+    first = np.arange(settings.num_samples) % settings.num_classes  # the class that a sequence has, or begins with
+    train, val = _split_off_validation(first, settings)
     splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
     for split in splits.values():
         split.sequences = [adapter(sequence) for sequence in split.sequences]
-    return splits, description(_classes(names, splits["train"].labels, settings, info), {"series": adapter})
+        if settings.task == "tagging":
+            split.labels = tasks.ragged([labels[: settings.max_seq_len] for labels in split.labels])
+    task = known_task(info) or (
+        tasks.Tagging(names) if settings.task == "tagging" else Classification(names)
+    ).learn(splits["train"].labels, settings)
+    return splits, description(task, {"series": adapter})
 
 
 def _classes(names: Sequence[str], labels: np.ndarray, settings: Settings, info: Info | None) -> Task:
@@ -464,6 +506,15 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     notes += more
     if "train" in items:
         notes += _split_off(items, targets, task, settings)
+    if task.per_token:
+        modality = MODALITY_OF[settings.dataset_type]
+        targets = {
+            name: tasks.ragged(
+                [MODALITIES[modality].of_tokens(item[modality], target, settings)
+                 for item, target in zip(items[name].values, values, strict=True)]
+            )
+            for name, values in targets.items()
+        }  # fmt: skip
     if not info:
         task = task.learn(targets["train"], settings)
     absent = {name: task.absent(values) for name, values in targets.items()}
@@ -718,6 +769,9 @@ def load_splits(settings: Settings, info: Info | None = None, only: str | None =
     info: a description made in training. Its adapters and its task are then used.
     only: the split that is asked for. Of the user's own data it alone is read if it is not a part of another one.
     """
+    if settings.task not in TASKS_OF[settings.dataset_type]:
+        raise UserError(f"task: {settings.task} is not offered for {settings.dataset_type}; choose one of "
+                        f"{', '.join(TASKS_OF[settings.dataset_type])}")  # fmt: skip
     asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
     splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}

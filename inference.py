@@ -97,6 +97,8 @@ def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
         for name, known in checkpoint["data"]["adapters"].items()
     }
     made = {name: adapter.features for name, adapter in model.adapters.items()}
+    if model.head != model.task.head.get("head", "mean"):
+        raise UserError(f"the checkpoint's task is {model.task.kind}, which its model's head {model.head!r} is not for")
     if checkpoint["data"].get("features", made) != made:
         raise UserError(f"the checkpoint's adapters make {made}, its features are {checkpoint['data']['features']}")
     taken = checkpoint["model_args"]["input_dim"]
@@ -134,6 +136,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
                         'probabilities': {class name: probability}}
         regression      {'value': the first number, 'values': {name: number}}, in the units of the training data
         multilabel      {'labels': [names], 'probabilities': {name: probability}}
+        tagging         {'classes': [the name of each step or character], 'spans': [{'start', 'end' (excluded), 'class',
+                        'confidence': the mean probability}], of what is in no span none}
 
     Raises:
         UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
@@ -171,6 +175,10 @@ def _answers(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> I
             outputs = model(*inputs_for(model, collate(batch), device)).cpu().double()
         if not outputs.isfinite().all():
             raise UserError(NOT_FINITE)
+        if task.per_token:
+            ((name, adapter),) = model.adapters.items()
+            tokens = [item["input"][name] for item in batch]
+            outputs = [adapter.of_units(each, out[: len(each)]) for each, out in zip(tokens, outputs, strict=True)]
         yield from map(task.answer, outputs)
 
 
@@ -205,11 +213,22 @@ def evaluate(
     if analyze:
         results["analysis"] = task.analysis(rows, items)
     if output_dir is not None:
+        if len(task.examples(rows)):
+            figures["examples.png"] = partial(_draw_examples, model, dataset, rows)
         if analyze:
             figures |= _analysis_figures(model, dataset, loader, rows, results["analysis"], amp_dtype)
         results["figures"] = list(figures)
         evaluation.save_evaluation(output_dir, results, items, figures)
     return results
+
+
+def _draw_examples(model: PerceiverModel, dataset: Dataset, rows: dict[str, np.ndarray], path: Path) -> None:
+    """The figure of a few items with what was answered to each of their tokens."""
+    task, ids = model.task, getattr(dataset, "ids", range(len(rows["tokens"])))
+    chosen, (adapter,) = task.examples(rows), model.adapters.values()
+    tokens = [collate([dataset[place]])["input"][0] for place in chosen]
+    captions = [f"{plots.short(printable(str(ids[place])), 28)}: {task.caption(rows, place)}" for place in chosen]
+    task.draw_examples(rows, chosen, tokens, captions, adapter, path)
 
 
 def _analysis_figures(
@@ -272,7 +291,7 @@ def _analysis_figures(
 def write_predictions(
     model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
 ) -> int:
-    """Write a table of ids and answers; returns its number of rows.
+    """Write a table of ids and answers; returns how many items were answered.
 
     An item that the model cannot take goes to on_error and is left out.
     """
@@ -288,12 +307,12 @@ def write_predictions(
             done.append(id)
             yield item
 
-    rows = []
-    for answer in _answers(model, prepared(), batch_size):
-        rows.append({"id": done[len(rows)], **model.task.cells(answer)})
+    rows, count = [], 0
+    for count, answer in enumerate(_answers(model, prepared(), batch_size), 1):
+        rows += [{"id": done[count - 1], **row} for row in model.task.records(answer)]
     if rows:
         evaluation.write_rows(path, rows)
-    return len(rows)
+    return count
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 from messages import UserError
 from tables import nfc, shown
 
+OUTSIDE = "outside"  # the class of the characters of a text that are in no span
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # that is written as no whole one is
 _WHOLE = re.compile(r"[+-]?\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
@@ -76,6 +77,11 @@ def class_names_of(cell: Any, where: str) -> list[str]:
     return [class_name(part, where) for part in parts if not (isinstance(part, str) and not part.strip())]
 
 
+def is_unlabelled(cell: Any) -> bool:
+    """Whether this is no label, of a step or a character: nothing, NaN or -100. It is neither learnt nor judged."""
+    return cell is None or (cell.strip() in ("", "-100") if isinstance(cell, str) else cell in (-100,) or cell != cell)
+
+
 def same_class(one: Any, other: Any) -> bool:
     """Whether two cells mean the same class, be they classes or not."""
     try:
@@ -124,10 +130,12 @@ def class_order(labels: Iterable[str]) -> list[str]:
 # -- slips ----------------------------------------------------------------------------------------------------
 
 
-def slips(cells: Sequence[Any], names: Sequence[str]) -> list[str]:
-    """Notes on the labels of training items, cells and the classes they mean, that look like mistakes."""
+def slips(cells: Sequence[Any], names: Sequence[str], of_items: bool = True) -> list[str]:
+    """Notes on labels of training data, cells and the classes they mean, that look like mistakes; `of_items`: each is
+    that of an item, not of one of its steps."""
     counts = Counter(names)
-    return [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts), *_many(counts)]
+    many = _many(counts) if of_items else []
+    return [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts), *many]
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:

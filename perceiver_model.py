@@ -483,11 +483,14 @@ class PerceiverDecoder(nn.Module):
 
 
 class OutputQueries(nn.Module):
-    """Learned output queries and the decoder that answers them; (B, N, D) -> (B, O, outputs).
+    """Output queries and the decoder that answers them; (B, N, D) -> (B, O, outputs).
 
     Args:
         d_model: latent width D.
         num_outputs, query_residual: see :class:`PerceiverDecoder`.
+        token_dim: None for queries that are learned; else they are made of tokens of so many channels C, by a linear
+            layer (Perceiver IO, section 3.2: queries that hold the features of the input, as for optical flow; there
+            the channels are the query).
         num_queries: how many are learned.
         query_dim: channels of a query (Q); default d_model.
         num_decoder_heads, decoder_dim, decoder_value_dim: heads H and widths E (default Q) and V (default E) of the
@@ -501,6 +504,7 @@ class OutputQueries(nn.Module):
         d_model: int,
         num_outputs: int | None,
         query_residual: bool,
+        token_dim: int | None = None,
         num_queries: int = 1,
         query_dim: int | None = None,
         num_decoder_heads: int = 1,
@@ -519,7 +523,10 @@ class OutputQueries(nn.Module):
             ("decoder_dim", decoder_dim, "num_decoder_heads", num_decoder_heads),
             ("decoder_value_dim", decoder_value_dim, "num_decoder_heads", num_decoder_heads),
         )
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, query_dim), std=0.02))
+        if token_dim is None:
+            self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, query_dim), std=0.02))
+        else:
+            self.query = nn.Linear(token_dim, query_dim)
         self.decoder = PerceiverDecoder(
             query_dim,
             d_model,
@@ -536,10 +543,14 @@ class OutputQueries(nn.Module):
         """latents (B, N, D) -> the answers (B, O, outputs) to the first num_queries, by default to all."""
         return self.decoder(self.queries[None, :num_queries], latents)
 
+    def of_tokens(self, latents: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """latents (B, N, D), tokens (B, O, C), mask bool (B, O) -> (B, O, outputs), 0 where the mask is False."""
+        return self.decoder(self.query(tokens), latents, mask)
+
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 
-HEADS = ("mean", "query", "positions")
+HEADS = ("mean", "query", "positions", "tokens")
 MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are filled up to its width
 Modal = Tensor | dict[str, Tensor]  # of one modality, or of each by its name
 
@@ -567,7 +578,7 @@ def naming(arguments: dict[str, inspect.Parameter]) -> Callable[[Callable], Call
 
 FEATURES = keyword_arguments(TokenFeatures, "input_dim")
 ENCODER = keyword_arguments(PerceiverEncoder, "input_dim")
-DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_residual")
+DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_residual", "token_dim")
 
 
 class PerceiverModel(nn.Module):
@@ -587,12 +598,14 @@ class PerceiverModel(nn.Module):
             - "query": the answer to one learned query; (B, num_classes), as Perceiver IO classifies.
             - "positions": the answers to a learned query for each position, num_queries in all; (B, L, num_classes), as
               Perceiver IO's masked language model. What the mask hides is answered, too.
+            - "tokens": the answers to a query made of each token's own features and position; (B, L, num_classes), L
+              over all modalities behind their stems, and 0 where the mask is.
         tie_embedding: with head "positions", the logits of an answer are its products with the embeddings of the
             vocabulary, plus a bias.
         features_encoder_decoder: the other arguments are described where they are used. Those of tokens, in
             :class:`TokenFeatures`, are for the modalities that do not give their own. Those of the encoder are in
-            :class:`PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which the heads
-            "query" and "positions" have, are in :class:`OutputQueries`; it shares dropouts and query_bias.
+            :class:`PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which all heads
+            but "mean" have, are in :class:`OutputQueries`; it shares dropouts and query_bias.
 
     Raises:
         ValueError: a value that one of these classes refuses, arguments that do not go together or have no effect.
@@ -639,7 +652,8 @@ class PerceiverModel(nn.Module):
         else:
             shared = {n: encoder[n] for n in ("dropout", "attention_dropout", "query_bias") if n in encoder}
             num_outputs = None if tie_embedding else num_classes
-            self.output = OutputQueries(d_model, num_outputs, head == "query", **decoder, **shared)
+            residual, token_dim = head in ("query", "tokens"), width if head == "tokens" else None
+            self.output = OutputQueries(d_model, num_outputs, residual, token_dim, **decoder, **shared)
         if tie_embedding:
             self.output_bias = nn.Parameter(torch.zeros(num_classes))
         self.apply(initialise)
@@ -648,7 +662,7 @@ class PerceiverModel(nn.Module):
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         for name, value in decoder.items():
-            used_by = ("positions",) if name == "num_queries" else ("query", "positions")
+            used_by = ("positions",) if name == "num_queries" else ("query", "positions", "tokens")
             if self.head not in used_by and value != DECODER[name].default:
                 raise ValueError(f"{name}={value!r} has no effect with head={self.head!r}")
         if self.head == "positions" and "num_queries" not in decoder:
@@ -678,9 +692,9 @@ class PerceiverModel(nn.Module):
             return_attention: also return the cross-attention maps.
 
         Returns:
-            logits (B, num_classes), with head "positions" (B, L, num_classes); and with ``return_attention`` one map
-            (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0 at padding. L runs over the
-            modalities in the order of the model, each behind its stem.
+            logits (B, num_classes), with head "positions" or "tokens" (B, L, num_classes); and with
+            ``return_attention`` one map (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0
+            at padding. L runs over the modalities in the order of the model, each behind its stem.
 
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
@@ -688,7 +702,7 @@ class PerceiverModel(nn.Module):
         tokens, mask = self._tokens(x, mask)
         encoded = self.encoder(tokens, mask, return_attention)
         latents, *maps = encoded if return_attention else (encoded,)
-        logits = self._read_out(latents, tokens)
+        logits = self._read_out(latents, tokens, mask)
         return (logits, *maps) if return_attention else logits
 
     def encode(self, x: Modal, mask: Modal | None = None) -> Tensor:
@@ -700,7 +714,7 @@ class PerceiverModel(nn.Module):
 
         Returns:
             what the last linear layer classifies: with head "mean" the mean over the normalised latents (B, D), with
-            "query" the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
+            "query" the answered query (B, Q). With the others, which have no such vector, the mean over the latents.
         """
         return self._pool(self.encode(x, mask))
 
@@ -712,12 +726,17 @@ class PerceiverModel(nn.Module):
             return self.output.decoder.cross_attention(self.output.queries[None], latents)[:, 0]
         return latents.mean(1)
 
-    def _read_out(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """latents (B, N, D), tokens (B, L, C) -> logits (B, num_classes) or (B, L, num_classes)."""
+    def _read_out(self, latents: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """latents (B, N, D), tokens (B, L, C), mask (B, L) -> logits (B, num_classes) or (B, L, num_classes)."""
         if self.head == "mean":
             return self.classifier(self._pool(latents))
         if self.head == "query":
             return self.output(latents)[:, 0]
+        if self.head == "tokens":
+            answer = self.output.of_tokens
+            if self.encoder.gradient_checkpointing and self.training:  # there is a query for every token
+                answer = partial(checkpoint, answer, use_reentrant=False)
+            return answer(latents, tokens, mask)
         length, longest = tokens.size(1), self.output.queries.size(0)
         if length > longest:
             raise ValueError(f"the input has {length} tokens, but the model has queries for {longest} (num_queries)")

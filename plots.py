@@ -199,8 +199,9 @@ def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path:
 
 
 def plot_confidence_analysis(
-    table: Sequence[Mapping[str, Any]], error: float, confidence: np.ndarray, correct: np.ndarray, path: PathLike
-) -> None:
+    table: Sequence[Mapping[str, Any]], error: float, confidence: np.ndarray, correct: np.ndarray, path: PathLike,
+    unit: str = "samples",
+) -> None:  # fmt: skip
     """Reliability diagram with the count of each bin; accuracy if only the most confident are answered.
 
     Args:
@@ -228,7 +229,7 @@ def plot_confidence_analysis(
         counts.bar(centre, count, width, color=GREY, edgecolor="white")
         for x, number in zip(centre, count, strict=True):
             counts.text(x, number, f"{number}", ha="center", va="bottom", fontsize=6.5)
-        counts.set(xlabel="confidence (probability of the predicted class)", ylabel="samples", xlim=(0, 1))
+        counts.set(xlabel="confidence (probability of the predicted class)", ylabel=unit, xlim=(0, 1))
         counts.set_ylim(0, 1.2 * count.max())
         left.legend(*diagram.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
@@ -237,7 +238,7 @@ def plot_confidence_analysis(
         axes.plot(coverage, share, color=BLUE, marker="o" if len(share) == 1 else None, label="accuracy")
         axes.axhline(share[-1], color=GREY, linestyle="--", label=f"all answered: {share[-1]:.3f}")
         axes.set_title("Accuracy against coverage, most confident first")
-        axes.set(xlabel="share of samples answered", ylabel="accuracy", xlim=(0, 1))
+        axes.set(xlabel=f"share of {unit} answered", ylabel="accuracy", xlim=(0, 1))
         axes.set_ylim(min(share.min(), low[coverage >= 0.2].min()) - 0.01, 1.002)
         right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -561,6 +562,99 @@ def plot_text_attention(
             axes.set_axis_off()
             axes.set_title(caption, fontsize=8)
             figure.colorbar(picture, ax=axes, fraction=0.02, pad=0.01)
+
+
+def _class_colours(number: int, outside: bool = False) -> np.ndarray:
+    """RGB (number, 3) of classes; the first one is light grey where it is that of what is in no span."""
+    import seaborn
+
+    palette = seaborn.color_palette("colorblind" if number - outside <= 10 else "husl", number - outside)
+    return np.array([(0.9, 0.9, 0.9)] * outside + list(palette))
+
+
+def _tags_legend(figure: Figure, used: np.ndarray, class_names: Sequence[str], colours: np.ndarray) -> None:
+    from matplotlib.patches import Patch
+
+    shown = used[:FEW_CLASSES]
+    handles = [Patch(color=colours[number], label=short(str(class_names[number]))) for number in shown]
+    if len(used) > len(shown):
+        handles.append(Patch(color="white", label=f"and {len(used) - len(shown)} more"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+
+
+def _used(*sides: Sequence[np.ndarray]) -> np.ndarray:
+    classes = np.unique(np.concatenate([each for side in sides for each in side]))
+    return classes[classes >= 0]
+
+
+def plot_sequence_tags(
+    inputs: Sequence[np.ndarray], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+    class_names: Sequence[str], captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few series with a strip of the true and one of the predicted class of each step below.
+
+    Args:
+        inputs: of each series (L, C).
+        true, predicted: class numbers (L,), negative where there is none (white).
+        captions: a text per series.
+    """
+    colours = _class_colours(len(class_names))
+    with _page(path, 9, 0.6 + 2.1 * len(inputs)) as figure:
+        for i, part in enumerate(figure.subfigures(len(inputs), 1, squeeze=False)[:, 0]):
+            signal, *strips = part.subplots(3, 1, sharex=True, height_ratios=(5, 1, 1))
+            values = inputs[i]
+            if values.shape[1] <= 12:
+                signal.plot(values, linewidth=0.8)
+            else:
+                limit = np.abs(values).max()
+                signal.imshow(values.T, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit, vmax=limit)
+                signal.grid(False)
+            signal.set_title(captions[i])
+            signal.set_ylabel("input" if values.shape[1] <= 12 else "channel")
+            for axes, name, side in zip(strips, ("true", "predicted"), (true[i], predicted[i]), strict=True):
+                picture = np.where(side[:, None] >= 0, colours[np.maximum(side, 0)], 1.0)
+                axes.imshow(picture[None], aspect="auto", interpolation="nearest")
+                axes.set_yticks([0], [name])
+                axes.grid(False)
+            strips[-1].set_xlabel("step")
+        _tags_legend(figure, _used(true, predicted), class_names, colours)
+
+
+def plot_text_tags(
+    texts: Sequence[str], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray], class_names: Sequence[str],
+    captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few texts; under each line a strip of the true and one of the predicted class of its characters.
+
+    Args:
+        true, predicted: class numbers of the characters, negative where there is none (white). The first class is that
+            of what is in no span.
+        captions: a text per text.
+    """
+    most = 8  # lines of a text
+    colours = _class_colours(len(class_names), outside=True)
+    width = min(80, max(map(len, texts)))
+    lines = [min(most, max(1, -(-len(text) // width))) for text in texts]
+    with _page(path, max(6, 1.4 + 0.13 * width), 0.8 + sum(0.45 + 0.42 * number for number in lines)) as figure:
+        panels = figure.subplots(len(texts), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
+        for axes, text, number, caption, *sides in zip(panels, texts, lines, captions, true, predicted, strict=True):
+            picture = np.ones((3 * number, width, 3))  # of each line: characters, true, predicted
+            for place, character in enumerate(text[: width * number]):
+                row, column = divmod(place, width)
+                character = character if character.isprintable() else "·"
+                axes.text(column, 3 * row, character, ha="center", va="center", fontsize=7)
+                for below, side in enumerate(sides, 1):
+                    if side[place] >= 0:
+                        picture[3 * row + below, column] = colours[side[place]]
+            axes.imshow(picture, aspect="auto", interpolation="nearest")
+            ticks = [3 * row + below for row in range(number) for below in (1, 2)]
+            axes.set_yticks(ticks, ["true", "predicted"] * number, fontsize=5.5)
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            axes.set_title(caption + (" (its beginning)" if len(text) > width * number else ""), fontsize=8)
+        _tags_legend(figure, _used(true, predicted), class_names, colours)
 
 
 def plot_latent_projection(

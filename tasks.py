@@ -1,9 +1,10 @@
-"""What a model answers: one class of several, numbers, or several labels at once. A class a task; nothing else knows.
+"""What a model answers: one class of several, numbers, several labels at once, a class for each token. A class a task;
+nothing else knows.
 
 A task is made of the labels of the training data and says everything that depends on what an answer is:
 
     targets    what a label means, and what is wrong with one; how targets are stacked and split (`Targets`, batches.py)
-    outputs    how many numbers the model's head gives
+    outputs    how many numbers the model's head gives, once or for each token
     training   what is minimised, and what is summed up of a step
     rows       what an evaluation keeps of each sample: no list of all outputs, and the shares of processes just add up
     metrics    figures of these rows, which of them decides which epoch is best, and the baseline that it must beat
@@ -13,7 +14,7 @@ A task is made of the labels of the training data and says everything that depen
 It is plain data: `describe` gives what a checkpoint stores, `from_description` the task again. To add one, write a
 subclass of `Task` and enter it in TASKS.
 
-Letters: B samples of a batch, N samples, C classes, K numbers of an answer.
+Letters: B samples of a batch, N samples, L tokens, U steps or characters, C classes, K numbers of an answer.
 """
 
 import math
@@ -28,12 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import evaluation
 import plots
-from batches import ClassTargets
+from batches import UNLABELLED, ClassTargets
 from config import Settings
-from labels import ClassNumbers, class_names_of, class_order, read_labels, slips
+from labels import OUTSIDE, ClassNumbers, class_names_of, class_order, is_unlabelled, read_labels, slips
 from messages import UserError
 from schema import Positive, read, shown
 
@@ -47,6 +49,8 @@ class Task:
     """The base of all tasks. What it does itself is what most have in common."""
 
     kind: ClassVar[str]
+    per_token: ClassVar[bool] = False  # whether there is an answer for each token
+    head: ClassVar[dict[str, Any]] = {}  # what the model is told of its head, beside num_outputs
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
     step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
     higher_is_better: ClassVar[dict[str, bool]]  # what --select_by may name; the first one is the default
@@ -151,6 +155,17 @@ class Task:
     def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
         return {}
 
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        """Places of samples that `draw_examples` shows; none where the task draws no examples."""
+        return np.zeros(0, int)
+
+    def draw_examples(
+        self, rows: Rows, places: Sequence[int], tokens: Sequence[Tensor], captions: Sequence[str], adapter: Any,
+        path: Path,
+    ) -> None:  # fmt: skip
+        """Draw the samples at these places, of tokens (L, C) that the adapter made."""
+        raise NotImplementedError
+
     def sides(self, rows: Rows, place: int) -> tuple[str, str]:
         """(the truth, the answer) of a sample, as text."""
         raise NotImplementedError
@@ -177,6 +192,10 @@ class Task:
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of predictions.csv after the item's id."""
         raise NotImplementedError
+
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows of predictions.csv of an item, at least one."""
+        return [self.cells(answer)]
 
 
 def _refuse_infinite(rows: Rows) -> None:
@@ -266,14 +285,7 @@ class Classification(Task, ClassTargets):
         return f"{len(absent)} of {self.num_classes} classes have no {{}} sample, the first is {first}"
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Classification":
-        if settings.class_weights == "none":
-            return replace(self, class_weights=None)
-        from sklearn.utils.class_weight import compute_class_weight
-
-        there = np.unique(targets)
-        weights = np.ones(self.num_classes)
-        weights[there] = compute_class_weight("balanced", classes=there, y=targets)
-        return replace(self, class_weights=weights.tolist())
+        return replace(self, class_weights=_class_weights(targets, self.num_classes, settings))
 
     # --- Training ---
 
@@ -374,6 +386,18 @@ class Classification(Task, ClassTargets):
             suffix = f"_{rank}" if rank > 1 else ""
             row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
         return row
+
+
+def _class_weights(labels: np.ndarray, num_classes: int, settings: Settings) -> list[float] | None:
+    """Of each class in the loss, by settings.class_weights; None = all alike."""
+    if settings.class_weights == "none":
+        return None
+    from sklearn.utils.class_weight import compute_class_weight
+
+    there = np.unique(labels)
+    weights = np.ones(num_classes)
+    weights[there] = compute_class_weight("balanced", classes=there, y=labels)
+    return weights.tolist()
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -773,9 +797,314 @@ class MultiLabel(Task):
         return {"labels": ";".join(answer["labels"]), **shares}
 
 
+# --- A class for each token -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tagging(Task):
+    """A class for each step of a series, or for each character of a text.
+
+    A target is int64 (L,), a class number for each token and UNLABELLED where none is asked for: at steps without a
+    label, and at the bytes of a character behind its first one, which answers for all of them.
+
+    Args:
+        class_names: in the order of the class numbers.
+        outside: whether the first class is that of what is in no span.
+        class_weights: of each class in the loss; None = all alike.
+        tokens_per_sample: labelled tokens of a training sample, on average. Losses are sums over tokens divided by it,
+            so that their means over samples are means over tokens, however the samples are batched.
+    """
+
+    kind = "tagging"
+    per_token = True
+    head = {"head": "tokens"}
+    headline = "accuracy"
+    step_names = ("loss", "correct", "labelled")
+
+    class_names: Names
+    outside: bool = False
+    class_weights: list[Positive] | None = None
+    tokens_per_sample: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and len(self.class_weights) != len(self.class_names):
+            raise UserError(f"{len(self.class_weights)} class weights of {len(self.class_names)} classes")
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        spans = {"span_f1": True} if self.outside else {}
+        return spans | {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.class_names)
+
+    def about(self) -> str:
+        return f"a class for each {self._unit}, of {self.num_outputs}"
+
+    @property
+    def _unit(self) -> str:
+        return "character" if self.outside else "step"
+
+    # --- Targets ---
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Tagging", list[str]]:
+        names, _ = cls._read_cells(cells, places, "")
+        pairs = [(cell, names[cell]) for item in cells for cell in item if names.get(cell) is not None]
+        if not pairs:
+            return cls([]), []
+        outside = settings.dataset_type == "text"
+        order = class_order(name for _, name in pairs if not (outside and name == OUTSIDE))
+        notes = slips(*zip(*pairs, strict=True), of_items=False)
+        if "-1" in order:
+            notes.append(f"-1 is a class of its own; what has no label is {UNLABELLED}, or empty")
+        return cls([OUTSIDE] * outside + order, outside), notes
+
+    @staticmethod
+    def _read_cells(
+        cells: Sequence[Sequence[Any]], places: Sequence[str], unit: str, known: Sequence[str] = ()
+    ) -> tuple[dict[Any, str | None], list[UserError]]:
+        """(the class of each label that occurs; what is wrong with one, at its first place)."""
+        first: dict[Any, str] = {}
+        for item, place in zip(cells, places, strict=True):
+            for number, cell in enumerate(item):
+                if cell not in first and not is_unlabelled(cell):
+                    first[cell] = f"{place}, {unit} {number + 1}"
+        names, errors = read_labels(list(first), list(first.values()), known)
+        return dict(zip(first, names, strict=True)), errors
+
+    def check_names(self, path: str | None) -> None:
+        if len(self.class_names) < 2:
+            only = f"has the label {self.class_names[0]!r}" if self.class_names else "is without a label"
+            raise UserError(f"{path}: every {self._unit} {only}; at least two classes are needed")
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        names, errors = self._read_cells(cells, places, self._unit, self.class_names)
+        numbers, classes = ClassNumbers(self.class_names), {}
+        for cell, name in names.items():
+            if name is not None:
+                classes[cell] = numbers.get(name)
+        targets = ragged([[classes.get(cell, UNLABELLED) for cell in item] for item in cells])
+        for item, place in zip(cells, places, strict=True):
+            unknown = next((i for i, cell in enumerate(item) if classes.get(cell, UNLABELLED) is None), None)
+            if unknown is not None:
+                name = names[item[unknown]]
+                errors.append(UserError(f"{place}, {self._unit} {unknown + 1}: label {name!r} does not occur in the "
+                                        f"training data{numbers.nearest(name)}; correct or remove it"))  # fmt: skip
+        return (None if errors else targets), errors
+
+    def target(self, label: Any, where: str) -> np.ndarray:
+        """int64 (L,)"""
+        value = np.asarray(label)
+        with np.errstate(invalid="ignore"):
+            whole = value.ndim == 1 and value.dtype.kind in "biuf" and (value.astype(np.int64) == value).all()
+        if not whole:
+            raise UserError(f"{where}: a label must be whole numbers, one for each token, {UNLABELLED} where there is "
+                            f"none; this is {value.dtype} {value.shape}")  # fmt: skip
+        return value.astype(np.int64)
+
+    def stack(self, targets: Sequence[np.ndarray]) -> Tensor:
+        """int64 (B, L), UNLABELLED at padding."""
+        return pad_sequence([torch.as_tensor(each) for each in targets], batch_first=True, padding_value=UNLABELLED)
+
+    def check(self, targets: Sequence[np.ndarray], for_training: bool) -> None:
+        for number, each in enumerate(targets):
+            wrong = np.flatnonzero((each != UNLABELLED) & ((each < 0) | (each >= self.num_outputs)))
+            if wrong.size:
+                raise UserError(f"sample {number}, token {wrong[0]}: label {each[wrong[0]]} is not in "
+                                f"0..{self.num_outputs - 1}, nor {UNLABELLED} for none")  # fmt: skip
+        found = np.unique(np.concatenate(list(targets)))
+        found = found[found != UNLABELLED]
+        if not found.size:
+            raise UserError(f"no token of the {len(targets)} samples has a label")
+        if for_training and found.size == 1:
+            raise UserError(f"all labelled tokens of the {len(targets)} training samples are "
+                            f"{self.class_names[found[0]]!r}; give at least two classes")  # fmt: skip
+
+    def _most_frequent(self, targets: Sequence[np.ndarray]) -> np.ndarray:
+        """(N,) the class that most tokens of each sample have, of spans if it has one; 0 where none is labelled."""
+        counts = np.stack([np.bincount(each[each != UNLABELLED], minlength=self.num_outputs) for each in targets])
+        if self.outside:
+            counts[:, 0] = counts[:, 1:].max(1) == 0
+        return counts.argmax(1)
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """The most frequent class of each sample; those that occur once are one stratum together."""
+        strata = self._most_frequent(targets)
+        counts = np.bincount(strata)
+        return np.where(counts[strata] > 1, strata, len(counts))
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        absent = np.setdiff1d(np.arange(self.num_outputs), np.concatenate(list(targets)))
+        if not len(absent):
+            return None
+        first = self.class_names[absent[0]]
+        return f"{len(absent)} of {self.num_outputs} classes are in no {{}} sample, the first is {first}"
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Tagging":
+        labels = np.concatenate(list(targets))
+        labels = labels[labels != UNLABELLED]
+        learnt = replace(self, tokens_per_sample=max(1, len(labels)) / len(targets))
+        return replace(learnt, class_weights=_class_weights(labels, self.num_outputs, settings))
+
+    # --- Training ---
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        """outputs (B, L, C), targets (B, L) -> ()"""
+        weights = None
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+        smoothing = settings.label_smoothing
+        loss = F.cross_entropy(outputs.mT, targets, weights, label_smoothing=smoothing, reduction="sum")
+        return loss / self.tokens_per_sample
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs.float().mT, targets, reduction="sum") / self.tokens_per_sample
+        return torch.stack([loss, (outputs.argmax(2) == targets).sum(), (targets != UNLABELLED).sum()])
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"train_accuracy": totals["correct"] / max(1, totals["labelled"])}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        """Of each sample the labelled tokens, as `evaluation.class_rows` has them, as an array of arrays."""
+        samples = []
+        for logits, labels in zip(outputs, targets, strict=True):
+            asked = labels != UNLABELLED
+            row = evaluation.class_rows(logits[asked].numpy(), labels[asked].numpy())
+            row |= {name: values.astype(np.float32) for name, values in row.items() if values.dtype == np.float64}
+            samples.append(row | {"place": torch.nonzero(asked)[:, 0].numpy()})
+        columns = {name: ragged([row[name] for row in samples]) for name in samples[0]}
+        return columns | {"finite": np.array([row["finite"].all() for row in samples])}
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        names = ("label", "predicted", "confidence", "ahead", "negative_log_likelihood", "brier_score")
+        tokens = {name: np.concatenate(list(rows[name])) for name in names}
+        number = len(tokens["label"])
+        if not number:  # the first batches of a split may be without a label
+            return dict.fromkeys(self.epoch_names(), math.nan)
+        tokens = {name: values.astype(np.float64) if values.dtype == np.float32 else values
+                  for name, values in tokens.items()}  # fmt: skip
+        spans = {}
+        if self.outside:
+            spans = evaluation.span_metrics(rows["label"], rows["predicted"], self.class_names, outside=0)
+        metrics = evaluation.class_metrics(tokens, self.class_names) | {"num_samples": len(rows["label"])}
+        return {"num_samples": metrics.pop("num_samples"), "num_labelled_tokens": number, **spans, **metrics}
+
+    def epoch_names(self) -> dict[str, str]:
+        """metric -> its name in the log."""
+        names = {"negative_log_likelihood": "loss"}
+        return names | {name: name for name in self.higher_is_better if name != "loss"}
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        values = {name: metrics[key] for key, name in self.epoch_names().items()}
+        return {f"val_{name}": 0.0 if value is None else value for name, value in values.items()}  # F1 without spans
+
+    def _right(self, rows: Rows) -> np.ndarray:
+        """Share of the labelled tokens of each sample that are right, (N,); 1 where none is labelled."""
+        pairs = zip(rows["label"], rows["predicted"], strict=True)
+        return np.array([(label == predicted).mean() if len(label) else 1.0 for label, predicted in pairs])
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        def mean(values: np.ndarray) -> float | str:
+            return float(values.mean(dtype=np.float64)) if len(values) else ""
+
+        return {
+            "labelled": [len(labels) for labels in rows["label"]],
+            "right": [int((a == b).sum()) for a, b in zip(rows["label"], rows["predicted"], strict=True)],
+            "negative_log_likelihood": [mean(values) for values in rows["negative_log_likelihood"]],
+            "mean_confidence": [mean(values) for values in rows["confidence"]],
+        }
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        confidence = np.concatenate(list(rows["confidence"])).astype(np.float64)
+        correct = np.concatenate(list(rows["label"])) == np.concatenate(list(rows["predicted"]))
+        keys = ("id", "labelled", "right")
+        return {
+            "reliability": evaluation.reliability_table(confidence, correct),
+            "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=self._right(rows)),
+            "worst_items": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        right = self._right(rows)
+        order = np.argsort(right, kind="stable")[:limit]
+        return order[right[order] < 1]
+
+    def figures(self, rows: Rows) -> Figures:
+        flat = {name: np.concatenate(list(rows[name])) for name in ("label", "predicted", "confidence")}
+        confidence, correct = flat["confidence"].astype(np.float64), flat["label"] == flat["predicted"]
+        table = evaluation.reliability_table(confidence, correct)
+        matrix = evaluation.confusion_matrix(flat, self.num_outputs)
+        error = evaluation.calibration_error(table)
+        return {
+            "confusion_matrix.png": partial(plots.plot_confusion_matrix, matrix, self.class_names),
+            "confidence_analysis.png": partial(
+                plots.plot_confidence_analysis, table, error, confidence, correct, unit="tokens"
+            ),
+        }
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["accuracy_by_length"]
+        return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
+
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        """From the worst to the best, at equal distances."""
+        order = np.argsort(self._right(rows), kind="stable")
+        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+
+    def draw_examples(
+        self, rows: Rows, places: Sequence[int], tokens: Sequence[Tensor], captions: Sequence[str], adapter: Any,
+        path: Path,
+    ) -> None:  # fmt: skip
+        sides = []
+        for name in ("label", "predicted"):
+            sides.append([np.full(len(each), UNLABELLED) for each in tokens])
+            for side, place in zip(sides[-1], places, strict=True):
+                side[rows["place"][place]] = rows[name][place]
+        sides = [[adapter.of_units(each, side) for each, side in zip(tokens, part, strict=True)] for part in sides]
+        adapter.draw_tags(tokens, *sides, self.class_names, self.outside, captions, path)
+
+    def caption(self, rows: Rows, place: int) -> str:
+        return f"{self._right(rows)[place]:.0%} of {len(rows['label'][place])} right"
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        pair = (self._most_frequent([rows[name][place]])[0] for name in ("label", "predicted"))
+        return tuple(f"mostly {plots.short(self.class_names[number])}" for number in pair)
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return self._most_frequent(rows["label"]), self.class_names
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        """Of the outputs (U, C) of its steps or characters."""
+        probabilities = output.softmax(1)
+        classes = probabilities.argmax(1).numpy()
+        spans = []
+        for start, end, number in evaluation.spans_of(classes, 0 if self.outside else None):
+            confidence = probabilities[start:end, number].mean().item()
+            spans.append({"start": start, "end": end, "class": self.class_names[number], "confidence": confidence})
+        return {"classes": [self.class_names[number] for number in classes], "spans": spans}
+
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        nothing = dict.fromkeys(("start", "end", "class", "confidence"), "")
+        return [{**span, "confidence": f"{span['confidence']:.6f}"} for span in answer["spans"]] or [nothing]
+
+
+def ragged(arrays: Sequence[Any]) -> np.ndarray:
+    """An array of arrays, (N,), whatever their lengths."""
+    result = np.empty(len(arrays), object)
+    for number, values in enumerate(arrays):
+        result[number] = np.asarray(values)
+    return result
+
+
 # --- Descriptions -----------------------------------------------------------------------------------------------------
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel, Tagging)}
 
 
 def describe(task: Task) -> dict[str, Any]:
