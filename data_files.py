@@ -37,7 +37,7 @@ from series_files import (
     ts_series,
     ucr_series,
 )
-from tables import DEFAULTS, FileFinder, Table, extension_of, listed, read_table, read_text, shown
+from tables import DEFAULTS, FileFinder, Table, extension_of, label_cells, listed, read_table, read_text, shown
 
 
 @dataclass
@@ -274,7 +274,7 @@ def _rows_of(
     labels: the label cells, where they are not those of the column of labels; `label_of` makes the label of one, of the
         item's value and its place.
     """
-    labels = table.column(settings.label_column) if labelled and labels is None else labels
+    labels = label_cells(table, settings) if labelled and labels is None else labels
     groups = groups_of(table, settings)
     named = table.has(settings.id_column)
     ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)

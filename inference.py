@@ -49,7 +49,7 @@ from config import (
 from data_files import Items, without_effect
 from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
-from messages import UserError, as_utf8, exit_on_user_error, memory_advice, naming, print_note, printable
+from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
 from perceiver_model import PerceiverModel
 from schema import shown
 from tables import FileFinder
@@ -322,15 +322,15 @@ def print_results(results: dict[str, Any]) -> None:
     """The metrics, and a line per class or target where they are few enough to read."""
 
     def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.6g}"
-        return "-" if value is None else printable(str(value))
+        return figure_text(value) if value is None or isinstance(value, float) else printable(str(value))
 
+    hidden = ("epoch", "split_seed", "num_classes", "num_targets")
     for name, value in results.items():
-        if type(value) in (int, float) and name not in ("epoch", "split_seed", "num_classes", "num_targets"):
-            print(f"{name.replace('_', ' '):<33}{shown(value):>10}")
+        if type(value) in (int, float) and name not in hidden and not name.startswith("baseline_"):
+            beside = f"   baseline {shown(baseline)}" if (baseline := results.get(f"baseline_{name}")) else ""
+            print(f"{name.replace('_', ' '):<33}{shown(value):>10}{beside}")
     for rows in (value for name, value in results.items() if name.startswith("per_")):
-        if len(rows) > 20:
+        if len(rows) > 20 or results.get("num_targets") == 1:
             continue
         header = list(rows[0])
         cells = [[shown(row[name]) for name in header] for row in rows]

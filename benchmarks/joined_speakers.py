@@ -5,9 +5,9 @@
         --group_column fold --seed 0
 
 FOLDER holds JapaneseVowels_TRAIN.ts and JapaneseVowels_TEST.ts of the UEA archive: 270 and 370 utterances of 7 to 29
-steps and 12 channels, by nine speakers. Training series are joined of utterances of the first file, test series of those
-of the second, each of which is in one test series. An utterance is in several training series, but only in those of
-its fold, of which there are ten: --group_column fold keeps the folds of validation out of training.
+steps and 12 channels, by nine speakers. Training series are joined of utterances of the first file, test series of
+those of the second, each of which is in one test series. An utterance is in several training series, but only in those
+of its fold, of which there are ten: --group_column fold keeps the folds of validation out of training.
 
 Printed are the accuracies, per step of the test series, of always answering the most frequent speaker and of a
 logistic regression that sees the single step.

@@ -25,6 +25,7 @@ import data_utils
 import inference
 import plots
 import run_log
+import tasks
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -48,8 +49,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-        patch.setattr(plots, "evaluation_figures", lambda *_: {})
+        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+        patch.setattr(tasks.Classification, "figures", lambda *_: {})
         yield
 
 
@@ -945,7 +946,7 @@ def test_labels_mean_the_same_in_every_format(kind, tmp_path):
     assert names == ["nan", "neg", "pos"] and "looks like a missing value" in note
     assert notes("countries", ["NA", "DE", "KR"] * 3) == (["DE", "KR", "NA"], [])
     names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
-    assert names == ["a", "a|b", "b"] and "several labels for an item are not offered yet" in note
+    assert names == ["a", "a|b", "b"] and "for items with any number of labels say --task multilabel" in note
     for name, labels, part in (
         ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: it is a measurement"),
         ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),

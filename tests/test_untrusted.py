@@ -24,6 +24,7 @@ import torch
 import inference
 import plots
 import run_log
+import tasks
 import train
 from checkpoint import LAST, load_checkpoint
 from inference import load_model, predict
@@ -154,8 +155,8 @@ def quick():
     """Without TensorBoard, pictures and a compiler, which cost more than the tiny runs here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-        patch.setattr(plots, "evaluation_figures", lambda *_: {})
+        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+        patch.setattr(tasks.Classification, "figures", lambda *_: {})
         patch.setattr(torch, "compile", lambda model, **_: model)
         yield
 
