@@ -199,6 +199,10 @@ class Adapter:
         """Answers (U, ...) to the units of an item, of those to its tokens (L, C), (L, ...)."""
         return answers
 
+    def contents(self, tokens: Tensor) -> Tensor:
+        """What is asked of hidden tokens (..., C): float (..., C), NaN where it is not known; or int64 (...)."""
+        return tokens.clone()
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
@@ -211,6 +215,14 @@ class Adapter:
     ) -> None:  # fmt: skip
         """Draw true and predicted classes (U,) of the units of a few items of tokens (L, C); negative: none."""
         plots.plot_sequence_tags([each.numpy() for each in tokens], true, predicted, class_names, captions, path)
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """Draw a few items of tokens (L, C): which are hidden, bool (L,), and what was answered for these, (L, C)."""
+        parts = [each.numpy() for each in tokens], hidden, [each.numpy() for each in answers]
+        plots.plot_sequence_contents(*parts, captions, path)
 
 
 # --- Any tensor -------------------------------------------------------------------------------------------------------
@@ -293,6 +305,18 @@ class TextAdapter(Adapter):
 
     def of_units(self, tokens: Tensor, answers: Any) -> Any:
         return answers[_starts(tokens[:, 0].numpy().astype(np.uint8))]
+
+    def contents(self, tokens: Tensor) -> Tensor:
+        return tokens[..., 0].long()
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """The answers are logits (L, 256)."""
+        bytes_of = [each[:, 0].numpy().astype(np.uint8) for each in tokens]
+        answered = [each.argmax(1).numpy().astype(np.uint8) for each in answers]
+        plots.plot_text_contents(bytes_of, hidden, answered, captions, path)
 
     def draw_tags(
         self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
@@ -462,6 +486,22 @@ class SeriesAdapter(Adapter):
         names = f": {listed(self.channels)}" if self.channels else ""
         return [f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"]
 
+    def contents(self, tokens: Tensor) -> Tensor:
+        """Without the flags, and without values that are missing."""
+        values, channels = tokens.clone(), len(self.mean)
+        for number, channel in enumerate(self.flagged):
+            values[..., channel].masked_fill_(tokens[..., channels + number] > 0, torch.nan)
+        values[..., channels:] = torch.nan
+        return values
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        channels = len(self.mean)
+        values = [self.contents(each)[:, :channels] for each in tokens]
+        super().draw_contents(values, hidden, [each[:, :channels] for each in answers], captions, path)
+
     def _in_order(self, frame: Any) -> Any:
         """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
         names = {nfc(str(column)): column for column in frame.columns}
@@ -569,6 +609,16 @@ class ImageAdapter(Adapter):
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         plots.plot_image_attention(self.images(tokens), attention, self.grid_shape, captions, path)
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        originals, answered = torch.stack(list(tokens)), torch.stack(list(answers))
+        gone = np.stack(hidden)  # (B, L)
+        whole = torch.where(torch.from_numpy(gone)[..., None], answered, originals)
+        gone = gone.reshape(-1, *self.grid_shape).repeat(self.patch_size, 1).repeat(self.patch_size, 2)  # (B, H, W)
+        plots.plot_image_contents(self.images(originals), gone, self.images(whole), captions, path)
 
     def tokens(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, channels) -> float32 (B, L, C)."""

@@ -60,10 +60,10 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 _OF_ITEMS = ("classification", "regression", "multilabel")
 TASKS_OF: dict[str, tuple[str, ...]] = {  # what can be answered about each data set
-    "synthetic": ("classification", "tagging"),
-    **dict.fromkeys(("cifar10", "digits"), ("classification",)),
-    **dict.fromkeys(("images", "multimodal"), _OF_ITEMS),
-    **dict.fromkeys(("sequences", "text"), (*_OF_ITEMS, "tagging")),
+    "synthetic": ("classification", "tagging", "reconstruct"),
+    **dict.fromkeys(("cifar10", "digits"), ("classification", "reconstruct")),
+    **dict.fromkeys(("images", "multimodal"), (*_OF_ITEMS, "reconstruct")),
+    **dict.fromkeys(("sequences", "text"), (*_OF_ITEMS, "tagging", "reconstruct")),
 }
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # stands for it until checkpoint_dir is known
@@ -119,8 +119,12 @@ class Settings:
         0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is answered: one class, numbers, several labels at once, or a class for each step of a "
-        "series or character of a text", choices=(*_OF_ITEMS, "tagging"))
+        "classification", "what is answered: one class, numbers, several labels at once, a class for each step of a "
+        "series or character of a text, or, without labels, what hidden tokens hold",
+        choices=(*_OF_ITEMS, "tagging", "reconstruct"))
+    mask_ratio: float = _data(
+        0.25, "tokens that are hidden of each sample", "fraction", above=0, below=1,
+        applies={"task": ("reconstruct",)})
     id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)

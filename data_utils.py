@@ -14,6 +14,8 @@ import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -42,6 +44,7 @@ from adapters import (  # noqa: F401
 from batches import (  # noqa: F401 (for those who import them from here)
     EpochBatchSampler,
     EpochDataLoader,
+    HidingDataset,
     Item,
     check_items,
     collate,
@@ -54,7 +57,7 @@ from batches import (  # noqa: F401 (for those who import them from here)
     unshared,
 )
 from config import FIELDS, OWN_DATA, TASKS_OF, Settings, check_memory
-from data_files import Items, OnError, read_manifest, without_effect
+from data_files import Items, OnError, read_manifest, stop, without_effect
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, printable, refuse_together
 from tables import FileFinder
@@ -498,13 +501,17 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     errors: list[UserError] = []
     items: dict[str, Items] = {}
     for name, place in places.items():
-        items[name] = read_items(place, settings, True, errors.append, known, items.get("train"))
+        items[name] = _read(place, settings, errors.append, known, items.get("train"))
     notes += [note for found in items.values() for note in found.notes]
     given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
     notes += without_effect(places.values(), given)
 
-    task, targets, more = _targets(items, known_task(info), settings, errors)
-    notes += more
+    if settings.task == "reconstruct":
+        refuse_together(errors)
+        task, targets = _classes_if_there(items)
+    else:
+        task, targets, more = _targets(items, known_task(info), settings, errors)
+        notes += more
     if "train" in items:
         notes += _split_off(items, targets, task, settings)
     if task.per_token:
@@ -516,10 +523,10 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             )
             for name, values in targets.items()
         }  # fmt: skip
-    if not info:
+    if not info and settings.task != "reconstruct":
         task = task.learn(targets["train"], settings)
     refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
-    absent = {name: task.absent(values) for name, values in targets.items()}
+    absent = {name: task.absent(values) for name, values in targets.items() if settings.task != "reconstruct"}
     notes += [text.format(name) for name, text in absent.items() if text]
 
     adapters, parts, about, augmentation = {}, {}, [], {}
@@ -549,8 +556,38 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         splits = {name: data for name, ((data, _),) in ((name, part.values()) for name, part in parts.items())}
     else:
         splits = {name: MultimodalDataset(part, targets[name], items[name].ids) for name, part in parts.items()}
-    prints = _fingerprints(items, {name: task.texts(values) for name, values in targets.items()}, info)
+    labels = {name: task.texts(values) for name, values in targets.items()}
+    if settings.task == "reconstruct":  # of data without labels
+        labels = {name: [""] * len(values) for name, values in labels.items()}
+    prints = _fingerprints(items, labels, info)
     return splits, description(task, adapters, notes, about=about, fingerprints=prints, **augmentation)
+
+
+def _read(
+    place: Path, settings: Settings, on_error: OnError, known: dict[str, Adapter], trained: Items | None
+) -> Items:
+    """The items of a split. To reconstruct them no label is needed; classes are read where there are some."""
+    if settings.task != "reconstruct":
+        return read_items(place, settings, True, on_error, known, trained)
+    with suppress(UserError):
+        classes = replace(settings, task="classification")
+        return read_items(place, classes, True, stop, known, trained)
+    return read_items(place, settings, False, on_error, known, trained)
+
+
+def _classes_if_there(items: dict[str, Items]) -> tuple[Task, dict[str, np.ndarray]]:
+    """(a classification, its targets) of items that are to be reconstructed, so that they are split as for a run that
+    classifies them. Of labels that are no classes all items are one."""
+    cells = {name: found.labels for name, found in items.items()}
+    if "train" in items and all(cells.values()):
+        task, _ = Classification.fit(cells["train"], items["train"].places, Settings())
+        targets, errors = {}, []
+        for name, found in items.items():
+            targets[name], wrong = task.read(found.labels, found.places)
+            errors += wrong
+        if not errors:
+            return task, targets
+    return Classification(["item"]), {name: np.zeros(len(found.values), int) for name, found in items.items()}
 
 
 def _targets(
@@ -750,6 +787,23 @@ def _file_checksum(path: Path) -> int:
     return result
 
 
+# --- Hidden tokens ---------------------------------------------------------------------------------------------------
+
+
+def _hidden(splits: Splits, specific: Info, settings: Settings, info: Info | None) -> tuple[Splits, Info]:
+    """The same splits and description, of data of which tokens are to be reconstructed."""
+    adapters = known_adapters(specific)
+    contents = {name: adapter.contents for name, adapter in adapters.items()}
+    splits = {
+        name: HidingDataset(data, settings.mask_ratio, contents, settings.seed, name) for name, data in splits.items()
+    }
+    task = known_task(info)
+    if task is None:
+        task = tasks.Reconstruct({name: tasks.Contents.of(splits["train"], name) for name in adapters})
+    kept = {name: value for name, value in specific.items() if name != "class_names"}
+    return splits, kept | description(task, adapters, specific["notes"])
+
+
 # --- By name ---------------------------------------------------------------------------------------------------------
 
 DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
@@ -776,6 +830,8 @@ def load_splits(settings: Settings, info: Info | None = None, only: str | None =
                         f"{', '.join(TASKS_OF[settings.dataset_type])}")  # fmt: skip
     asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
     splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
+    if settings.task == "reconstruct":
+        splits, specific = _hidden(splits, specific, settings, info)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
     prints, known = specific.get("fingerprints", {}), info["fingerprints"] if info else {}
     # Earlier versions looked at the names of files alone: where these are the same, no more can be told

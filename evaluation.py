@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batches import Batch, Device, inputs_for, token_counts
+from batches import Batch, Device, asked, inputs_for, mapped, token_counts
 from files import PathLike, written_whole
 from messages import as_utf8, memory_advice, spreadsheet_cell
 
@@ -63,24 +63,34 @@ def collect(
     numbers of real tokens. Raises ValueError where the loader yields nothing.
     """
     parts: list[dict[str, np.ndarray]] = []
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # read a few at a time, since reading waits for the device
+    waiting: list[tuple[Any, Any, Tensor]] = []  # read a few at a time, since reading waits for the device
 
     def read() -> None:
         for outputs, targets, tokens in waiting:
-            parts.append({**task.rows(outputs.cpu(), targets), "tokens": tokens.numpy()})
+            parts.append({**task.rows(mapped(Tensor.cpu, outputs), targets), "tokens": tokens.numpy()})
         waiting.clear()
 
+    held = 0
     with evaluating(model, device, amp_dtype):
         for batch in loader:
-            outputs = model(*inputs_for(model, batch, device)).float()
+            outputs = mapped(Tensor.float, model(*inputs_for(model, batch, device), **asked(batch, device)))
             # A copy: what a worker sent holds a file descriptor as long as it is kept
-            waiting.append((outputs, batch["label"].clone(), token_counts(batch)))
-            if sum(outputs.numel() for outputs, *_ in waiting) > WAITING:
+            waiting.append((outputs, mapped(Tensor.clone, batch["label"]), token_counts(batch)))
+            held += sum(each.numel() for each in (outputs.values() if isinstance(outputs, dict) else [outputs]))
+            if held > WAITING:
                 read()
+                held = 0
         read()
     if not parts:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def outputs_of(model: nn.Module, batch: Batch, device: Device = "cpu") -> Any:
+    """The outputs for one batch, float32 on the CPU."""
+    with evaluating(model, device, None):
+        outputs = model(*inputs_for(model, batch, device), **asked(batch, device))
+    return mapped(lambda part: part.float().cpu(), outputs)
 
 
 def collect_latents(

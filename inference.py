@@ -148,8 +148,15 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     check_batch_size(batch_size)
+    _check_answers(model)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_answers(model, prepared, batch_size))
+
+
+def _check_answers(model: PerceiverModel) -> None:
+    if model.head == "hidden":
+        raise UserError("a model of --task reconstruct answers what hidden tokens hold, and nothing about new items; "
+                        "train one for another task")  # fmt: skip
 
 
 def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
@@ -213,8 +220,7 @@ def evaluate(
     if analyze:
         results["analysis"] = task.analysis(rows, items)
     if output_dir is not None:
-        if len(task.examples(rows)):
-            figures["examples.png"] = partial(_draw_examples, model, dataset, rows)
+        figures |= _example_figures(model, dataset, rows)
         if analyze:
             figures |= _analysis_figures(model, dataset, loader, rows, results["analysis"], amp_dtype)
         results["figures"] = list(figures)
@@ -222,13 +228,26 @@ def evaluate(
     return results
 
 
-def _draw_examples(model: PerceiverModel, dataset: Dataset, rows: dict[str, np.ndarray], path: Path) -> None:
-    """The figure of a few items with what was answered to each of their tokens."""
-    task, ids = model.task, getattr(dataset, "ids", range(len(rows["tokens"])))
-    chosen, (adapter,) = task.examples(rows), model.adapters.values()
-    tokens = [collate([dataset[place]])["input"][0] for place in chosen]
-    captions = [f"{plots.short(printable(str(ids[place])), 28)}: {task.caption(rows, place)}" for place in chosen]
-    task.draw_examples(rows, chosen, tokens, captions, adapter, path)
+def _example_figures(
+    model: PerceiverModel, dataset: Dataset, rows: dict[str, np.ndarray]
+) -> dict[str, Callable[[Path], None]]:
+    """A few items with what was answered about their tokens, a figure for each modality."""
+    task, adapters, ids = model.task, model.adapters, getattr(dataset, "ids", range(len(rows["tokens"])))
+    chosen = task.examples(rows).tolist()
+    if not chosen:
+        return {}
+
+    def draw(modality: str, path: Path) -> None:
+        if hasattr(dataset, "__getitems__"):
+            batch = dataset.__getitems__(chosen)
+        else:
+            batch = collate([dataset[number] for number in chosen], targets=task)
+        outputs = evaluation.outputs_of(model, batch, next(model.parameters()).device)
+        captions = [f"{plots.short(printable(str(ids[i])), 28)}: {task.caption(rows, i)}" for i in chosen]
+        task.draw_examples(batch, outputs, captions, modality, adapters[modality], path)
+
+    several = len(adapters) > 1
+    return {f"examples{f'_{name}' * several}.png": partial(draw, name) for name in adapters}
 
 
 def _analysis_figures(
@@ -349,6 +368,7 @@ def predict_files(
 
     given: names of the settings that are flags of this command.
     """
+    _check_answers(model)
     errors = []
 
     def report(error: UserError) -> None:

@@ -1,5 +1,5 @@
-"""What a model answers: one class of several, numbers, several labels at once, a class for each token. A class a task;
-nothing else knows.
+"""What a model answers: one class of several, numbers, several labels at once, a class for each token, or what hidden
+tokens hold. A class a task; nothing else knows.
 
 A task is made of the labels of the training data and says everything that depends on what an answer is:
 
@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import evaluation
 import plots
-from batches import UNLABELLED, ClassTargets
+from batches import UNLABELLED, Batch, ClassTargets, by_modality
 from config import Settings
 from labels import (
     OUTSIDE,
@@ -178,10 +178,9 @@ class Task:
         return np.zeros(0, int)
 
     def draw_examples(
-        self, rows: Rows, places: Sequence[int], tokens: Sequence[Tensor], captions: Sequence[str], adapter: Any,
-        path: Path,
-    ) -> None:  # fmt: skip
-        """Draw the samples at these places, of tokens (L, C) that the adapter made."""
+        self, batch: Batch, outputs: Any, captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        """Draw one modality of a batch of a few samples, and what was answered; `adapter` made its tokens."""
         raise NotImplementedError
 
     def sides(self, rows: Rows, place: int) -> tuple[str, str]:
@@ -1026,7 +1025,7 @@ class Tagging(Task):
             asked = labels != UNLABELLED
             row = evaluation.class_rows(logits[asked].numpy(), labels[asked].numpy())
             row |= {name: values.astype(np.float32) for name, values in row.items() if values.dtype == np.float64}
-            samples.append(row | {"place": torch.nonzero(asked)[:, 0].numpy()})
+            samples.append(row)
         columns = {name: ragged([row[name] for row in samples]) for name in samples[0]}
         return columns | {"finite": np.array([row["finite"].all() for row in samples])}
 
@@ -1108,16 +1107,14 @@ class Tagging(Task):
         return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
 
     def draw_examples(
-        self, rows: Rows, places: Sequence[int], tokens: Sequence[Tensor], captions: Sequence[str], adapter: Any,
-        path: Path,
-    ) -> None:  # fmt: skip
-        sides = []
-        for name in ("label", "predicted"):
-            sides.append([np.full(len(each), UNLABELLED) for each in tokens])
-            for side, place in zip(sides[-1], places, strict=True):
-                side[rows["place"][place]] = rows[name][place]
-        sides = [[adapter.of_units(each, side) for each, side in zip(tokens, part, strict=True)] for part in sides]
-        adapter.draw_tags(tokens, *sides, self.class_names, self.outside, captions, path)
+        self, batch: Batch, outputs: Tensor, captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        tokens, true, predicted = [], [], []
+        for values, real, labels, output in zip(batch["input"], batch["mask"], batch["label"], outputs, strict=True):
+            tokens.append(values[real])
+            true.append(adapter.of_units(tokens[-1], labels[real].numpy()))
+            predicted.append(adapter.of_units(tokens[-1], output[real].argmax(1).numpy()))
+        adapter.draw_tags(tokens, true, predicted, self.class_names, self.outside, captions, path)
 
     def caption(self, rows: Rows, place: int) -> str:
         return f"{self._right(rows)[place]:.0%} of {len(rows['label'][place])} right"
@@ -1154,9 +1151,253 @@ def ragged(arrays: Sequence[Any]) -> np.ndarray:
     return result
 
 
+# --- What hidden tokens hold ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known of the contents of a modality's tokens, from the training split.
+
+    Args:
+        hidden: hidden tokens of a training sample, on average.
+        mean, std: of each number of a token; a constant one keeps its scale.
+        shares: of each byte among all, where tokens are bytes and no numbers.
+    """
+
+    hidden: Positive
+    mean: list[float] = field(default_factory=list)
+    std: list[Positive] = field(default_factory=list)
+    shares: list[Positive] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or bool(self.mean) == bool(self.shares):
+            shares = len(self.shares)
+            raise UserError(f"{len(self.mean)} means, {len(self.std)} deviations and {shares} shares of bytes")
+
+    @classmethod
+    def of(cls, dataset: Any, name: str) -> "Contents":
+        """Of the tokens of a training split, a HidingDataset; those of images as they are augmented in epoch 0."""
+        contents, hidden, seen, sums, counts = dataset.contents[name], 0, 0, 0.0, 0.0
+        for first in range(0, len(dataset), 256):
+            batch = dataset.__getitems__(list(range(first, min(first + 256, len(dataset)))))
+            if name not in batch["hidden"]:
+                continue
+            hidden += int((batch["hidden"][name] >= 0).sum())
+            inputs, masks = (by_modality(batch[key], name) for key in ("input", "mask"))
+            values = contents(inputs[masks])
+            if not values.is_floating_point():
+                counts = counts + values.bincount(minlength=256).double()
+                continue
+            values = values.double()
+            known = ~values.isnan()
+            values = values.where(known, 0)
+            counts = counts + known.sum(0)
+            sums = sums + torch.stack([values, values**2]).sum(1)
+            seen += 1
+        hidden = max(hidden, 1) / len(dataset)
+        if not seen:
+            return cls(hidden, shares=((counts + 1) / (counts + 1).sum()).tolist())
+        mean, square = sums / counts.clamp(min=1)
+        std = (square - mean**2).clamp(min=0).sqrt()
+        return cls(hidden, mean.tolist(), std.where(std > 1e-6 * (1 + mean.abs()), 1.0).tolist())
+
+    @property
+    def width(self) -> int:
+        return len(self.mean) or len(self.shares)
+
+    def errors(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden tokens: (error, that of the baseline, whether anything is asked), (B, O) each.
+
+        The error of numbers (B, O, W) is the mean of the squares over those that are known, in units of their deviation
+        in training; the baseline answers their mean. That of bytes (B, O) is the cross-entropy, in nats; the baseline
+        answers how frequent they are.
+        """
+        output = output.float()
+        if self.shares:
+            log_shares = torch.tensor(self.shares, device=output.device).log()
+            asked = target != UNLABELLED
+            error = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            return error, torch.where(asked, -log_shares[target.clamp(min=0)], 0), asked
+        known = ~target.isnan()
+        scaled = (target - torch.tensor(self.mean, device=output.device)) / torch.tensor(self.std, device=output.device)
+        number = known.sum(-1)
+        error = torch.where(known, output - scaled, 0).square().sum(-1) / number.clamp(min=1)
+        baseline = torch.where(known, scaled, 0).square().sum(-1) / number.clamp(min=1)
+        return error, baseline, number > 0
+
+
+@dataclass(frozen=True)
+class Reconstruct(Task):
+    """What hidden tokens hold, of each modality; no label is needed.
+
+    A target is a dict by modality of what the hidden tokens of a sample hold, see batches.HidingDataset. The loss is
+    the sum over the modalities of the mean error of their hidden tokens.
+    """
+
+    kind = "reconstruct"
+    head = {"head": "hidden"}
+    headline = "relative_error"
+    step_names = ("loss",)
+    higher_is_better = {"relative_error": False, "loss": False}
+
+    modalities: dict[str, Contents]
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(contents.width for contents in self.modalities.values())
+
+    def about(self) -> str:
+        return f"the contents of hidden tokens ({', '.join(self.modalities)})"
+
+    # --- Targets: they come stacked, see batches.HidingDataset ---
+
+    def check(self, targets: Sequence[Any], for_training: bool) -> None:
+        pass
+
+    # --- Training ---
+
+    def _losses(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        total = sum(output.float().sum() * 0 for name, output in outputs.items() if name not in targets)
+        for name, target in targets.items():
+            error, _, asked = self.modalities[name].errors(outputs[name], target)
+            total = total + torch.where(asked, error, 0).sum() / self.modalities[name].hidden
+        return total
+
+    def objective(self, outputs: dict[str, Tensor], targets: dict[str, Tensor], settings: Settings) -> Tensor:
+        """outputs and targets of each modality (B, O, ...) -> ()"""
+        return self._losses(outputs, targets)
+
+    def step_sums(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        return self._losses(outputs, targets)[None]
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Rows:
+        """Of each sample and modality the sums over its hidden tokens of error, baseline, and right bytes."""
+        number = len(next(iter(targets.values())))
+        rows = {"finite": np.ones(number, bool)}
+        for name, contents in self.modalities.items():
+            nothing = {what: np.zeros(number) for what in ("hidden", "error", "baseline", "right", "most frequent")}
+            if name in targets:
+                target, output = targets[name], outputs[name]
+                error, baseline, asked = contents.errors(output, target)
+                sums = {"hidden": asked, "error": error, "baseline": baseline}
+                if contents.shares:
+                    sums["right"] = output.argmax(-1) == target
+                    sums["most frequent"] = target == int(np.argmax(contents.shares))
+                for what, values in sums.items():
+                    nothing[what] = torch.where(asked, values.double(), 0).sum(1).numpy()
+                rows["finite"] &= np.isfinite(nothing["error"])
+            rows |= {f"{name} {what}": values for what, values in nothing.items()}
+        return rows
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        metrics, relative, loss = {"num_samples": len(rows["finite"])}, [], 0.0
+        for name, contents in self.modalities.items():
+            number, *sums = (rows[f"{name} {what}"].sum() for what in
+                             ("hidden", "error", "baseline", "right", "most frequent"))  # fmt: skip
+            error, baseline, right, frequent = (value / number if number else math.nan for value in sums)
+            what = "cross_entropy" if contents.shares else "squared_error"
+            metrics |= {f"{name}_hidden_tokens": int(number), f"{name}_{what}": error, f"{name}_mean_{what}": baseline}
+            if contents.shares:
+                metrics |= {f"{name}_accuracy": right, f"{name}_most_frequent_byte": frequent}
+            if number:
+                relative.append(error / baseline if baseline else math.nan)
+                loss += error
+        return evaluation.plain(metrics | {"relative_error": np.mean(relative) if relative else math.nan, "loss": loss})
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        values = {name: metrics[name] for name in metrics if name not in ("num_samples", "relative_error")}
+        values = {name: value for name, value in values.items() if not name.endswith("_hidden_tokens")}
+        relative = math.inf if metrics["relative_error"] is None else metrics["relative_error"]
+        return {"val_relative_error": relative} | {f"val_{name}": value for name, value in values.items()}
+
+    def _relative(self, rows: Rows) -> np.ndarray:
+        """Error of each sample over the baseline's, the mean of its modalities, (N,)."""
+        parts = []
+        for name in self.modalities:
+            baseline = rows[f"{name} baseline"]
+            parts.append(rows[f"{name} error"] / np.where(baseline > 0, baseline, np.nan))
+        there = ~np.isnan(parts)
+        return np.where(there, parts, 0).sum(0) / np.maximum(there.sum(0), 1)
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        columns: dict[str, Any] = {"relative_error": self._relative(rows)}
+        for name in self.modalities:
+            number = rows[f"{name} hidden"]
+            columns[f"{name} hidden"] = number.astype(int)
+            for what in ("error", "baseline"):
+                columns[f"{name} {what}"] = rows[f"{name} {what}"] / np.maximum(number, 1)
+        return columns
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        relative = self._relative(rows)
+        return {
+            "error_by_length": evaluation.by_length(rows["tokens"], mean_error=relative),
+            "largest_errors": [{key: items[i][key] for key in ("id", "relative_error")} for i in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        return np.argsort(-self._relative(rows), kind="stable")[:limit]
+
+    def figures(self, rows: Rows) -> Figures:
+        pairs = {}
+        for name in self.modalities:
+            number = np.maximum(rows[f"{name} hidden"], 1)
+            pairs[name] = rows[f"{name} baseline"] / number, rows[f"{name} error"] / number
+        return {"reconstruction_error.png": partial(plots.plot_error_against_baseline, pairs)}
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["error_by_length"]
+        return {"error_by_length.png": partial(plots.plot_error_by_length, by_length)} if by_length else {}
+
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        order = np.argsort(self._relative(rows), kind="stable")
+        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+
+    def draw_examples(
+        self, batch: Batch, outputs: dict[str, Tensor], captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        contents = self.modalities[name]
+        tokens, hidden, answers, texts = [], [], [], []
+        masks, inputs = by_modality(batch["mask"], name), by_modality(batch["input"], name)
+        for real, values, numbers, output, text in zip(
+            masks, inputs, batch["hidden"][name], outputs[name], captions, strict=True
+        ):
+            if not real.any():  # it lacks the modality
+                continue
+            places = numbers[numbers >= 0]
+            output = output[numbers >= 0]
+            if not contents.shares:
+                output = output * torch.tensor(contents.std) + torch.tensor(contents.mean)
+            gone = torch.zeros(len(real), dtype=torch.bool)
+            gone[places] = True
+            answer = output.new_zeros(len(real), output.size(1))
+            answer[places] = output
+            for part, value in ((tokens, values), (hidden, gone), (answers, answer)):
+                part.append(value[real])
+            texts.append(text)
+        adapter.draw_contents(tokens, [each.numpy() for each in hidden], answers, texts, path)
+
+    def caption(self, rows: Rows, place: int) -> str:
+        return f"{self._relative(rows)[place]:.2f} of the baseline's error"
+
+    def mistake(self, rows: Rows, place: int) -> list[str]:
+        return [self.caption(rows, place)]
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return self._relative(rows), None
+
+
 # --- Descriptions -----------------------------------------------------------------------------------------------------
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel, Tagging)}
+TASKS: dict[str, type[Task]] = {
+    task.kind: task for task in (Classification, Regression, MultiLabel, Tagging, Reconstruct)
+}
 
 
 def describe(task: Task) -> dict[str, Any]:
