@@ -142,7 +142,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     Raises:
         UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
     """
-    if isinstance(items, (str, bytes, dict)) or type(items).__name__ == "DataFrame":
+    if isinstance(items, (str, bytes, dict)):
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
     if hasattr(items, "columns"):  # iterating it would give the names of its columns
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "

@@ -167,7 +167,7 @@ def read_labels(
             errors.append(error)
     there = {name for name in names if name is not None and name not in known}
     missing = {name for name in there if name.lower() in _MISSING}
-    if missing and (rest := there - missing) and all(map(_WHOLE.fullmatch, rest)):
+    if missing and (rest := there.union(known) - missing) and all(map(_WHOLE.fullmatch, rest)):
         for number, (name, place) in enumerate(zip(names, places, strict=True)):
             if name in missing:
                 names[number] = None

@@ -624,7 +624,7 @@ def resume(args: Any) -> int:
             f"epochs; to go on, raise {more}"
         )
         return 0
-    headline = tasks.TASKS[checkpoint["data"]["task"]["kind"]].headline
+    headline = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task").headline
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
         f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "

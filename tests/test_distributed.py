@@ -37,7 +37,7 @@ from messages import UserError  # noqa: E402
 from perceiver_model import PerceiverModel  # noqa: E402
 from progress import STOP_SIGNALS  # noqa: E402
 
-PATIENCE = 120  # seconds, after which a group counts as hung
+PATIENCE = 300  # seconds, after which a group counts as hung
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
     "--num_self_attention_layers=1"
