@@ -97,8 +97,13 @@ def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
         for name, known in checkpoint["data"]["adapters"].items()
     }
     made = {name: adapter.features for name, adapter in model.adapters.items()}
-    if model.head != model.task.head.get("head", "mean"):
+    if (model.head if model.head in ("tokens", "hidden") else None) != model.task.head.get("head"):
         raise UserError(f"the checkpoint's task is {model.task.kind}, which its model's head {model.head!r} is not for")
+    if model.head == "hidden":
+        known = {name: contents.width for name, contents in model.task.modalities.items()}
+        answered = {name: layer.out_features for name, layer in model.content.items()}
+        if known != answered:
+            raise UserError(f"the checkpoint's task knows contents of {known}, its model answers {answered}")
     if checkpoint["data"].get("features", made) != made:
         raise UserError(f"the checkpoint's adapters make {made}, its features are {checkpoint['data']['features']}")
     taken = checkpoint["model_args"]["input_dim"]

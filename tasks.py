@@ -1212,7 +1212,7 @@ class Contents:
         in training; the baseline answers their mean. That of bytes (B, O) is the cross-entropy, in nats; the baseline
         answers how frequent they are.
         """
-        output = output.float()
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
         if self.shares:
             log_shares = torch.tensor(self.shares, device=output.device).log()
             asked = target != UNLABELLED

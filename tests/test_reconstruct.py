@@ -326,6 +326,14 @@ def test_a_model_of_contents_predicts_nothing(synthetic):
         predict(model, [np.zeros((4, 4))])
 
 
+def test_a_checkpoint_whose_task_is_of_other_modalities_is_refused(synthetic):
+    checkpoint = load_checkpoint(synthetic[0] / "checkpoints" / BEST)
+    modalities = checkpoint["data"]["task"]["modalities"]
+    modalities["text"] = modalities.pop("series")
+    with pytest.raises(UserError, match=r"knows contents of \{'text': 4\}, its model answers \{'series': 4\}"):
+        inference._model(checkpoint, torch.device("cpu"))
+
+
 def test_a_stopped_run_goes_on_exactly(synthetic, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
