@@ -327,7 +327,6 @@ class HidingDataset(Dataset):
         ratio: share of the tokens of each modality.
         contents: of each modality, what tokens (..., C) hold: float (..., W), NaN where it is not known; or int64.
         seed, split: with the sample's number and, in 'train', the epoch they decide what is hidden.
-        lengths: tokens of each sample, of all modalities together.
     """
 
     def __init__(
@@ -364,7 +363,7 @@ class HidingDataset(Dataset):
             inputs, masks = {name: inputs}, {name: masks}
         streams = [random_stream(f"hidden {self.split}", self.seed, self.epoch, number) for number in numbers]
         hidden, labels = {}, {}
-        for name in self.contents.keys() & inputs.keys():
+        for name in (name for name in self.contents if name in inputs):  # in this order, for they share the streams
             chosen = []
             for real, rng in zip(masks[name], streams, strict=True):
                 (there,) = torch.nonzero(real, as_tuple=True)

@@ -1178,8 +1178,8 @@ class Contents:
     def of(cls, dataset: Any, name: str) -> "Contents":
         """Of the tokens of a training split, a HidingDataset; those of images as they are augmented in epoch 0."""
         contents, hidden, seen, sums, counts = dataset.contents[name], 0, 0, 0.0, 0.0
-        for first in range(0, len(dataset), 256):
-            batch = dataset.__getitems__(list(range(first, min(first + 256, len(dataset)))))
+        for first in range(0, len(dataset), 32):
+            batch = dataset.__getitems__(list(range(first, min(first + 32, len(dataset)))))
             if name not in batch["hidden"]:
                 continue
             hidden += int((batch["hidden"][name] >= 0).sum())
@@ -1194,7 +1194,9 @@ class Contents:
             counts = counts + known.sum(0)
             sums = sums + torch.stack([values, values**2]).sum(1)
             seen += 1
-        hidden = max(hidden, 1) / len(dataset)
+        if not hidden:
+            raise UserError(f"{name}: every training sample has one token, so that none can be hidden")
+        hidden = hidden / len(dataset)
         if not seen:
             return cls(hidden, shares=((counts + 1) / (counts + 1).sum()).tolist())
         mean, square = sums / counts.clamp(min=1)
@@ -1302,9 +1304,10 @@ class Reconstruct(Task):
                              ("hidden", "error", "baseline", "right", "most frequent"))  # fmt: skip
             error, baseline, right, frequent = (value / number if number else math.nan for value in sums)
             what = "cross_entropy" if contents.shares else "squared_error"
-            metrics |= {f"{name}_hidden_tokens": int(number), f"{name}_{what}": error, f"{name}_mean_{what}": baseline}
+            metrics |= {f"{name}_hidden_tokens": int(number), f"{name}_{what}": error}
+            metrics[f"baseline_{name}_{what}"] = baseline
             if contents.shares:
-                metrics |= {f"{name}_accuracy": right, f"{name}_most_frequent_byte": frequent}
+                metrics |= {f"{name}_accuracy": right, f"baseline_{name}_accuracy": frequent}
             if number:
                 relative.append(error / baseline if baseline else math.nan)
                 loss += error

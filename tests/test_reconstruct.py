@@ -280,7 +280,7 @@ def test_losses_and_metrics_are_means_over_hidden_tokens_in_any_batches():
         metrics = task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
         assert total / len(data) == pytest.approx(np.mean(errors), rel=1e-5)
         assert metrics["series_squared_error"] == metrics["loss"] == pytest.approx(np.mean(errors), rel=1e-5)
-        assert metrics["series_mean_squared_error"] == pytest.approx(np.mean(baselines), rel=1e-5)
+        assert metrics["baseline_series_squared_error"] == pytest.approx(np.mean(baselines), rel=1e-5)
         assert metrics["relative_error"] == pytest.approx(np.mean(errors) / np.mean(baselines), rel=1e-5)
         assert metrics["series_hidden_tokens"] == len(errors)
 
@@ -368,8 +368,8 @@ def test_texts_are_answered_byte_by_byte(tmp_path):
     done = run(inference.main, tmp_path, "--model_path", f"checkpoints/{BEST}")
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert results["text_accuracy"] > 0.9 > 0.5 > results["text_most_frequent_byte"]
-    assert results["text_cross_entropy"] < 0.5 * results["text_mean_cross_entropy"]
+    assert results["text_accuracy"] > 0.9 > 0.5 > results["baseline_text_accuracy"]
+    assert results["text_cross_entropy"] < 0.5 * results["baseline_text_cross_entropy"]
     assert (tmp_path / "results" / "examples.png").stat().st_size > 5000
 
 
