@@ -755,6 +755,7 @@ def plot_sequence_contents(
                     axes.imshow(picture.T, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit,
                                 vmax=limit)  # fmt: skip
                     axes.set_facecolor("black")  # hidden
+                    axes.yaxis.get_major_locator().set_params(integer=True)
                     axes.grid(False)
                 if i == 0:
                     axes.set_ylabel(name + ("" if few else "\nchannel"))

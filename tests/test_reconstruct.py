@@ -157,10 +157,11 @@ def test_recomputed_and_compiled_steps_are_the_plain_one():
     ({"input_dim": {"a": {"input_dim": 3, "grid_shape": (8, 8), "stem": "conv"}}}, "no stem that joins tokens"),
 ])  # fmt: skip
 def test_models_that_cannot_be(arguments, says):
+    small = {"d_model": 8, "num_heads": 1, "num_latents": 2, "num_self_attention_layers": 1}
     with pytest.raises(ValueError, match=says):
-        PerceiverModel(**{"num_classes": 3} | arguments, head="hidden")
+        PerceiverModel(**{"num_classes": 3} | small | arguments, head="hidden")
     with pytest.raises(ValueError, match="hidden has no effect with head='mean'"):
-        PerceiverModel(3, 2)(torch.zeros(1, 4, 3), hidden={"input": torch.zeros(1, 1, dtype=torch.long)})
+        PerceiverModel(3, 2, **small)(torch.zeros(1, 4, 3), hidden={"input": torch.zeros(1, 1, dtype=torch.long)})
 
 
 # --- What is hidden --------------------------------------------------------------------------------------------------
@@ -362,8 +363,8 @@ def test_regular_series_are_learnt_without_labels(tmp_path):
 
 
 def test_texts_are_answered_byte_by_byte(tmp_path):
-    (tmp_path / "a.csv").write_text("text\n" + "abcabcabcabcabcabc\nbcabcabcabcabcabca\n" * 30)
-    words = "--dataset=text --task=reconstruct --data_path=a.csv --epochs=20 --batch_size=8"
+    (tmp_path / "a.csv").write_text("text\n" + "aaaaaaaaaaaa\nbbbbbbbbbbbb\ncccccccccccc\n" * 20)
+    words = "--dataset=text --task=reconstruct --data_path=a.csv --epochs=12 --batch_size=8"
     assert run(train.main, tmp_path, *TINY.split(), *words.split()).status == 0
     done = run(inference.main, tmp_path, "--model_path", f"checkpoints/{BEST}")
     assert done.status == 0, done.err
