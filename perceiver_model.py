@@ -549,10 +549,10 @@ class OutputQueries(nn.Module):
         """latents (B, N, D), tokens (B, O, C), mask bool (B, O) -> (B, O, outputs), 0 where the mask is False."""
         return self.decoder(self.query(tokens), latents, mask)
 
-    def of_modalities(self, latents: Tensor, tokens: dict[str, Tensor], mask: Tensor) -> Tensor:
+    def of_modalities(self, latents: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """As `of_tokens`, of the tokens (B, O_m, C_m) of each modality, one after another, O in all."""
         queries = torch.cat([self.query[name](values) for name, values in tokens.items()], 1)  # (B, O, Q)
-        return self.decoder(queries, latents, mask)
+        return self.decoder(queries, latents)
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
@@ -715,7 +715,8 @@ class PerceiverModel(nn.Module):
                 the logits of the latents alone.
             return_attention: also return the cross-attention maps.
             hidden: with head "hidden", of each modality the numbers of tokens that are hidden from the encoder and
-                asked for, int64 (B, O), -1 where there are fewer than O. A modality that it lacks is seen as it is.
+                asked for, int64 (B, O), -1 where there are fewer than O, whose answers mean nothing. A modality that it
+                lacks is seen as it is.
 
         Returns:
             logits (B, num_classes), with head "positions" or "tokens" (B, L, num_classes); and with
@@ -801,12 +802,11 @@ class PerceiverModel(nn.Module):
         positions = {}
         for name, tokens in self.modalities.items():
             table = tokens.positions(x[name] if name in x else latents[:, :1])  # (L, P)
-            positions[name] = table[numbers[name].clamp(min=0)]  # (B, O, P)
-        mask = torch.cat(list(numbers.values()), 1) >= 0  # (B, O of all)
+            positions[name] = table[numbers[name].clamp(min=0)]  # (B, O, P); what is answered to -1, no one looks at
         answer = self.output.of_modalities
         if self.encoder.gradient_checkpointing and self.training:
             answer = partial(checkpoint, answer, use_reentrant=False)
-        answers = answer(latents, positions, mask).split([each.size(1) for each in numbers.values()], 1)
+        answers = answer(latents, positions).split([each.size(1) for each in numbers.values()], 1)
         return {name: self.content[name](part) for name, part in zip(self.modalities, answers, strict=True)}
 
     def token_ranges(self, x: Modal) -> dict[str, slice]:
