@@ -228,8 +228,8 @@ class TokenFeatures(nn.Module):
         embedding_dim: width of that embedding.
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
-        num_frequency_bands, max_resolution: of computed positions, see :class:`PositionFeatures`.
-        stem: what the features pass first, "linear" (:class:`LinearStem`) or "conv" (:class:`ConvStem`, for images).
+        num_frequency_bands, max_resolution: of computed positions, see `PositionFeatures`.
+        stem: what the features pass first, "linear" (`LinearStem`) or "conv" (`ConvStem`, for images).
         stem_dim: features of a token behind the stem; default 64.
         learned_positions: learn a vector for each position, as wide as the features, instead of computing one.
         max_length: tokens of the longest sequence that positions are learned for; a longer one is refused.
