@@ -517,7 +517,7 @@ def test_the_printed_settings_are_those_in_force():
     others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
     others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
     others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    others |= {"group_pattern", "image_bits", "tune_thresholds", "task"}
+    others |= {"group_pattern", "image_bits", "tune_thresholds", "mask_ratio"}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 
