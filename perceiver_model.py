@@ -492,7 +492,7 @@ class OutputQueries(nn.Module):
             layer (Perceiver IO, section 3.2: queries that hold the features of the input, as for optical flow; there
             the channels are the query), or by one for each modality where it is a dict.
         num_queries: how many are learned.
-        query_dim: channels of a query (Q); default d_model.
+        query_dim: channels of a query (Q); default d_model (with head "hidden" 3/8 of it).
         num_decoder_heads, decoder_dim, decoder_value_dim: heads H and widths E (default Q) and V (default E) of the
             decoder's attention.
         decoder_mlp_ratio: hidden width of the decoder's MLP over Q.
@@ -664,7 +664,9 @@ class PerceiverModel(nn.Module):
             residual, token_dim = head in ("query", "tokens", "hidden"), width if head == "tokens" else None
             if head == "hidden":
                 token_dim = {name: tokens.positions.num_channels for name, tokens in self.modalities.items()}
-                decoder.setdefault("query_dim", max(1, d_model // 2))  # there may be as many queries as tokens
+                # Narrower than a latent, since there may be nearly as many queries as tokens, see
+                # benchmarks/hidden_tokens.py
+                decoder.setdefault("query_dim", max(1, 3 * d_model // 8))
                 num_outputs = None
             self.output = OutputQueries(d_model, num_outputs, residual, token_dim, **decoder, **shared)
         if head == "hidden":
