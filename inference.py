@@ -156,12 +156,13 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     check_batch_size(batch_size)
-    _check_answers(model)
+    check_answers(model)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_answers(model, prepared, batch_size))
 
 
-def _check_answers(model: PerceiverModel) -> None:
+def check_answers(model: PerceiverModel) -> None:
+    """Raise UserError for a model that answers nothing about new items."""
     if model.head == "hidden":
         raise UserError("a model of --task reconstruct answers what hidden tokens hold, and nothing about new items; "
                         "train one for another task")  # fmt: skip
@@ -380,7 +381,7 @@ def predict_files(
 
     given: names of the settings that were given as flags.
     """
-    _check_answers(model)
+    check_answers(model)
     errors = []
 
     def report(error: UserError) -> None:
