@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import plots
-from batches import Batch, ClassTargets, Item, Targets, as_numbers, random_stream
+from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings, check_memory
 from data_files import Items, OnError, read_series, read_texts
 from image_files import depth, open_image, read_images, to_bytes, to_rgb, upright
@@ -208,11 +208,41 @@ class Adapter:
             source.notes.append(f"{cut} of {len(raw)} training items are cut to max_seq_len {limit} ({self.modality})")
         return []
 
+    # Where an answer is given for each token, a user's item has U units that are told apart, such as the steps of a
+    # series. These two say which tokens answer for which units; nothing else knows.
+
+    def of_tokens(self, raw: Any, targets: np.ndarray) -> np.ndarray:
+        """Targets (L,) of the tokens of a raw item, from those of its units (U,)."""
+        return targets[: getattr(self, "max_seq_len", None)]
+
+    def of_units(self, tokens: Tensor, answers: Any) -> Any:
+        """Answers (U, ...) for the units of an item, from those for its tokens (L, C), (L, ...)."""
+        return answers
+
+    def contents(self, tokens: Tensor) -> Tensor:
+        """What is asked of hidden tokens (..., C): float (..., C), NaN where it is not known; or int64 (...)."""
+        return tokens.clone()
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         """Draw cross-attention to the tokens (B, L, C) of a few items, see plots.plot_sequence_attention."""
         plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
+
+    def draw_tags(
+        self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+        class_names: Sequence[str], outside: bool, captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """Draw true and predicted classes (U,) of the units of a few items of tokens (L, C); negative: none."""
+        plots.plot_sequence_tags([each.numpy() for each in tokens], true, predicted, class_names, captions, path)
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """Draw a few items of tokens (L, C): which are hidden, bool (L,), and what was answered for these, (L, C)."""
+        parts = [each.numpy() for each in tokens], hidden, [each.numpy() for each in answers]
+        plots.plot_sequence_contents(*parts, captions, path)
 
 
 # --- Any tensor ------------------------------------------------------------------------------------------------------
@@ -291,10 +321,44 @@ class TextAdapter(Adapter):
     def length(self, raw: str) -> int:
         return len(raw.encode())
 
+    def of_tokens(self, raw: str, targets: np.ndarray) -> np.ndarray:
+        """A character is answered for by its first byte."""
+        first = _starts(np.frombuffer(raw.encode(), np.uint8))
+        of_bytes = np.full(len(first), UNLABELLED)
+        of_bytes[first] = targets
+        return of_bytes[: self.max_seq_len]
+
+    def of_units(self, tokens: Tensor, answers: Any) -> Any:
+        return answers[_starts(tokens[:, 0].numpy().astype(np.uint8))]
+
+    def contents(self, tokens: Tensor) -> Tensor:
+        return tokens[..., 0].long()
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        """The answers are logits (L, 256)."""
+        bytes_of = [each[:, 0].numpy().astype(np.uint8) for each in tokens]
+        answered = [each.argmax(1).numpy().astype(np.uint8) for each in answers]
+        plots.plot_text_contents(bytes_of, hidden, answered, captions, path)
+
+    def draw_tags(
+        self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+        class_names: Sequence[str], outside: bool, captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        texts = [bytes(each[:, 0].numpy().astype(np.uint8)).decode(errors="replace") for each in tokens]
+        plots.plot_text_tags(texts, true, predicted, class_names, captions, path)
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
+
+
+def _starts(data: np.ndarray) -> np.ndarray:
+    """Which bytes (L,) of a text in UTF-8 begin a character, bool."""
+    return (data & 0xC0) != 0x80
 
 
 SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in transformers' code; then come the bytes
@@ -524,6 +588,22 @@ class SeriesAdapter(Adapter):
         names = f": {listed(self.channels)}" if self.channels else ""
         return [f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"]
 
+    def contents(self, tokens: Tensor) -> Tensor:
+        """Without the flags, and without values that are missing."""
+        values, channels = tokens.clone(), len(self.mean)
+        for number, channel in enumerate(self.flagged):
+            values[..., channel].masked_fill_(tokens[..., channels + number] > 0, torch.nan)
+        values[..., channels:] = torch.nan
+        return values
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        channels = len(self.mean)
+        values = [self.contents(each)[:, :channels] for each in tokens]
+        super().draw_contents(values, hidden, [each[:, :channels] for each in answers], captions, path)
+
     def _in_order(self, frame: Any) -> Any:
         """The columns of a DataFrame in the order of training.
 
@@ -651,6 +731,16 @@ class ImageAdapter(Adapter):
         if math.prod(grid) != length:  # a convolution has made fewer tokens of a square image
             grid = [math.isqrt(length)] * 2
         plots.plot_image_attention(self.images(tokens), attention, grid, captions, path)
+
+    def draw_contents(
+        self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
+        captions: Sequence[str], path: Path,
+    ) -> None:  # fmt: skip
+        originals, answered = torch.stack(list(tokens)), torch.stack(list(answers))
+        gone = np.stack(hidden)  # (B, L)
+        whole = torch.where(torch.from_numpy(gone)[..., None], answered, originals)
+        gone = gone.reshape(-1, *self.grid_shape).repeat(self.patch_size, 1).repeat(self.patch_size, 2)  # (B, H, W)
+        plots.plot_image_contents(self.images(originals), gone, self.images(whole), captions, path)
 
     def tokens(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, channels) -> float32 (B, L, C)."""

@@ -14,7 +14,7 @@ for classes. Any `torch.utils.data.Dataset` of such items can be used:
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from numbers import Integral
@@ -41,8 +41,13 @@ def random_stream(purpose: str, *key: int) -> np.random.Generator:
 # --- Targets ---------------------------------------------------------------------------------------------------------
 
 
+UNLABELLED = -100  # the target of a token that is not asked for; torch's cross_entropy leaves it out, too
+
+
 class Targets(Protocol):
     """What a loader must know about the labels of its items; every task is one (tasks.py)."""
+
+    per_token: bool  # whether a target has a value for each token of its item, and is cut and hidden with them
 
     def target(self, label: Any, where: str) -> Any:
         """The label of an item as the loss needs it.
@@ -68,6 +73,8 @@ class ClassTargets:
     Args:
         num_classes: None for as many as occur.
     """
+
+    per_token = False
 
     def __init__(self, num_classes: int | None = None):
         self.num_classes = num_classes
@@ -186,7 +193,24 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
     if not parts:
         shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
         raise UserError(f"{where}: empty, no real token (input {shapes}); remove the sample")
-    return parts, (targets or ClassTargets()).target(item["label"], where) if "label" in item else None
+    targets = targets or ClassTargets()
+    target = targets.target(item["label"], where) if "label" in item else None
+    if target is not None and targets.per_token:
+        target = _for_tokens(target, inputs, parts, where)
+    return parts, target
+
+
+def _for_tokens(
+    target: np.ndarray, inputs: dict[str, Any], parts: dict[str, tuple[Tensor, Tensor]], where: str
+) -> np.ndarray:
+    """The targets (L,) of the tokens that are left of an item, UNLABELLED at those that a mask hides."""
+    if len(inputs) > 1:
+        raise UserError(f"{where}: a label for each token is for one modality, not for {', '.join(inputs)}")
+    ((name, given),) = inputs.items()
+    if len(target) != len(given):
+        raise UserError(f"{where}: {len(target)} labels of {len(given)} tokens; give one for each")
+    tokens, real = parts[name]
+    return np.where(real.numpy(), target[: len(tokens)], UNLABELLED)
 
 
 def collate(
@@ -270,10 +294,108 @@ def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any
     return x.to(dtype) if measured else x, mask
 
 
+def asked(batch: Batch, device: Device) -> dict[str, Any]:
+    """What a model is asked beside its input, on the device: the tokens that are hidden, see `HidingDataset`."""
+    return {"hidden": moved(batch["hidden"], device)} if "hidden" in batch else {}
+
+
+def mapped(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """The function's value of a tensor, or of each of a dict."""
+    if isinstance(values, dict):
+        return {name: function(part) for name, part in values.items()}
+    return function(values)
+
+
+def moved(values: Any, device: Device) -> Any:
+    """A tensor, or a dict of them, on the device."""
+    return mapped(lambda part: part.to(device, non_blocking=True), values)
+
+
+def first_samples(values: Any, number: int) -> Any:
+    """The first samples of a tensor, or of each of a dict."""
+    return mapped(lambda part: part[:number], values)
+
+
+def by_modality(values: Any, name: str) -> Any:
+    """That of a modality; data of one have no dict of them."""
+    return values[name] if isinstance(values, dict) else values
+
+
 def token_counts(batch: Batch) -> torch.Tensor:
     """Real tokens of each sample, (B,) int64, of all modalities together."""
     masks = batch["mask"].values() if isinstance(batch["mask"], dict) else [batch["mask"]]
     return sum(mask.sum(1) for mask in masks)
+
+
+# --- Hidden tokens ---------------------------------------------------------------------------------------------------
+
+
+def choose_hidden(length: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """The numbers of the tokens to hide, in order: of so many tokens this share, rounded, but at least 1 is hidden and
+    1 is seen; none of a single token."""
+    number = min(max(1, round(ratio * length)), length - 1)
+    return np.sort(rng.permutation(length)[:number])
+
+
+class HidingDataset(Dataset):
+    """Batches of another data set in which some tokens of each sample are hidden, and their contents asked for.
+
+    To the batch of the samples comes 'hidden', of each modality int64 (B, O), the numbers of these tokens, -1 where a
+    sample has fewer; and its 'label' is what they hold, of each modality (B, O, ...), as `contents` says. The input is
+    whole: the model leaves out what is hidden.
+
+    Args:
+        ratio: share of the tokens of each modality.
+        contents: of each modality, what tokens (..., C) hold: float (..., W), NaN where it is not known; or int64.
+        seed, split: with the sample's number and, in 'train', the epoch they decide what is hidden.
+    """
+
+    def __init__(
+        self, dataset: Dataset, ratio: float, contents: dict[str, Callable[[Tensor], Tensor]], seed: int, split: str
+    ):
+        self.dataset, self.ratio, self.contents, self.seed, self.split = dataset, ratio, contents, seed, split
+        self.lengths = getattr(dataset, "lengths", None)
+        if self.lengths is None:
+            self.lengths, _ = check_items(dataset)
+        self.ids = getattr(dataset, "ids", np.arange(len(dataset)))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.split == "train":  # evaluation hides the same in every epoch
+            self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Item:
+        """The whole item."""
+        return self.dataset[number]
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        if hasattr(self.dataset, "__getitems__"):
+            batch = self.dataset.__getitems__(numbers)
+        else:
+            batch = collate([self.dataset[number] for number in numbers])
+        inputs, masks = batch["input"], batch["mask"]
+        if not isinstance(inputs, dict):
+            (name,) = self.contents
+            inputs, masks = {name: inputs}, {name: masks}
+        streams = [random_stream(f"hidden {self.split}", self.seed, self.epoch, number) for number in numbers]
+        hidden, labels = {}, {}
+        for name in (name for name in self.contents if name in inputs):  # in this order, for they share the streams
+            chosen = []
+            for real, rng in zip(masks[name], streams, strict=True):
+                (there,) = torch.nonzero(real, as_tuple=True)
+                chosen.append(there[choose_hidden(len(there), self.ratio, rng)])
+            hidden[name] = pad_sequence(chosen, batch_first=True, padding_value=-1)  # (B, O)
+            index = hidden[name].clamp(min=0)[..., None].expand(-1, -1, inputs[name].size(2))
+            content = self.contents[name](inputs[name].gather(1, index))  # (B, O[, W])
+            nothing = torch.nan if content.is_floating_point() else UNLABELLED
+            content[hidden[name] < 0] = nothing
+            labels[name] = content
+        return batch | {"hidden": hidden, "label": labels}
 
 
 # --- Shares of processes ---------------------------------------------------------------------------------------------

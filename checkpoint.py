@@ -68,6 +68,7 @@ class Data(TypedDict):
     task: dict[str, Any]
     num_outputs: int
     class_names: NotRequired[Annotated[list[str], _are_distinct, "a list of different names"]]
+    head: NotRequired[dict[str, int | str]]
     adapters: dict[Name, dict[str, Any]]
     features: NotRequired[dict[Name, dict[str, int | list[int]]]]
     dataset_type: NotRequired[str]
@@ -100,7 +101,7 @@ def model_arguments(settings: Settings, data: dict[str, Any], base: dict[str, An
     known = base["input_dim"] if base else {}  # by modality, such as learned positions: what neither of them says
     known = {name: {key: value for key, value in own.items() if key not in chosen} for name, own in known.items()}
     features = {name: known.get(name, {}) | own for name, own in data["features"].items()}
-    given = {"input_dim": features, "num_classes": data["num_outputs"]}
+    given = {"input_dim": features, "num_classes": data["num_outputs"], **data.get("head", {})}
     return (base or MODEL_SIZES[settings.model_size]) | chosen | given
 
 
@@ -259,6 +260,13 @@ def equipped_model(
     if model.task.num_outputs != data["num_outputs"]:
         told, names = data["num_outputs"], model.task.num_outputs
         raise UserError(f"the checkpoint's task names {names} outputs, its model has {told}")
+    if (model.head if model.head in ("tokens", "hidden") else None) != model.task.head.get("head"):
+        raise UserError(f"the checkpoint's task is {model.task.kind}, which its model's head {model.head!r} is not for")
+    if model.head == "hidden":
+        known = {name: contents.width for name, contents in model.task.modalities.items()}
+        answered = {name: layer.out_features for name, layer in model.content.items()}
+        if known != answered:
+            raise UserError(f"the checkpoint's task knows contents of {known}, its model answers {answered}")
     made = {name: adapter.features for name, adapter in model.adapters.items()}
     if data.get("features", made) != made:
         raise UserError(f"the checkpoint's adapters make {made}, its features are {data['features']}")

@@ -99,7 +99,7 @@ _OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
-_CLASSES = {"task": ("classification", "multilabel")}
+_CLASSES = {"task": ("classification", "multilabel", "tagging")}
 _NOT_CACHED = {"cache_features": (False,)}
 
 
@@ -123,15 +123,19 @@ class Settings:
         0.2, "share of your data kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is predicted: classification, regression, or multilabel (several labels at once)",
-        metavar="NAME", applies=_OWN)  # tasks.py knows which there are
+        "classification", "what is predicted: classification, regression, multilabel (several labels at once), tagging "
+        "(a class for each step or character), or reconstruct (hidden tokens, without labels)",
+        metavar="NAME")  # tasks.py knows which there are
+    mask_ratio: float = _data(
+        0.25, "tokens of each sample that are hidden", "fraction", above=0, below=1,
+        applies={"task": ("reconstruct",)})
     id_column: str = _column("id", "column of an item's name", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column(
-        "label", "column of the label; of numbers, and of labels that are 1 or 0, several: price,weight",
-        applies=_TABLES)
+        "label", "column of the label; of numbers, and of labels that are 1 or 0, several: price,weight; of text to "
+        "tag: spans", applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
     ignore_columns: str | None = _column(None, "columns to leave out of the features: time,station", applies=_SERIES)
@@ -237,13 +241,13 @@ class Settings:
         on_resume="fixed")
     label_smoothing: float = _training(
         0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1,
-        applies={"task": ("classification",)})
+        applies={"task": ("classification", "tagging")})
     class_weights: str = _training(
         "none", "weights of the classes in the loss; balanced = rare classes weigh more", choices=("none", "balanced"),
         applies=_CLASSES, on_resume="fixed")
     select_by: str | None = _training(
         None, "validation score that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; none = the "
-        "task's own: accuracy, rmse, macro_f1", metavar="SCORE", on_resume="fixed")
+        "task's own: accuracy, rmse, macro_f1, span_f1 of texts", metavar="SCORE", on_resume="fixed")
     tune_thresholds: bool = _training(
         False, "choose on validation data from which probability a label is predicted; else 0.5",
         applies={"task": ("multilabel",)}, on_resume="fixed")

@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import Settings
+from config import FIELDS, Settings
+from labels import OUTSIDE, class_name
 from messages import UserError
 from series_files import (
     Part,
@@ -146,6 +147,7 @@ def read_series(
                 the groups (N,), numbers or text, under the name settings.group_column, optional.
                 lengths: (N,) optional: with x (N, L, C), how many steps of each series count; with x (T, C), the series
                 follow one another and their lengths sum to T.
+                With settings.task tagging y has the shape of x without channels, a label for each step.
     .npy        one series (L, C) or (L,), without label.
     .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
                 series are in file order and may lie between those of others; its label and group are the same in all
@@ -153,6 +155,7 @@ def read_series(
                 Missing: an empty cell, ?, nan, NA, null and the like. Without labels, a file that has no column of
                 series id is one series.
                 Or a line per series, of one channel: columns of label and steps, and one of ids if there is one.
+                With settings.task tagging each line has the label of its step, or none (labels.is_unlabelled).
 
     Args:
         known: names of the feature columns of the training data. Columns are put into this order; missing ones and
@@ -160,6 +163,9 @@ def read_series(
     """
     path = Path(path)
     extension = extension_of(path, [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt"], labelled, ".npy")
+    if labelled and settings.task == "tagging" and extension in (".ts", ".arff", ".txt"):
+        raise UserError(f"{path}: {extension} files have one label for a series; --task tagging needs one for each "
+                        "step: a .csv of a row for each step, or an .npz")  # fmt: skip
     if extension == ".npy":
         found = SeriesFile([(path.name, str(path), lambda: (read_named_series(path)[0], None))])
     elif extension in (".csv", ".tsv"):
@@ -181,7 +187,9 @@ def read_texts(
 ) -> Items:
     """Texts as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
 
-    Their ids come from the column of ids, if there is one, otherwise they are the numbers of the rows.
+    Their ids come from the column of ids, if there is one, otherwise they are the numbers of the rows. With
+    settings.task tagging the label of a text is a list of those of its characters, from the spans of a .jsonl (see
+    `spans_to_labels`).
     """
     path = Path(path)
     if extension_of(path, [".csv", ".tsv", ".jsonl"], labelled, ".txt") == ".txt":
@@ -195,14 +203,80 @@ def read_texts(
     def text_of(row: int) -> str:
         return _text(texts[row], f"{table.place(row)}, column {settings.text_column!r}: it")
 
+    if labelled and settings.task == "tagging":
+        return _rows_of(table, text_of, settings, True, on_error, *_spans_of(table, settings))
     return _rows_of(table, text_of, settings, labelled, on_error)
 
 
+SPANS = "spans"  # the column of spans, where --label_column names no other
+
+
+def _spans_of(table: Table, settings: Settings) -> tuple[list[Any], Callable[[Any, str, str], list[str | None]]]:
+    """(the cells of spans of a table of texts, what makes labels of the characters of a text of them)."""
+    path, default = table.path, FIELDS["label_column"].default
+    column = SPANS if settings.label_column == default else settings.label_column
+    if path.suffix.lower() != ".jsonl":
+        raise UserError(f"{path}: --task tagging needs spans of characters, which a .jsonl holds; write a line "
+                        '{"text": "...", "spans": [[start, end, "NAME"], ...]} for each text')  # fmt: skip
+    table.column(column)  # is there
+    touching: set[str] = set()
+
+    def labels(cell: Any, text: str, where: str) -> list[str | None]:
+        classes, joined = spans_to_labels(cell, len(text), f"{where}, {column}")
+        if joined and not touching:
+            touching.add(where)
+            table.notes.append(f"{where}: spans of one name that touch, such as {shown(joined)}, are one span")
+        return classes
+
+    return table.column(column), labels
+
+
+def spans_to_labels(spans: Any, length: int, where: str) -> tuple[list[str | None], list[Any] | None]:
+    """(the label of each character of a text of this length, a span that touches one of its name before it).
+
+    spans: [[start, end, name], ...] in characters (code points, as Python counts them), the end excluded, in any order.
+        Characters whose name is null have no label (None), those in no span have OUTSIDE.
+
+    Raises UserError for spans that overlap, are empty, reversed, or not within the text.
+    """
+    if not isinstance(spans, list):
+        raise UserError(f'{where} is {shown(spans)}; write a list [[start, end, "NAME"], ...], [] where there is none')
+    labels: list[str | None] = [OUTSIDE] * length
+    joined, taken = None, [-1] * length
+    for number, span in enumerate(spans):
+        place = f"{where}, span {number + 1}"
+        if not (isinstance(span, list) and len(span) == 3 and all(type(edge) is int for edge in span[:2])):
+            raise UserError(f'{place} is {shown(span)}; write [start, end, "NAME"], whole numbers of characters')
+        start, end, name = span
+        if start > end:
+            raise UserError(f"{place}, {shown(span)}, ends before it starts; exchange the two")
+        if not 0 <= start < end <= length:
+            what = "is empty" if start == end else f"is not within the {length} characters of the text"
+            raise UserError(f"{place}, {shown(span)}, {what}; characters are counted from 0, and the end is excluded")
+        if name is not None:
+            name = class_name(name, place)
+            if name == OUTSIDE:
+                raise UserError(f"{place}: {OUTSIDE!r} is the name of what is in no span; take another")
+        if (other := next((taken[i] for i in range(start, end) if taken[i] >= 0), None)) is not None:
+            raise UserError(f"{place}, {shown(span)}, overlaps {shown(spans[other])}; a character has one name")
+        labels[start:end] = [name] * (end - start)
+        taken[start:end] = [number] * (end - start)
+    for i in range(1, length):
+        if taken[i - 1] >= 0 and taken[i] >= 0 and taken[i] != taken[i - 1] and labels[i] == labels[i - 1] is not None:
+            joined = spans[taken[i]]
+    return labels, joined
+
+
 def _rows_of(
-    table: Table, value_of: Callable[[int], Any], settings: Settings, labelled: bool, on_error: OnError
-) -> Items:
-    """The items of a table, one per row; `value_of` gets the row's index."""
-    labels = label_cells(table, settings) if labelled else None
+    table: Table, value_of: Callable[[int], Any], settings: Settings, labelled: bool, on_error: OnError,
+    labels: list[Any] | None = None, label_of: Callable[[Any, Any, str], Any] = lambda cell, value, where: cell,
+) -> Items:  # fmt: skip
+    """The items of a table, one per row; `value_of` gets the row's index.
+
+    labels: the label cells, where they are not those of the column of labels; `label_of` makes the label of one, of the
+        item's value and its place.
+    """
+    labels = label_cells(table, settings) if labelled and labels is None else labels
     groups = groups_of(table, settings)
     named = table.has(settings.id_column)
     ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)
@@ -210,7 +284,8 @@ def _rows_of(
     def make(row: int) -> tuple[Any, Any]:
         if row in table.faults:
             raise UserError(table.faults[row])
-        return value_of(row), labels[row] if labelled else None
+        value = value_of(row)
+        return value, label_of(labels[row], value, table.place(row)) if labelled else None
 
     parts = ((str(ids[row]), table.place(row), partial(make, row), *groups[row]) for row in range(len(table.rows)))
     return _gather(parts, labelled, on_error, notes=table.notes)

@@ -14,6 +14,7 @@ import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
@@ -44,6 +45,7 @@ from adapters import (  # noqa: F401
 from batches import (  # noqa: F401 (for those who import them from here)
     EpochBatchSampler,
     EpochDataLoader,
+    HidingDataset,
     Item,
     check_items,
     collate,
@@ -56,7 +58,7 @@ from batches import (  # noqa: F401 (for those who import them from here)
     unshared,
 )
 from config import FIELDS, OWN_DATA, PYTHON, Settings, check_memory, is_code
-from data_files import Items, OnError, read_manifest, without_effect
+from data_files import Items, OnError, raise_it, read_manifest, without_effect
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, printable, refuse_together
 from own_data import OwnData
@@ -173,6 +175,7 @@ def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] =
     return {
         "task": tasks.describe(task),
         "num_outputs": task.num_outputs,
+        **({"head": task.head} if task.head else {}),
         **({"class_names": list(task.class_names)} if hasattr(task, "class_names") else {}),
         "features": {name: adapter.features for name, adapter in adapters.items()},
         "adapters": {name: describe(adapter) for name, adapter in adapters.items()},
@@ -209,6 +212,10 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
         4 * settings.feature_dim * tokens,
         f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
     )
+    if settings.task == "tagging":
+        pairs = [_synthetic_changes(settings, split, number) for number in range(num_samples)]
+        sequences, labels = zip(*pairs, strict=True)
+        return SequenceDataset(sequences, tasks.ragged(labels))
     sequences = [_synthetic_sequence(settings, split, number) for number in range(num_samples)]
     return SequenceDataset(sequences, np.arange(num_samples) % settings.num_classes)
 
@@ -216,12 +223,43 @@ def make_synthetic(settings: Settings, split: str, num_samples: int) -> Sequence
 def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarray:
     rng = random_stream(f"synthetic {split}", settings.seed, number)
     label, channels = number % settings.num_classes, settings.feature_dim
-    pattern = list(PATTERNS.values())[label % len(PATTERNS)]
-    rate = 0.03 * (0.25 / 0.03) ** ((label + 0.5) * 0.618 % 1) * rng.uniform(0.95, 1.05)  # golden ratio: spread evenly
+    rate = _rate(label, rng)
     length = rng.integers(*settings.seq_len_range, endpoint=True)
+    wave = _wave(label, rate, length, channels, rng)
+    return _noisy(wave, rng)
+
+
+SEGMENT = (15, 60)  # tokens of a stretch of one pattern, where it changes within a sequence
+
+
+def _synthetic_changes(settings: Settings, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(a sequence whose pattern changes every SEGMENT tokens, the class of each token)."""
+    rng = random_stream(f"synthetic changes {split}", settings.seed, number)
+    length = rng.integers(*settings.seq_len_range, endpoint=True)
+    waves, labels, label = [], [], number % settings.num_classes
+    while len(labels) < length:
+        steps = rng.integers(*SEGMENT, endpoint=True)
+        waves.append(_wave(label, _rate(label, rng), steps, settings.feature_dim, rng))
+        labels += [label] * steps
+        label = (label + rng.integers(1, settings.num_classes)) % settings.num_classes
+    return _noisy(np.concatenate(waves)[:length], rng), np.array(labels[:length], np.int64)
+
+
+def _rate(label: int, rng: np.random.Generator) -> float:
+    """Cycles per token; by the golden ratio, so that those of the classes are spread evenly."""
+    return 0.03 * (0.25 / 0.03) ** ((label + 0.5) * 0.618 % 1) * rng.uniform(0.95, 1.05)
+
+
+def _wave(label: int, rate: float, length: int, channels: int, rng: np.random.Generator) -> np.ndarray:
+    """The pattern of a class, (length, channels), of mean 0 and variance 1 in every channel."""
+    pattern = list(PATTERNS.values())[label % len(PATTERNS)]
     time = np.arange(length)[:, None] - np.linspace(0, LAG, channels)  # (L, C) tokens
     wave = pattern(rate * time + rng.uniform(0, 8))
-    wave = (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
+    return (wave - wave.mean(0)) / np.maximum(wave.std(0), 1e-6)
+
+
+def _noisy(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    length, channels = wave.shape
     gains = rng.uniform(0.5, 1.5) * rng.uniform(0, 2, channels)
     noise = rng.uniform(0.5, 1.5) * rng.standard_normal((length, channels))
     return (gains * wave + noise + rng.normal(0, 0.3, channels)).astype(np.float32)
@@ -231,14 +269,20 @@ def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple
     """num_samples sequences for training and validation, and a fifth as many for the test set."""
     data = make_synthetic(settings, "train", settings.num_samples)
     test = make_synthetic(settings, "test", math.ceil(settings.num_samples / 5))
-    train, val = _split_off_validation(data.labels, settings)
     rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
     names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
     adapter = _known_adapter(info, TensorAdapter) or TensorAdapter(settings.feature_dim, settings.max_seq_len)
+    first = np.arange(settings.num_samples) % settings.num_classes  # the class that a sequence has, or begins with
+    train, val = _split_off_validation(first, settings)
     splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
     for split in splits.values():
         split.sequences = [adapter(sequence) for sequence in split.sequences]
-    return splits, description(_classes(names, splits["train"].labels, settings, info), {"series": adapter})
+        if settings.task == "tagging":
+            split.labels = tasks.ragged([labels[: settings.max_seq_len] for labels in split.labels])
+    task = known_task(info) or (
+        tasks.Tagging(names) if settings.task == "tagging" else Classification(names)
+    ).learn(splits["train"].labels, settings)
+    return splits, description(task, {"series": adapter})
 
 
 def _classes(names: Sequence[str], labels: np.ndarray, settings: Settings, info: Info | None) -> Task:
@@ -474,22 +518,22 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     errors: list[UserError] = []
     items: dict[str, Items] = {}
     for name, path in paths.items():
-        items[name] = read_items(path, settings, True, errors.append, known, items.get("train"))
+        items[name] = _read(path, settings, errors.append, known, items.get("train"))
     notes += [note for found in items.values() for note in found.notes]
     given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
     notes += without_effect(paths.values(), given)
 
-    task, targets, more = _targets(items, known_task(info), settings, errors, settings.data_path)
-    notes += more
+    if settings.task == "reconstruct":
+        refuse_together(errors)
+        task, targets = _classes_if_there(items)
+    else:
+        task, targets, more = _targets(items, known_task(info), settings, errors, settings.data_path)
+        notes += more
     if "train" in items:
         notes += _split_off(items, targets, task, settings, str(settings.data_path))
-    if not info:
-        task = task.learn(targets["train"], settings)
     refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
-    absent = {name: task.absent(values) for name, values in targets.items()}
-    notes += [text.format(name) for name, text in absent.items() if text]
 
-    adapters, parts, about, augmentation = {}, {}, [], {}
+    loaded = {}
     for modality in _modalities(items, known, settings, notes):
         there = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
         train = items.get("train")
@@ -503,11 +547,24 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         if modality in start:
             adapter = start[modality].taken_over(source, settings)
         kind = type(adapter) if adapter else MODALITIES[modality]
-        adapter, raw = kind.load(source, settings, adapter)
+        loaded[modality] = there, source, *kind.load(source, settings, adapter)
+    if task.per_token:
+        ((_, source, adapter, _),) = loaded.values()
+        targets = {
+            name: tasks.ragged([adapter.of_tokens(*pair) for pair in zip(source.values[name], values, strict=True)])
+            for name, values in targets.items()
+        }
+    if not info and settings.task != "reconstruct":
+        task = task.learn(targets["train"], settings)
+    absent = {name: task.absent(values) for name, values in targets.items() if settings.task != "reconstruct"}
+    notes += [text.format(name) for name, text in absent.items() if text]
+
+    adapters, parts, about, augmentation = {}, {}, [], {}
+    for modality, (there, source, adapter, raw) in loaded.items():
         labels = {name: targets[name][numbers] for name, numbers in there.items()}
         ids = {name: [items[name].ids[i] for i in numbers] for name, numbers in there.items()}
         adapters[modality], made = adapter, adapter.datasets(raw, source, labels, ids, settings, task)
-        if train:
+        if "train" in items:
             about += adapter.about(raw["train"], source)
             if isinstance(made["train"], ImageDataset):
                 augmentation = {"augmentation": made["train"].augmentation}
@@ -520,8 +577,38 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         splits = {name: data for name, ((data, _),) in ((name, part.values()) for name, part in parts.items())}
     else:
         splits = {name: MultimodalDataset(part, targets[name], items[name].ids) for name, part in parts.items()}
-    prints = _fingerprints(items, {name: task.texts(values) for name, values in targets.items()}, info)
+    labels = {name: task.texts(values) for name, values in targets.items()}
+    if settings.task == "reconstruct":  # of data without labels
+        labels = {name: [""] * len(values) for name, values in labels.items()}
+    prints = _fingerprints(items, labels, info)
     return splits, description(task, adapters, notes, about=about, fingerprints=prints, **augmentation)
+
+
+def _read(
+    place: Path, settings: Settings, on_error: OnError, known: dict[str, Adapter], trained: Items | None
+) -> Items:
+    """The items of a split. To reconstruct them no label is needed; classes are read where there are some."""
+    if settings.task != "reconstruct":
+        return read_items(place, settings, True, on_error, known, trained)
+    with suppress(UserError):
+        classes = replace(settings, task="classification")
+        return read_items(place, classes, True, raise_it, known, trained)
+    return read_items(place, settings, False, on_error, known, trained)
+
+
+def _classes_if_there(items: dict[str, Items]) -> tuple[Task, dict[str, np.ndarray]]:
+    """(a classification, its targets) of items that are to be reconstructed, so that they are split as for a run that
+    classifies them. Of labels that are no classes all items are one."""
+    cells = {name: found.labels for name, found in items.items()}
+    if "train" in items and all(cells.values()):
+        task, _ = Classification.fit(cells["train"], items["train"].places, Settings())
+        targets, errors = {}, []
+        for name, found in items.items():
+            targets[name], wrong = task.read(found.labels, found.places)
+            errors += wrong
+        if not errors:
+            return task, targets
+    return Classification(["item"]), {name: np.zeros(len(found.values), int) for name, found in items.items()}
 
 
 def _targets(
@@ -798,6 +885,23 @@ def _given_targets(
     return task, targets, []
 
 
+# --- Hidden tokens ---------------------------------------------------------------------------------------------------
+
+
+def _hidden(splits: Splits, specific: Info, settings: Settings, info: Info | None) -> tuple[Splits, Info]:
+    """The same splits and description, of data of which tokens are to be reconstructed."""
+    adapters = known_adapters(specific)
+    contents = {name: adapter.contents for name, adapter in adapters.items()}
+    splits = {
+        name: HidingDataset(data, settings.mask_ratio, contents, settings.seed, name) for name, data in splits.items()
+    }
+    task = known_task(info)
+    if task is None:
+        task = tasks.Reconstruct({name: tasks.Contents.of(splits["train"], name) for name in adapters})
+    kept = {name: value for name, value in specific.items() if name != "class_names"}
+    return splits, kept | description(task, adapters, specific["notes"])
+
+
 # --- By name ---------------------------------------------------------------------------------------------------------
 
 DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
@@ -806,6 +910,24 @@ DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
     "digits": load_digits_splits,
     **dict.fromkeys(OWN_DATA, load_own_splits),
 }
+
+
+BUILT_IN = {  # what can be answered about the data sets that are not the user's
+    "synthetic": ("classification", "tagging", "reconstruct"),
+    **dict.fromkeys(("cifar10", "digits"), ("classification", "reconstruct")),
+}
+NOT_OFFERED = {"images": ("tagging",), "multimodal": ("tagging",)}  # of the user's files
+NOT_OF_CODE = ("tagging", "reconstruct")
+
+
+def check_task(settings: Settings) -> None:
+    """Raise UserError for a task that cannot be asked of the data set."""
+    tasks.task_named(settings.task)
+    refused = NOT_OF_CODE if settings.dataset_type not in DATASETS else NOT_OFFERED.get(settings.dataset_type, ())
+    offered = BUILT_IN.get(settings.dataset_type, [name for name in tasks.TASKS if name not in refused])
+    if settings.task not in offered:
+        raise UserError(f"task: {settings.task} is not offered for {settings.dataset_type}; choose one of "
+                        f"{', '.join(offered)}")  # fmt: skip
 
 
 def load_splits(
@@ -824,12 +946,15 @@ def load_splits(
         only: the split that is asked for. Of the user's own data, it alone is read unless it is part of another one.
         own: the user's own code, run for a data set of that name; no name makes code run by itself.
     """
+    check_task(settings)
     if is_code(settings.dataset_type) or settings.dataset_type == PYTHON:
         own_data.require(own, settings.dataset_type)
         splits, specific = load_given_splits(settings, info, only, own)
     else:
         asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
         splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
+    if settings.task == "reconstruct":
+        splits, specific = _hidden(splits, specific, settings, info)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
     prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions used file names only: if these are the same, nothing more can be said

@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batches import Batch, Device, inputs_for, token_counts
+from batches import Batch, Device, asked, inputs_for, mapped, token_counts
 from files import PathLike, written_whole
 from messages import as_utf8, memory_advice, spreadsheet_cell
 
@@ -66,24 +67,34 @@ def collect(
         ValueError: the loader yields nothing.
     """
     parts: list[dict[str, np.ndarray]] = []
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # read a few at a time, since reading waits for the device
+    waiting: list[tuple[Any, Any, Tensor]] = []  # read a few at a time, since reading waits for the device
 
     def read() -> None:
         for outputs, targets, tokens in waiting:
-            parts.append({**task.rows(outputs.cpu(), targets), "tokens": tokens.numpy()})
+            parts.append({**task.rows(mapped(Tensor.cpu, outputs), targets), "tokens": tokens.numpy()})
         waiting.clear()
 
+    held = 0
     with evaluating(model, device, amp_dtype):
         for batch in loader:
-            outputs = model(*inputs_for(model, batch, device)).float()
+            outputs = mapped(Tensor.float, model(*inputs_for(model, batch, device), **asked(batch, device)))
             # A copy, since a tensor from a worker holds a file descriptor as long as it is kept
-            waiting.append((outputs, batch["label"].clone(), token_counts(batch)))
-            if sum(outputs.numel() for outputs, *_ in waiting) > WAITING:
+            waiting.append((outputs, mapped(Tensor.clone, batch["label"]), token_counts(batch)))
+            held += sum(each.numel() for each in (outputs.values() if isinstance(outputs, dict) else [outputs]))
+            if held > WAITING:
                 read()
+                held = 0
         read()
     if not parts:
         raise ValueError("there is nothing to evaluate: the data loader yields no batch")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def outputs_of(model: nn.Module, batch: Batch, device: Device = "cpu") -> Any:
+    """The outputs for one batch, float32 on the CPU."""
+    with evaluating(model, device, None):
+        outputs = model(*inputs_for(model, batch, device), **asked(batch, device))
+    return mapped(lambda part: part.float().cpu(), outputs)
 
 
 def collect_latents(
@@ -234,6 +245,49 @@ def by_length(lengths: np.ndarray, num_bins: int = 8, **values: np.ndarray) -> l
         row = {"shortest": lengths[inside].min(), "longest": lengths[inside].max(), "count": inside.sum()}
         rows.append(row | {name: each[inside].mean() for name, each in values.items()})
     return plain(rows)
+
+
+# --- Metrics of spans ------------------------------------------------------------------------------------------------
+
+
+def spans_of(classes: np.ndarray, outside: int | None = None) -> list[tuple[int, int, int]]:
+    """(start, end, class) of each longest stretch of one class in (L,), the end excluded; none of class `outside`."""
+    changes = np.flatnonzero(np.diff(classes)) + 1
+    starts, ends = [0, *changes.tolist()][: len(classes)], [*changes.tolist(), len(classes)]
+    spans = zip(starts, ends, strict=False)
+    return [(start, end, int(classes[start])) for start, end in spans if classes[start] != outside]
+
+
+def span_metrics(
+    true: Sequence[np.ndarray], predicted: Sequence[np.ndarray], class_names: Sequence[str], outside: int
+) -> dict[str, Any]:
+    """Precision, recall and F1 of spans of classes (L,) of each sample, as plain data; what is undefined is None.
+
+    A span is right if its start, end and class are those of a true one. The figures are over all spans, and
+    `per_span_class` over those of each class.
+    """
+    sides = [
+        {(number, *span) for number, classes in enumerate(side) for span in spans_of(classes, outside)}
+        for side in (true, predicted)
+    ]
+    sets = {"true": sides[0], "predicted": sides[1], "right": sides[0] & sides[1]}
+    counts = {
+        name: np.bincount([span[-1] for span in spans], minlength=len(class_names)) for name, spans in sets.items()
+    }
+
+    def scores(true: int, predicted: int, right: int) -> dict[str, float]:
+        precision, recall = (right / number if number else math.nan for number in (predicted, true))
+        f1 = 2 * right / (true + predicted) if true + predicted else math.nan
+        return {"precision": precision, "recall": recall, "f1": f1}
+
+    total = scores(*(counts[name].sum() for name in ("true", "predicted", "right")))
+    per_class = [
+        {"class": name, **scores(*(counts[side][number] for side in ("true", "predicted", "right"))),
+         "support": counts["true"][number]}
+        for number, name in enumerate(class_names) if number != outside
+    ]  # fmt: skip
+    return plain({"num_spans": counts["true"].sum(), **{f"span_{name}": value for name, value in total.items()},
+                  "per_span_class": per_class})  # fmt: skip
 
 
 # --- Metrics of numbers ----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from config import Parser, check_folder, resolve, unused_settings
 from data_utils import CIFAR10_FILES, load_splits
 from distributed import refuse_processes
 from files import make_folder, written_whole
-from inference import READING_REMEDIES, load_model
+from inference import READING_REMEDIES, check_answers, load_model
 from messages import UserError, exit_on_user_error, memory_advice, print_note, printable
 from perceiver_model import PerceiverModel
 
@@ -426,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.flags:
             print_note(f"{name} has no effect without --quantize")
     model, stored = load_model(args.model_path)
+    check_answers(model)
     test_data = read_test_data(model, stored, args.flags) if args.quantize else None
     make_folder(path.parent)
     weights = sum(weights.numel() for weights in model.parameters())

@@ -122,6 +122,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
                         'probabilities': {class name: probability}}
         regression      {'value': the first number, 'values': {name: number}}, in the units of the training data
         multilabel      {'labels': [names], 'probabilities': {name: probability}}
+        tagging         {'classes': [the name of each step or character], 'spans': [{'start', 'end' (excluded), 'class',
+                        'confidence': the mean probability}], of what is in no span none}
 
     Raises:
         UserError: the model cannot take an item, an answer is not finite, or batch_size is below 1.
@@ -132,8 +134,16 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     check_batch_size(batch_size)
+    check_answers(model)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_answers(model, prepared, batch_size))
+
+
+def check_answers(model: PerceiverModel) -> None:
+    """Raise UserError for a model that answers nothing about new items."""
+    if model.head == "hidden":
+        raise UserError("a model of --task reconstruct answers what hidden tokens hold, and nothing about new items; "
+                        "train one for another task")  # fmt: skip
 
 
 def _prepare(model: PerceiverModel, item: Any, where: str) -> Item:
@@ -159,6 +169,10 @@ def _answers(model: PerceiverModel, items: Iterator[Item], batch_size: int) -> I
             outputs = model(*inputs_for(model, collate(batch), device)).cpu().double()
         if not outputs.isfinite().all():
             raise UserError(NOT_FINITE)
+        if task.per_token:
+            ((name, adapter),) = model.adapters.items()
+            tokens = [item["input"][name] for item in batch]
+            outputs = [adapter.of_units(each, out[: len(each)]) for each, out in zip(tokens, outputs, strict=True)]
         yield from map(task.answer, outputs)
 
 
@@ -193,11 +207,34 @@ def evaluate(
     if analyze:
         results["analysis"] = task.analysis(rows, items)
     if output_dir is not None:
+        figures |= _example_figures(model, dataset, rows)
         if analyze:
             figures |= _analysis_figures(model, dataset, loader, rows, results["analysis"], amp_dtype)
         results["figures"] = list(figures)
         evaluation.save_evaluation(output_dir, results, items, figures)
     return results
+
+
+def _example_figures(
+    model: PerceiverModel, dataset: Dataset, rows: dict[str, np.ndarray]
+) -> dict[str, Callable[[Path], None]]:
+    """A few items with what was answered about their tokens, a figure for each modality."""
+    task, adapters, ids = model.task, model.adapters, getattr(dataset, "ids", range(len(rows["tokens"])))
+    chosen = task.examples(rows).tolist()
+    if not chosen:
+        return {}
+
+    def draw(modality: str, path: Path) -> None:
+        if hasattr(dataset, "__getitems__"):
+            batch = dataset.__getitems__(chosen)
+        else:
+            batch = collate([dataset[number] for number in chosen], targets=task)
+        outputs = evaluation.outputs_of(model, batch, next(model.parameters()).device)
+        captions = [f"{plots.short(printable(str(ids[i])), 28)}: {task.caption(rows, i)}" for i in chosen]
+        task.draw_examples(batch, outputs, captions, modality, adapters[modality], path)
+
+    several = len(adapters) > 1
+    return {f"examples{f'_{name}' * several}.png": partial(draw, name) for name in adapters}
 
 
 def _analysis_figures(
@@ -260,7 +297,7 @@ def _analysis_figures(
 def write_predictions(
     model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
 ) -> int:
-    """Write a table of ids and answers, or of texts with their masks filled. Returns its number of rows.
+    """Write a table of ids and answers, or of texts with their masks filled. Returns how many items were answered.
 
     The first rows are shown. An item that the model cannot take is passed to on_error and left out.
     """
@@ -276,22 +313,23 @@ def write_predictions(
             done.append(id)
             yield item
 
-    rows = []
+    rows, count = [], 0
     if hasattr(model, "task"):
-        for answer in _answers(model, prepared(), batch_size):
-            rows.append({"id": done[len(rows)], **model.task.cells(answer)})
+        for count, answer in enumerate(_answers(model, prepared(), batch_size), 1):
+            rows += [{"id": done[count - 1], **row} for row in model.task.records(answer)]
     else:
         for id, place, value in zip(items.ids, items.places, items.values, strict=True):
             try:
                 with naming(place):
                     rows.append({"id": id, "text": fill_masks(model, value["text"])})
+                count += 1
             except UserError as error:
                 on_error(error)
     if rows:
         evaluation.write_rows(path, rows)
         for row in rows[:REPORTED]:
             print("  ".join(printable(str(cell)) for cell in list(row.values())[:3]))
-    return len(rows)
+    return count
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -332,6 +370,7 @@ def predict_files(
 
     given: names of the settings that were given as flags.
     """
+    check_answers(model)
     errors = []
 
     def report(error: UserError) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from messages import UserError
 from tables import nfc, shown
 
+OUTSIDE = "outside"  # the class of the characters of a text that are in no span
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # not written like a whole number
 _WHOLE = re.compile(r"[+-]?\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
@@ -81,6 +82,11 @@ def label_parts(cell: Any) -> list[Any]:
         return []
     parts = cell.split(";") if isinstance(cell, str) else cell if isinstance(cell, (list, tuple)) else [cell]
     return [part for part in parts if not (isinstance(part, str) and not part.strip())]
+
+
+def is_unlabelled(cell: Any) -> bool:
+    """Whether this is no label, of a step or a character: nothing, NaN or -100. It is neither learnt nor judged."""
+    return cell is None or (cell.strip() in ("", "-100") if isinstance(cell, str) else cell in (-100,) or cell != cell)
 
 
 def class_names_of(cell: Any, where: str) -> list[str]:
@@ -189,7 +195,8 @@ def class_order(labels: Iterable[str]) -> list[str]:
 
 
 def slips(
-    cells: Sequence[Any], names: Sequence[str], several: bool = False, remedies: Sequence[str] = ()
+    cells: Sequence[Any], names: Sequence[str], several: bool = False, remedies: Sequence[str] = (),
+    of_steps: bool = False,
 ) -> list[str]:
     """Notes on labels of training items that look like mistakes.
 
@@ -197,11 +204,12 @@ def slips(
         cells, names: the labels as they stand in the file, and the classes that they mean.
         several: whether an item may have any number of labels; `cells` and `names` are then those of all items, one
             after the other.
+        of_steps: whether an item has a label for each step; likewise.
         remedies: the flags for unequal classes that are not given yet.
     """
     counts = Counter(names)
     notes = [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts, several)]
-    return notes if several else notes + _many(counts, remedies)
+    return notes if several or of_steps else notes + _many(counts, remedies)
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:

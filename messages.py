@@ -35,7 +35,9 @@ def _escaped(character: str) -> str:
 
 
 # The first columns of the tables that an evaluation and a prediction write
-OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
+OUR_TABLES = (
+    ("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"), ("id", "start", "end", "class"),
+)  # fmt: skip
 _FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # starts a formula, also in full width
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 

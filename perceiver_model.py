@@ -487,13 +487,16 @@ class PerceiverDecoder(nn.Module):
 
 
 class OutputQueries(nn.Module):
-    """Learned output queries and the decoder that answers them; (B, N, D) -> (B, O, outputs).
+    """Output queries and the decoder that answers them; (B, N, D) -> (B, O, outputs).
 
     Args:
         d_model: latent width D.
         num_outputs, query_residual: see `PerceiverDecoder`.
+        token_dim: None for queries that are learned; else they are made of tokens of so many channels C, by a linear
+            layer (Perceiver IO, section 3.2: queries that hold the features of the input, as for optical flow; there
+            the channels are the query), or by one for each modality where it is a dict.
         num_queries: how many are learned.
-        query_dim: channels of a query (Q); default d_model.
+        query_dim: channels of a query (Q); default d_model (with head "hidden" 3/8 of it).
         num_decoder_heads, decoder_dim, decoder_value_dim: heads H and widths E (default Q) and V (default E) of the
             decoder's attention.
         decoder_mlp_ratio: hidden width of the decoder's MLP over Q.
@@ -505,6 +508,7 @@ class OutputQueries(nn.Module):
         d_model: int,
         num_outputs: int | None,
         query_residual: bool,
+        token_dim: int | dict[str, int] | None = None,
         num_queries: int = 1,
         query_dim: int | None = None,
         num_decoder_heads: int = 1,
@@ -523,7 +527,12 @@ class OutputQueries(nn.Module):
             ("decoder_dim", decoder_dim, "num_decoder_heads", num_decoder_heads),
             ("decoder_value_dim", decoder_value_dim, "num_decoder_heads", num_decoder_heads),
         )
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, query_dim), std=0.02))
+        if isinstance(token_dim, dict):
+            self.query = nn.ModuleDict({name: nn.Linear(width, query_dim) for name, width in token_dim.items()})
+        elif token_dim is None:
+            self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_queries, query_dim), std=0.02))
+        else:
+            self.query = nn.Linear(token_dim, query_dim)
         self.decoder = PerceiverDecoder(
             query_dim,
             d_model,
@@ -540,10 +549,19 @@ class OutputQueries(nn.Module):
         """latents (B, N, D) -> the answers (B, O, outputs) to the first num_queries queries, by default to all."""
         return self.decoder(self.queries[None, :num_queries], latents)
 
+    def of_tokens(self, latents: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """latents (B, N, D), tokens (B, O, C), mask bool (B, O) -> (B, O, outputs), 0 where the mask is False."""
+        return self.decoder(self.query(tokens), latents, mask)
+
+    def of_modalities(self, latents: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """As `of_tokens`, of the tokens (B, O_m, C_m) of each modality, one after another, O in all."""
+        queries = torch.cat([self.query[name](values) for name, values in tokens.items()], 1)  # (B, O, Q)
+        return self.decoder(queries, latents)
+
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 
-HEADS = ("mean", "query", "positions")
+HEADS = ("mean", "query", "positions", "tokens", "hidden")
 MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are padded to its width
 Modal = Tensor | dict[str, Tensor]  # one modality, or several by name
 
@@ -571,7 +589,7 @@ def naming(arguments: dict[str, inspect.Parameter]) -> Callable[[Callable], Call
 
 FEATURES = keyword_arguments(TokenFeatures, "input_dim")
 ENCODER = keyword_arguments(PerceiverEncoder, "input_dim")
-DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_residual")
+DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_residual", "token_dim")
 
 
 class PerceiverModel(nn.Module):
@@ -591,12 +609,17 @@ class PerceiverModel(nn.Module):
             - "query": the answer to one learned query; (B, num_classes), as Perceiver IO classifies.
             - "positions": the answers to a learned query for each position, num_queries in total; (B, L, num_classes),
               as in Perceiver IO's masked language model. Masked positions are answered too.
+            - "tokens": the answers to a query made of each token's own features and position; (B, L, num_classes), L
+              over all modalities as they leave their stems, and 0 where the mask is 0.
+            - "hidden": the contents of some tokens of each modality, which the encoder does not see, as answers to
+              queries made of their positions alone: {modality: (B, O, vocab_size or input_dim)}; num_classes is the
+              sum of these widths.
         tie_embedding: with head "positions", the logits of an answer are its products with the embeddings of the
             vocabulary, plus a bias.
         features_encoder_decoder: the other arguments are described where they are used. Those of tokens, in
             `TokenFeatures`, are for the modalities that do not give their own. Those of the encoder are in
-            `PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which the heads
-            "query" and "positions" have, are in `OutputQueries`; it shares dropouts and query_bias.
+            `PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which all heads
+            but "mean" have, are in `OutputQueries`; it shares dropouts and query_bias.
 
     Raises:
         ValueError: a value that one of these classes refuses; arguments that contradict each other or have no effect.
@@ -643,7 +666,20 @@ class PerceiverModel(nn.Module):
         else:
             shared = {n: encoder[n] for n in ("dropout", "attention_dropout", "query_bias") if n in encoder}
             num_outputs = None if tie_embedding else num_classes
-            self.output = OutputQueries(d_model, num_outputs, head == "query", **decoder, **shared)
+            residual, token_dim = head in ("query", "tokens", "hidden"), width if head == "tokens" else None
+            if head == "hidden":
+                token_dim = {name: tokens.positions.num_channels for name, tokens in self.modalities.items()}
+                # Narrower than a latent, since there may be nearly as many queries as tokens, see
+                # benchmarks/hidden_tokens.py
+                decoder.setdefault("query_dim", max(1, 3 * d_model // 8))
+                num_outputs = None
+            self.output = OutputQueries(d_model, num_outputs, residual, token_dim, **decoder, **shared)
+        if head == "hidden":
+            widths = {name: tokens.content_width for name, tokens in self.modalities.items()}
+            if num_classes != sum(widths.values()):
+                raise ValueError(f"head='hidden' needs num_classes={sum(widths.values())}, the sum of {widths}")
+            width = decoder["query_dim"]
+            self.content = nn.ModuleDict({name: nn.Linear(width, number) for name, number in widths.items()})
         if tie_embedding:
             self.output_bias = nn.Parameter(torch.zeros(num_classes))
         self.is_frozen = False
@@ -653,13 +689,17 @@ class PerceiverModel(nn.Module):
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         for name, value in decoder.items():
-            used_by = ("positions",) if name == "num_queries" else ("query", "positions")
+            used_by = ("positions",) if name == "num_queries" else ("query", "positions", "tokens", "hidden")
             if self.head not in used_by and value != DECODER[name].default:
                 raise ValueError(f"{name}={value!r} has no effect with head={self.head!r}")
         if self.head == "positions" and "num_queries" not in decoder:
             raise ValueError("head='positions' needs num_queries, the tokens of the longest input")
         if self.head == "positions" and len(self.modalities) > 1:
             raise ValueError(f"head='positions' is for one modality, not for {', '.join(self.modalities)}")
+        for name, tokens in self.modalities.items() if self.head == "hidden" else ():
+            if tokens.positions is None or tokens.token_grid != tokens.grid_shape:
+                raise ValueError(f"head='hidden' asks for tokens by their positions: {name} must have use_positions, "
+                                 "and no stem that joins tokens")  # fmt: skip
         if self.tie_embedding:
             embedding = next(iter(self.modalities.values())).embedding
             if self.head != "positions" or embedding is None:
@@ -670,8 +710,9 @@ class PerceiverModel(nn.Module):
                     raise ValueError(f"tie_embedding=True needs {name}={size}, as the embedding has it, not {value}")
 
     def forward(
-        self, x: Modal, mask: Modal | None = None, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self, x: Modal, mask: Modal | None = None, return_attention: bool = False,
+        hidden: dict[str, Tensor] | None = None,
+    ) -> Modal | tuple[Modal, list[Tensor]]:  # fmt: skip
         """Answer a batch.
 
         Args:
@@ -681,19 +722,27 @@ class PerceiverModel(nn.Module):
                 real. A sample lacks a modality if its mask is 0 throughout; a sample without any real token gets the
                 logits of the latents alone.
             return_attention: also return the cross-attention maps.
+            hidden: with head "hidden", of each modality the numbers of tokens that are hidden from the encoder and
+                asked for, int64 (B, O), -1 where there are fewer than O, whose answers mean nothing. A modality that it
+                lacks is seen as it is.
 
         Returns:
-            logits (B, num_classes), with head "positions" (B, L, num_classes); and with `return_attention` one map
-            (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0 at padding. L runs over the
-            modalities in the order of the model, as they leave their stems.
+            logits (B, num_classes), with head "positions" or "tokens" (B, L, num_classes); and with
+            `return_attention` one map (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0
+            at padding. L runs over the modalities in the order of the model, as they leave their stems.
 
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
         """
+        if hidden is not None:
+            mask = self._without(x, mask, hidden)
         tokens, mask = self._tokens(x, mask)
         encoded = self.encoder(tokens, mask, return_attention)
         latents, *maps = encoded if return_attention else (encoded,)
-        logits = self._read_out(latents, tokens)
+        if self.head == "hidden":
+            logits = self._contents(latents, self._by_modality(x, "input"), hidden or {})
+        else:
+            logits = self._read_out(latents, tokens, mask)
         return (logits, *maps) if return_attention else logits
 
     def encode(self, x: Modal, mask: Modal | None = None) -> Tensor:
@@ -705,7 +754,7 @@ class PerceiverModel(nn.Module):
 
         Returns:
             the input of the last linear layer: with head "mean", the mean over the normalised latents (B, D); with
-            "query", the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
+            "query", the answered query (B, Q). With the others, which have no such vector, the mean over the latents.
         """
         return self._pool(self.encode(x, mask))
 
@@ -736,12 +785,17 @@ class PerceiverModel(nn.Module):
             return self.output.decoder.cross_attention(self.output.queries[None], latents)[:, 0]
         return latents.mean(1)
 
-    def _read_out(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """latents (B, N, D), tokens (B, L, C) -> logits (B, num_classes) or (B, L, num_classes)."""
+    def _read_out(self, latents: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """latents (B, N, D), tokens (B, L, C), mask (B, L) -> logits (B, num_classes) or (B, L, num_classes)."""
         if self.head == "mean":
             return self.classifier(self._pool(latents))
         if self.head == "query":
             return self.output(latents)[:, 0]
+        if self.head == "tokens":
+            answer = self.output.of_tokens
+            if self.encoder.gradient_checkpointing and self.training:  # there is a query for every token
+                answer = partial(checkpoint, answer, use_reentrant=False)
+            return answer(latents, tokens, mask)
         length, longest = tokens.size(1), self.output.queries.size(0)
         if length > longest:
             raise ValueError(f"the input has {length} tokens, but the model has queries for {longest} (num_queries)")
@@ -750,6 +804,37 @@ class PerceiverModel(nn.Module):
             return answers
         (features,) = self.modalities.values()
         return F.linear(answers, features.embedding.weight, self.output_bias)
+
+    def _without(self, x: Modal, mask: Modal | None, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks (B, L) of the modalities, False at the hidden tokens too."""
+        if self.head != "hidden":
+            raise ValueError(f"hidden has no effect with head={self.head!r}")
+        x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
+        masks = {}
+        for name, values in x.items():
+            real = mask.get(name)
+            real = values.new_ones(values.shape[:2], dtype=torch.bool) if real is None else real.bool()
+            if name in hidden:
+                numbers = hidden[name].masked_fill(hidden[name] < 0, real.size(1))  # a place behind the last token
+                real = F.pad(real, (0, 1)).scatter(1, numbers, False)[:, :-1]
+            masks[name] = real
+        return masks
+
+    def _contents(
+        self, latents: Tensor, x: dict[str, Tensor], hidden: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """latents (B, N, D), hidden int64 (B, O) of each modality -> what these tokens hold, (B, O, its width)."""
+        nothing = torch.empty(len(latents), 0, dtype=torch.long, device=latents.device)
+        numbers = {name: hidden.get(name, nothing) for name in self.modalities}
+        positions = {}
+        for name, tokens in self.modalities.items():
+            table = tokens.positions(x[name] if name in x else latents[:, :1])  # (L, P)
+            positions[name] = table[numbers[name].clamp(min=0)]  # (B, O, P); what is answered to -1, no one looks at
+        answer = self.output.of_modalities
+        if self.encoder.gradient_checkpointing and self.training:
+            answer = partial(checkpoint, answer, use_reentrant=False)
+        answers = answer(latents, positions).split([each.size(1) for each in numbers.values()], 1)
+        return {name: self.content[name](part) for name, part in zip(self.modalities, answers, strict=True)}
 
     def token_ranges(self, x: Modal) -> dict[str, slice]:
         """Where the tokens of each modality lie along the dimension L of the attention maps of this input."""

@@ -199,8 +199,9 @@ def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path:
 
 
 def plot_confidence_analysis(
-    table: Sequence[Mapping[str, Any]], error: float, confidence: np.ndarray, correct: np.ndarray, path: PathLike
-) -> None:
+    table: Sequence[Mapping[str, Any]], error: float, confidence: np.ndarray, correct: np.ndarray, path: PathLike,
+    unit: str = "samples",
+) -> None:  # fmt: skip
     """Reliability diagram with the count of each bin; accuracy if only the most confident are answered.
 
     Args:
@@ -228,7 +229,7 @@ def plot_confidence_analysis(
         counts.bar(centre, count, width, color=GREY, edgecolor="white")
         for x, number in zip(centre, count, strict=True):
             counts.text(x, number, f"{number}", ha="center", va="bottom", fontsize=6.5)
-        counts.set(xlabel="confidence (probability of the predicted class)", ylabel="samples", xlim=(0, 1))
+        counts.set(xlabel="confidence (probability of the predicted class)", ylabel=unit, xlim=(0, 1))
         counts.set_ylim(0, 1.2 * count.max())
         left.legend(*diagram.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
@@ -237,7 +238,7 @@ def plot_confidence_analysis(
         axes.plot(coverage, share, color=BLUE, marker="o" if len(share) == 1 else None, label="accuracy")
         axes.axhline(share[-1], color=GREY, linestyle="--", label=f"all answered: {share[-1]:.3f}")
         axes.set_title("Accuracy against coverage, most confident first")
-        axes.set(xlabel="share of samples answered", ylabel="accuracy", xlim=(0, 1))
+        axes.set(xlabel=f"share of {unit} answered", ylabel="accuracy", xlim=(0, 1))
         axes.set_ylim(min(share.min(), low[coverage >= 0.2].min()) - 0.01, 1.002)
         right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -605,6 +606,99 @@ def plot_text_attention(
             figure.colorbar(picture, ax=axes, fraction=0.02, pad=0.01)
 
 
+def _class_colours(number: int, outside: bool = False) -> np.ndarray:
+    """RGB (number, 3) of classes; the first one is light grey where it is that of what is in no span."""
+    import seaborn
+
+    palette = seaborn.color_palette("colorblind" if number - outside <= 10 else "husl", number - outside)
+    return np.array([(0.9, 0.9, 0.9)] * outside + list(palette))
+
+
+def _tags_legend(figure: Figure, used: np.ndarray, class_names: Sequence[str], colours: np.ndarray) -> None:
+    from matplotlib.patches import Patch
+
+    shown = used[:FEW_CLASSES]
+    handles = [Patch(color=colours[number], label=short(str(class_names[number]))) for number in shown]
+    if len(used) > len(shown):
+        handles.append(Patch(color="white", label=f"and {len(used) - len(shown)} more"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+
+
+def _used(*sides: Sequence[np.ndarray]) -> np.ndarray:
+    classes = np.unique(np.concatenate([each for side in sides for each in side]))
+    return classes[classes >= 0]
+
+
+def plot_sequence_tags(
+    inputs: Sequence[np.ndarray], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
+    class_names: Sequence[str], captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few series with a strip of the true and one of the predicted class of each step below.
+
+    Args:
+        inputs: of each series (L, C).
+        true, predicted: class numbers (L,), negative where there is none (white).
+        captions: a text per series.
+    """
+    colours = _class_colours(len(class_names))
+    with _page(path, 9, 0.6 + 2.1 * len(inputs)) as figure:
+        for i, part in enumerate(figure.subfigures(len(inputs), 1, squeeze=False)[:, 0]):
+            signal, *strips = part.subplots(3, 1, sharex=True, height_ratios=(5, 1, 1))
+            values = inputs[i]
+            if values.shape[1] <= 12:
+                signal.plot(values, linewidth=0.8)
+            else:
+                limit = np.abs(values).max()
+                signal.imshow(values.T, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit, vmax=limit)
+                signal.grid(False)
+            signal.set_title(captions[i])
+            signal.set_ylabel("input" if values.shape[1] <= 12 else "channel")
+            for axes, name, side in zip(strips, ("true", "predicted"), (true[i], predicted[i]), strict=True):
+                picture = np.where(side[:, None] >= 0, colours[np.maximum(side, 0)], 1.0)
+                axes.imshow(picture[None], aspect="auto", interpolation="nearest")
+                axes.set_yticks([0], [name])
+                axes.grid(False)
+            strips[-1].set_xlabel("step")
+        _tags_legend(figure, _used(true, predicted), class_names, colours)
+
+
+def plot_text_tags(
+    texts: Sequence[str], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray], class_names: Sequence[str],
+    captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few texts; under each line a strip of the true and one of the predicted class of its characters.
+
+    Args:
+        true, predicted: class numbers of the characters, negative where there is none (white). The first class is that
+            of what is in no span.
+        captions: a text per text.
+    """
+    most = 8  # lines of a text
+    colours = _class_colours(len(class_names), outside=True)
+    width = min(80, max(map(len, texts)))
+    lines = [min(most, max(1, -(-len(text) // width))) for text in texts]
+    with _page(path, max(6, 1.4 + 0.13 * width), 0.8 + sum(0.45 + 0.42 * number for number in lines)) as figure:
+        panels = figure.subplots(len(texts), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
+        for axes, text, number, caption, *sides in zip(panels, texts, lines, captions, true, predicted, strict=True):
+            picture = np.ones((3 * number, width, 3))  # of each line: characters, true, predicted
+            for place, character in enumerate(text[: width * number]):
+                row, column = divmod(place, width)
+                character = character if character.isprintable() else "·"
+                axes.text(column, 3 * row, character, ha="center", va="center", fontsize=7)
+                for below, side in enumerate(sides, 1):
+                    if side[place] >= 0:
+                        picture[3 * row + below, column] = colours[side[place]]
+            axes.imshow(picture, aspect="auto", interpolation="nearest")
+            ticks = [3 * row + below for row in range(number) for below in (1, 2)]
+            axes.set_yticks(ticks, ["true", "predicted"] * number, fontsize=5.5)
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            axes.set_title(caption + (" (its beginning)" if len(text) > width * number else ""), fontsize=8)
+        _tags_legend(figure, _used(true, predicted), class_names, colours)
+
+
 def plot_latent_projection(
     latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike, meaning: str = "truth"
 ) -> None:
@@ -651,6 +745,129 @@ def plot_latent_projection(
             bar.set_ticks(ticks, labels=names)
             bar.ax.invert_yaxis()
         bar.ax.minorticks_off()
+
+
+# --- Figures of hidden tokens ----------------------------------------------------------------------------------------
+
+
+def plot_error_against_baseline(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], path: PathLike) -> None:
+    """Of each modality, by name, the errors of the samples (N,) against those of the baseline, which come first."""
+    with _page_of_numbers(path, list(pairs)) as figure:
+        for axes, (x, y) in zip(_panels(figure, list(pairs)), pairs.values(), strict=True):
+            _dots(axes, x, y)
+            top = 1.03 * (max(x.max(), y.max()) or 1)
+            axes.plot([0, top], [0, top], "--", color=VERMILION, linewidth=1, label="no better than the baseline")
+            below = (y < x).mean()
+            axes.plot([], [], " ", label=f"{below:.0%} of the samples are below the line")
+            axes.set(xlabel="mean error of the baseline", ylabel="mean error of a hidden token", xlim=(0, top))
+            axes.set_ylim(0, top)
+            axes.legend(loc="upper left")
+
+
+def plot_sequence_contents(
+    values: Sequence[np.ndarray], hidden: Sequence[np.ndarray], answers: Sequence[np.ndarray],
+    captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few series, in columns: the original, what was seen, and that with the answers in the hidden steps.
+
+    Args:
+        values, answers: of each series (L, C), NaN where a value is missing.
+        hidden: of each, bool (L,).
+    """
+    few = values[0].shape[1] <= 6
+    with _page(path, 3.3 * len(values), 5.2) as figure:
+        grid = figure.subplots(3, len(values), squeeze=False, sharex="col")
+        for i, (truth, gone, answer) in enumerate(zip(values, hidden, answers, strict=True)):
+            seen = np.where(gone[:, None], np.nan, truth)
+            filled = np.where(gone[:, None], answer, truth)
+            limit = np.nanmax(np.abs(truth)) or 1
+            for axes, name, picture in zip(grid[:, i], ("original", "seen", "answered"), (truth, seen, filled),
+                                           strict=True):  # fmt: skip
+                if few:
+                    for channel in range(truth.shape[1]):
+                        colour = f"C{channel}"
+                        if name == "answered":
+                            axes.plot(truth[:, channel], color=colour, linewidth=0.7, alpha=0.4)
+                            axes.plot(np.flatnonzero(gone), answer[gone, channel], ".", color=colour, markersize=4)
+                        else:
+                            axes.plot(picture[:, channel], color=colour, linewidth=0.9, marker="." if name == "seen"
+                                      else None, markersize=2)  # fmt: skip
+                    low, high = np.nanmin(truth), np.nanmax(truth)
+                    axes.set_ylim(low - 0.08 * (high - low or 1), high + 0.08 * (high - low or 1))
+                else:
+                    axes.imshow(picture.T, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit,
+                                vmax=limit)  # fmt: skip
+                    axes.set_facecolor("black")  # hidden
+                    axes.yaxis.get_major_locator().set_params(integer=True)
+                    axes.grid(False)
+                if i == 0:
+                    axes.set_ylabel(name + ("" if few else "\nchannel"))
+            grid[0, i].set_title(captions[i], fontsize=8)
+            grid[-1, i].set_xlabel("step")
+
+
+def plot_text_contents(
+    texts: Sequence[np.ndarray], hidden: Sequence[np.ndarray], answers: Sequence[np.ndarray],
+    captions: Sequence[str], path: PathLike,
+) -> None:  # fmt: skip
+    """A few texts, line by line: the original, what was seen, and what was answered: right in blue, wrong in red.
+
+    Args:
+        texts, answers: of each text its bytes (L,), uint8.
+        hidden: of each, bool (L,).
+    """
+    width, most = 64, 4  # bytes in a line; lines of a text
+    lines = [min(most, -(-len(text) // width)) for text in texts]
+    with _page(path, 9, 0.4 + sum(0.45 + 0.62 * number for number in lines)) as figure:
+        panels = figure.subplots(len(texts), 1, squeeze=False, height_ratios=[1 + number for number in lines])[:, 0]
+        for axes, text, gone, answer, number, caption in zip(
+            panels, texts, hidden, answers, lines, captions, strict=True
+        ):
+            for place in range(min(len(text), width * number)):
+                row, column = divmod(place, width)
+                right = answer[place] == text[place]
+                shown = (
+                    (text[place], "black"), (None, GREY) if gone[place] else (text[place], "black"),
+                    (answer[place], BLUE if right else VERMILION) if gone[place] else (text[place], "#BBBBBB"),
+                )  # fmt: skip
+                for below, (byte, colour) in enumerate(shown):
+                    character = "▯" if byte is None else chr(byte) if 32 <= byte < 127 else "·"
+                    axes.text(column, 3.6 * row + below, character, color=colour, ha="center", va="center", fontsize=7,
+                              family="monospace")  # fmt: skip
+            axes.set(xlim=(-1, width), ylim=(3.6 * number - 0.6, -0.8))
+            ticks = [3.6 * row + below for row in range(number) for below in range(3)]
+            axes.set_yticks(ticks, ["original", "seen", "answered"] * number, fontsize=6)
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            axes.set_title(caption + (" (its beginning)" if len(text) > width * number else ""), fontsize=8)
+
+
+def plot_image_contents(
+    images: np.ndarray, hidden: np.ndarray, answered: np.ndarray, captions: Sequence[str], path: PathLike
+) -> None:
+    """A few images, in columns: the original, what was seen, and that with the answers in the hidden patches.
+
+    Args:
+        images, answered: (B, H, W, 1 or 3), before normalisation.
+        hidden: bool (B, H, W).
+    """
+    top = next(top for top in (1, 16, 255, np.inf) if images.max(initial=0) <= top)
+    originals, filled = (np.clip(part / top, 0, 1) for part in (images, answered))
+    grey = np.repeat(originals, 3 // originals.shape[-1], -1)
+    seen = np.where(hidden[..., None], np.array([0.84, 0.37, 0.0]), grey)  # VERMILION, which no grey image has
+    with _page(path, 1.9 * len(images), 6) as figure:
+        grid = figure.subplots(3, len(images), squeeze=False)
+        for i in range(len(images)):
+            for axes, picture in zip(grid[:, i], (originals[i], seen[i], filled[i]), strict=True):
+                _show_image(axes, picture)
+            grid[0, i].set_title(captions[i].replace(": ", "\n"), fontsize=7.5, weight="normal")
+        for axes, name in zip(grid[:, 0], ("original", "seen", "answered"), strict=True):
+            axes.set_axis_on()
+            axes.set(ylabel=name, xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------

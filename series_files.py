@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from config import FIELDS, Settings
-from labels import class_name, label_parts, same_label
+from labels import class_name, is_unlabelled, label_parts, same_label
 from messages import UserError
 from tables import (
     DEFAULTS,
@@ -93,8 +93,11 @@ def _numbers(cells: Sequence[str], comma: bool = False) -> np.ndarray:
         return np.array([math.inf if _is_text(cell, comma) else _number(cell, comma) for cell in cells])
 
 
-def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | None = None) -> np.ndarray:
-    """The series float64 (L, C) without the padding at its end; `cell` shows the value at (step, channel)."""
+def _checked(
+    values: np.ndarray, place: str, cell: Callable[[int, int], str] | None = None, labels: Sequence[Any] | None = None
+) -> np.ndarray:
+    """The series float64 (L, C) without the padding at its end: steps of which neither a value is there nor, where
+    each step has one, the label. `cell` shows the value at (step, channel)."""
     values = values.astype(np.float64)
     infinite = np.argwhere(np.isinf(values))
     if len(infinite):
@@ -106,7 +109,8 @@ def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | N
     real = np.flatnonzero(~np.isnan(values).all(axis=1))
     if not len(real):
         raise UserError(f"{place}: all {values.size} values of the series are missing; remove it")
-    return values[: real[-1] + 1]
+    last = max([int(real[-1]), *(t for t, label in enumerate(labels or ()) if not is_unlabelled(label))])
+    return values[: last + 1]
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -119,6 +123,9 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
         raise UserError(f"{path}: is empty; its first line must name the columns")
     if _has_header(cells, _others(settings)):
         return _series_of(named(cells), settings, labelled, known)
+    if labelled and settings.task == "tagging":
+        raise UserError(f"{path}, line {cells.lines[0]}: names no columns; --task tagging needs a row for each step, "
+                        "below a line that names the columns (id, label, ...)")  # fmt: skip
     archive = settings.table_rows == "auto" and labelled and path.suffix.lower() == ".tsv"
     if archive or settings.table_rows == "series":
         return _label_first(cells, settings)
@@ -153,6 +160,11 @@ def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence
     if not table.rows:
         raise UserError(f"{path}: holds no row; write them below the header")
     rows = settings.table_rows
+    if labelled and settings.task == "tagging":
+        if rows == "series":
+            raise UserError(f"{path}: a row that is a whole series has one label; --task tagging needs one for each "
+                            "step")  # fmt: skip
+        rows = "steps"
     if rows == "auto" and labelled and not table.has(id_column):
         features = [name for name in table.columns if name not in map(nfc, _others(settings))]
         if not _numbered(features) or not all(map(table.has, label_columns(settings))):
@@ -262,6 +274,7 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
     id_column = settings.id_column
     ids = table.column(id_column)
     labels = label_cells(table, settings) if labelled else None
+    per_step = labelled and settings.task == "tagging"
     groups = groups_of(table, settings)
     names = _features(table, settings, known, _others(settings))
     numbers = _matrix(table, names)
@@ -278,16 +291,19 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
         if not ids[rows[0]].strip():
             raise UserError(f"{first}: the series id in column {id_column!r} is empty; fill it in, or remove the row")
         label = labels[rows[0]] if labelled else None
-        for row in rows[1:] if labelled else ():
+        for row in rows[1:] if labelled and not per_step else ():
             if labels[row] != label and not same_label(labels[row], label):
+                more = ", or say --task tagging if each step has its own" * (settings.task == "classification")
                 raise UserError(f"{table.place(row)}: label {shown(labels[row])} of series {shown(ids[row])}, but "
-                                f"{shown(label)} in line {table.lines[rows[0]]}; give all its rows the same")
+                                f"{shown(label)} in line {table.lines[rows[0]]}; give all its rows the same{more}")
         for row in rows[1:]:
             if groups[row] != groups[rows[0]]:
                 raise UserError(f"{table.place(row)}: {settings.group_column} {shown(*groups[row])} of series "
                                 f"{shown(ids[row])}, but {shown(*groups[rows[0]])} in line {table.lines[rows[0]]}; "
                                 "give all its rows the same")
-        return _checked(numbers[rows], first, lambda t, c: _cell(table, rows[t], names[c])), label
+        own = [labels[row] for row in rows] if per_step else None
+        series = _checked(numbers[rows], first, lambda t, c: _cell(table, rows[t], names[c]), own)
+        return series, own[: len(series)] if per_step else label
 
     parts = ((id, table.place(rows[0]), partial(make, rows), *groups[rows[0]]) for id, rows in rows_of.items())
     return SeriesFile(parts, names, "steps", table.notes)
@@ -734,7 +750,11 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
     def column(key: str, kinds: str) -> list[Any]:
         return _per_series(path, key, arrays[key], kinds, len(series))
 
-    labels = _npz_labels(path, arrays, settings.task, len(series)) if labelled else None
+    per_step = labelled and settings.task == "tagging"
+    if per_step:
+        labels = _labels_of_steps(path, arrays["y"], arrays["x"], arrays.get("lengths"))
+    else:
+        labels = _npz_labels(path, arrays, settings.task, len(series)) if labelled else None
     groups = column(group_column, "iuUS") if group_column in arrays else None
     ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
     if (twice := repeated(ids)) is not None:
@@ -743,7 +763,8 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
     def make(row: int, place: str) -> tuple[np.ndarray, Any]:
         if not ids[row].strip():
             raise UserError(f"{place}: the id is empty; fill it in, or remove the row")
-        return _checked(series[row], place), labels[row] if labelled else None
+        values = _checked(series[row], place, labels=labels[row] if per_step else None)
+        return values, (labels[row][: len(values)] if per_step else labels[row]) if labelled else None
 
     for row, id in enumerate(ids):
         place = f"{path}, row {row + 1}"
@@ -765,6 +786,20 @@ def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequen
         raise UserError(f"{path}: lengths sum to {ends[-1]}, x (steps, channels) has {len(x)} steps; make them equal, "
                         "or give x as (series, steps, channels)")
     return np.split(x, ends[:-1])
+
+
+def _labels_of_steps(path: Path, y: Any, x: np.ndarray, lengths: np.ndarray | None) -> list[list[Any]]:
+    """The labels of the steps of each series: y has the shape of x without its channels."""
+    steps = x.shape[:2] if lengths is None or x.ndim == 3 else x.shape[:1]
+    if not isinstance(y, np.ndarray) or y.dtype.kind not in "biufUS" or y.shape != steps:
+        raise UserError(f"{path}: y is {_kind(y)}; --task tagging needs whole numbers or text {steps}, one for each "
+                        "step of x, and -100 or '' where there is none")  # fmt: skip
+    y = np.char.decode(y, "utf-8") if y.dtype.kind == "S" else y
+    if lengths is None:
+        return y.tolist()
+    if x.ndim == 3:
+        return [row[:length].tolist() for row, length in zip(y, lengths, strict=True)]
+    return [part.tolist() for part in np.split(y, np.cumsum(lengths)[:-1])]
 
 
 def _npz_labels(path: Path, arrays: dict[str, np.ndarray], task: str, count: int) -> list[Any]:
@@ -799,7 +834,7 @@ def _per_series(path: Path, key: str, array: np.ndarray, kinds: str, count: int 
         several = ""
         if key == "y" and np.ndim(array) == 2:
             several = ("; for several labels of a series, 1 or 0 each, say --task multilabel, for numbers --task "
-                       "regression; one of several classes is y.argmax(1)")
+                       "regression, for one of each step --task tagging; one of several classes is y.argmax(1)")
         raise UserError(f"{path}: {key} is {_kind(array)}; it must be {meaning}{of}{several}")
     try:
         return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).tolist()

@@ -440,7 +440,7 @@ def joined(names: Iterable[str]) -> str:
 
 def label_columns(settings: Settings) -> list[str]:
     """The columns of the labels: one for classes; for numbers, and for labels of 1 or 0, there may be several."""
-    if settings.task == "classification":
+    if settings.task in ("classification", "tagging"):
         return [settings.label_column]
     names = [name for name in names_in(settings.label_column) if name]
     if not names or (twice := repeated(names)) is not None:

@@ -1,10 +1,10 @@
-"""What a model answers: one class of several, numbers, or several labels at once. Each task is a class; nothing outside
-this module knows which one it is.
+"""What a model answers: one class of several, numbers, several labels at once, a class for each token, or what
+hidden tokens hold. Each task is a class; nothing outside this module knows which one it is.
 
 A task is made from the labels of the training data and decides everything that depends on what an answer is:
 
     targets    what a label means, and what is wrong with one; how targets are stacked and split (`Targets`, batches.py)
-    outputs    how many numbers the model's head gives
+    outputs    how many numbers the model's head gives, once or for each token
     training   what is minimised, and what is summed over a step
     rows       the few numbers that an evaluation keeps of each sample, so that shares of processes just add up
     metrics    computed from these rows; which one decides the best epoch, and the baseline that it must beat
@@ -14,7 +14,7 @@ A task is made from the labels of the training data and decides everything that 
 A task is plain data: `describe` gives what a checkpoint stores, `from_description` rebuilds the task. To add one, write
 a subclass of `Task` and enter it in TASKS.
 
-Letters: B batch, N samples, C classes, K numbers in an answer.
+Letters: B batch, N samples, L tokens, U steps or characters, C classes, K numbers in an answer.
 """
 
 import math
@@ -29,12 +29,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import evaluation
 import plots
-from batches import ClassTargets
+from batches import UNLABELLED, Batch, ClassTargets, by_modality
 from config import Settings
-from labels import ClassNumbers, class_names_of, class_order, is_zero, label_parts, number_of, read_labels, slips
+from labels import (
+    OUTSIDE,
+    ClassNumbers,
+    class_names_of,
+    class_order,
+    is_unlabelled,
+    is_zero,
+    label_parts,
+    number_of,
+    read_labels,
+    slips,
+)
 from messages import UserError, figure_text, printable
 from schema import Positive, read, shown
 from tables import label_columns, listed
@@ -49,6 +61,8 @@ class Task:
     """The base of all tasks. Its own methods are what most tasks have in common."""
 
     kind: ClassVar[str]
+    per_token: ClassVar[bool] = False  # whether there is an answer for each token
+    head: ClassVar[dict[str, Any]] = {}  # what the model is told of its head, beside num_outputs
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
     loss_name: ClassVar[str]  # what the loss of a sample is, on the screen
     step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
@@ -173,6 +187,16 @@ class Task:
     def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
         return {}
 
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        """Places of samples that `draw_examples` shows; none where the task draws no examples."""
+        return np.zeros(0, int)
+
+    def draw_examples(
+        self, batch: Batch, outputs: Any, captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        """Draw one modality of a batch of a few samples, and what was answered; `adapter` made its tokens."""
+        raise NotImplementedError
+
     def sides(self, rows: Rows, number: int) -> tuple[str, str]:
         """(the true answer, the predicted one) of a sample, as text."""
         raise NotImplementedError
@@ -203,6 +227,10 @@ class Task:
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of predictions.csv after the item's id."""
         raise NotImplementedError
+
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows of predictions.csv of an item, at least one."""
+        return [self.cells(answer)]
 
 
 def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) -> str:
@@ -302,14 +330,7 @@ class Classification(Task, ClassTargets):
         return f"{len(absent)} of {self.num_classes} classes have no {{}} sample, the first is {first}"
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Classification":
-        if settings.class_weights == "none":
-            return replace(self, class_weights=None)
-        from sklearn.utils.class_weight import compute_class_weight
-
-        there = np.unique(targets)
-        weights = np.ones(self.num_classes)
-        weights[there] = compute_class_weight("balanced", classes=there, y=targets)
-        return replace(self, class_weights=weights.tolist())
+        return replace(self, class_weights=_class_weights(targets, self.num_classes, settings))
 
     # --- Training ---
 
@@ -414,6 +435,18 @@ class Classification(Task, ClassTargets):
             suffix = f"_{rank}" if rank > 1 else ""
             row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
         return row
+
+
+def _class_weights(labels: np.ndarray, num_classes: int, settings: Settings) -> list[float] | None:
+    """Of each class in the loss, by settings.class_weights; None = all alike."""
+    if settings.class_weights == "none":
+        return None
+    from sklearn.utils.class_weight import compute_class_weight
+
+    there = np.unique(labels)
+    weights = np.ones(num_classes)
+    weights[there] = compute_class_weight("balanced", classes=there, y=labels)
+    return weights.tolist()
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -863,9 +896,565 @@ class MultiLabel(Task):
         return {"labels": ";".join(answer["labels"]), **shares}
 
 
+# --- A class for each token ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tagging(Task):
+    """A class for each step of a series, or for each character of a text.
+
+    A target is int64 (L,), a class number for each token and UNLABELLED where none is asked for: at steps without a
+    label, and at the bytes of a character behind its first one, which answers for all of them.
+
+    Args:
+        class_names: in the order of the class numbers.
+        outside: whether the first class is that of what is in no span.
+        class_weights: of each class in the loss; None = all alike.
+        tokens_per_sample: labelled tokens of a training sample, on average. Losses are sums over tokens divided by it,
+            so that their means over samples are means over tokens, however the samples are batched.
+    """
+
+    kind = "tagging"
+    per_token = True
+    head = {"head": "tokens"}
+    headline = "accuracy"
+    loss_name = "cross-entropy of a token"
+    step_names = ("loss", "correct", "labelled")
+
+    class_names: Names
+    outside: bool = False
+    class_weights: list[Positive] | None = None
+    tokens_per_sample: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and len(self.class_weights) != len(self.class_names):
+            raise UserError(f"{len(self.class_weights)} class weights of {len(self.class_names)} classes")
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        spans = {"span_f1": True} if self.outside else {}
+        return spans | {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.class_names)
+
+    def about(self) -> str:
+        return f"a class for each {self._unit}, of {self.num_outputs}"
+
+    @property
+    def _unit(self) -> str:
+        return "character" if self.outside else "step"
+
+    # --- Targets ---
+
+    @classmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Tagging", list[str]]:
+        names, _ = cls._read_cells(cells, places, "")
+        pairs = [(cell, names[cell]) for item in cells for cell in item if names.get(cell) is not None]
+        if not pairs:
+            return cls([]), []
+        outside = settings.dataset_type == "text"
+        order = class_order(name for _, name in pairs if not (outside and name == OUTSIDE))
+        notes = slips(*zip(*pairs, strict=True), of_steps=True)
+        if "-1" in order:
+            notes.append(f"-1 is a class of its own; what has no label is {UNLABELLED}, or empty")
+        return cls([OUTSIDE] * outside + order, outside), notes
+
+    @staticmethod
+    def _read_cells(
+        cells: Sequence[Sequence[Any]], places: Sequence[str], unit: str, known: Sequence[str] = ()
+    ) -> tuple[dict[Any, str | None], list[UserError]]:
+        """(the class of each label that occurs; what is wrong with one, at its first place)."""
+        first: dict[Any, str] = {}
+        for item, place in zip(cells, places, strict=True):
+            for number, cell in enumerate(item):
+                if cell not in first and not is_unlabelled(cell):
+                    first[cell] = f"{place}, {unit} {number + 1}"
+        names, errors = read_labels(list(first), list(first.values()), known)
+        return dict(zip(first, names, strict=True)), errors
+
+    def check_names(self, path: str | None) -> None:
+        if len(self.class_names) < 2:
+            only = f"has the label {self.class_names[0]!r}" if self.class_names else "is without a label"
+            raise UserError(f"{path}: every {self._unit} {only}; at least two classes are needed")
+
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        names, errors = self._read_cells(cells, places, self._unit, self.class_names)
+        numbers, classes = ClassNumbers(self.class_names), {}
+        for cell, name in names.items():
+            if name is not None:
+                classes[cell] = numbers.get(name)
+        targets = ragged([[classes.get(cell, UNLABELLED) for cell in item] for item in cells])
+        for item, place in zip(cells, places, strict=True):
+            unknown = next((i for i, cell in enumerate(item) if classes.get(cell, UNLABELLED) is None), None)
+            if unknown is not None:
+                name = names[item[unknown]]
+                errors.append(UserError(f"{place}, {self._unit} {unknown + 1}: label {name!r} does not occur in the "
+                                        f"training data{numbers.nearest(name)}; correct or remove it"))  # fmt: skip
+        return (None if errors else targets), errors
+
+    def target(self, label: Any, where: str) -> np.ndarray:
+        """int64 (L,)"""
+        value = np.asarray(label)
+        with np.errstate(invalid="ignore"):
+            whole = value.ndim == 1 and value.dtype.kind in "biuf" and (value.astype(np.int64) == value).all()
+        if not whole:
+            raise UserError(f"{where}: a label must be whole numbers, one for each token, {UNLABELLED} where there is "
+                            f"none; this is {value.dtype} {value.shape}")  # fmt: skip
+        return value.astype(np.int64)
+
+    def stack(self, targets: Sequence[np.ndarray]) -> Tensor:
+        """int64 (B, L), UNLABELLED at padding."""
+        return pad_sequence([torch.as_tensor(each) for each in targets], batch_first=True, padding_value=UNLABELLED)
+
+    def check(self, targets: Sequence[np.ndarray], for_training: bool) -> None:
+        for number, each in enumerate(targets):
+            wrong = np.flatnonzero((each != UNLABELLED) & ((each < 0) | (each >= self.num_outputs)))
+            if wrong.size:
+                raise UserError(f"sample {number}, token {wrong[0]}: label {each[wrong[0]]} is not in "
+                                f"0..{self.num_outputs - 1}, nor {UNLABELLED} for none")  # fmt: skip
+        found = np.unique(np.concatenate(list(targets)))
+        found = found[found != UNLABELLED]
+        if not found.size:
+            raise UserError(f"no token of the {len(targets)} samples has a label")
+        if for_training and found.size == 1:
+            raise UserError(f"all labelled tokens of the {len(targets)} training samples are "
+                            f"{self.class_names[found[0]]!r}; give at least two classes")  # fmt: skip
+
+    def _most_frequent(self, targets: Sequence[np.ndarray]) -> np.ndarray:
+        """(N,) the class that most tokens of each sample have, of spans if it has one; 0 where none is labelled."""
+        counts = np.stack([np.bincount(each[each != UNLABELLED], minlength=self.num_outputs) for each in targets])
+        if self.outside:
+            counts[:, 0] = counts[:, 1:].max(1) == 0
+        return counts.argmax(1)
+
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """The most frequent class of each sample; those that occur once are one stratum together."""
+        strata = self._most_frequent(targets)
+        counts = np.bincount(strata)
+        return np.where(counts[strata] > 1, strata, len(counts))
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        absent = np.setdiff1d(np.arange(self.num_outputs), np.concatenate(list(targets)))
+        if not len(absent):
+            return None
+        first = self.class_names[absent[0]]
+        return f"{len(absent)} of {self.num_outputs} classes are in no {{}} sample, the first is {first}"
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Tagging":
+        labels = np.concatenate(list(targets))
+        labels = labels[labels != UNLABELLED]
+        learnt = replace(self, tokens_per_sample=max(1, len(labels)) / len(targets))
+        return replace(learnt, class_weights=_class_weights(labels, self.num_outputs, settings))
+
+    # --- Training ---
+
+    def weights_text(self) -> str:
+        return _weights_of(self.class_names, [f"{weight:.4g}" for weight in self.class_weights or ()])
+
+    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        """outputs (B, L, C), targets (B, L) -> ()"""
+        weights = None
+        if self.class_weights is not None:
+            dtype = torch.promote_types(outputs.dtype, torch.float32)  # that of the loss, also under autocast
+            weights, outputs = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device), outputs.to(dtype)
+        smoothing = settings.label_smoothing
+        loss = F.cross_entropy(outputs.mT, targets, weights, label_smoothing=smoothing, reduction="sum")
+        return loss / self.tokens_per_sample
+
+    def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs.float().mT, targets, reduction="sum") / self.tokens_per_sample
+        return torch.stack([loss, (outputs.argmax(2) == targets).sum(), (targets != UNLABELLED).sum()])
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"train_accuracy": totals["correct"] / max(1, totals["labelled"])}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
+        """Of each sample the labelled tokens, as `evaluation.class_rows` has them, as an array of arrays."""
+        samples = []
+        for logits, labels in zip(outputs, targets, strict=True):
+            asked = labels != UNLABELLED
+            row = evaluation.class_rows(logits[asked].numpy(), labels[asked].numpy())
+            row |= {name: values.astype(np.float32) for name, values in row.items() if values.dtype == np.float64}
+            samples.append(row)
+        columns = {name: ragged([row[name] for row in samples]) for name in samples[0]}
+        return columns | {"finite": np.array([row["finite"].all() for row in samples])}
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        names = ("label", "predicted", "confidence", "ahead", "negative_log_likelihood", "brier_score")
+        tokens = {name: np.concatenate(list(rows[name])) for name in names}
+        number = len(tokens["label"])
+        if not number:  # the first batches of a split may be without a label
+            return dict.fromkeys(self.epoch_names(), math.nan)
+        tokens = {name: values.astype(np.float64) if values.dtype == np.float32 else values
+                  for name, values in tokens.items()}  # fmt: skip
+        spans = {}
+        if self.outside:
+            spans = evaluation.span_metrics(rows["label"], rows["predicted"], self.class_names, outside=0)
+        metrics = evaluation.class_metrics(tokens, self.class_names) | {"num_samples": len(rows["label"])}
+        return {"num_samples": metrics.pop("num_samples"), "num_labelled_tokens": number, **spans, **metrics}
+
+    def epoch_names(self) -> dict[str, str]:
+        """metric -> its name in the log."""
+        names = {"negative_log_likelihood": "loss"}
+        return names | {name: name for name in self.higher_is_better if name != "loss"}
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        values = {name: metrics[key] for key, name in self.epoch_names().items()}
+        return {f"val_{name}": 0.0 if value is None else value for name, value in values.items()}  # F1 without spans
+
+    def _right(self, rows: Rows) -> np.ndarray:
+        """Share of the labelled tokens of each sample that are right, (N,); 1 where none is labelled."""
+        pairs = zip(rows["label"], rows["predicted"], strict=True)
+        return np.array([(label == predicted).mean() if len(label) else 1.0 for label, predicted in pairs])
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        def mean(values: np.ndarray) -> float | str:
+            return float(values.mean(dtype=np.float64)) if len(values) else ""
+
+        return {
+            "labelled": [len(labels) for labels in rows["label"]],
+            "right": [int((a == b).sum()) for a, b in zip(rows["label"], rows["predicted"], strict=True)],
+            "negative_log_likelihood": [mean(values) for values in rows["negative_log_likelihood"]],
+            "mean_confidence": [mean(values) for values in rows["confidence"]],
+        }
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        confidence = np.concatenate(list(rows["confidence"])).astype(np.float64)
+        correct = np.concatenate(list(rows["label"])) == np.concatenate(list(rows["predicted"]))
+        keys = ("id", "labelled", "right")
+        return {
+            "reliability": evaluation.reliability_table(confidence, correct),
+            "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=self._right(rows)),
+            "worst_items": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        right = self._right(rows)
+        order = np.argsort(right, kind="stable")[:limit]
+        return order[right[order] < 1]
+
+    def figures(self, rows: Rows) -> Figures:
+        flat = {name: np.concatenate(list(rows[name])) for name in ("label", "predicted", "confidence")}
+        confidence, correct = flat["confidence"].astype(np.float64), flat["label"] == flat["predicted"]
+        table = evaluation.reliability_table(confidence, correct)
+        matrix = evaluation.confusion_matrix(flat, self.num_outputs)
+        error = evaluation.calibration_error(table)
+        return {
+            "confusion_matrix.png": partial(plots.plot_confusion_matrix, matrix, self.class_names),
+            "confidence_analysis.png": partial(
+                plots.plot_confidence_analysis, table, error, confidence, correct, unit="tokens"
+            ),
+        }
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["accuracy_by_length"]
+        return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
+
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        """From the worst to the best, at equal distances."""
+        order = np.argsort(self._right(rows), kind="stable")
+        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+
+    def draw_examples(
+        self, batch: Batch, outputs: Tensor, captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        tokens, true, predicted = [], [], []
+        for values, real, labels, output in zip(batch["input"], batch["mask"], batch["label"], outputs, strict=True):
+            tokens.append(values[real])
+            true.append(adapter.of_units(tokens[-1], labels[real].numpy()))
+            predicted.append(adapter.of_units(tokens[-1], output[real].argmax(1).numpy()))
+        adapter.draw_tags(tokens, true, predicted, self.class_names, self.outside, captions, path)
+
+    def caption(self, rows: Rows, place: int) -> str:
+        return f"{self._right(rows)[place]:.0%} of {len(rows['label'][place])} right"
+
+    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
+        pair = (self._most_frequent([rows[name][place]])[0] for name in ("label", "predicted"))
+        return tuple(f"mostly {plots.short(self.class_names[number])}" for number in pair)
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return self._most_frequent(rows["label"]), self.class_names
+
+    # --- Answers ---
+
+    def answer(self, output: Tensor) -> dict[str, Any]:
+        """Of the outputs (U, C) of its steps or characters."""
+        probabilities = output.softmax(1)
+        classes = probabilities.argmax(1).numpy()
+        spans = []
+        for start, end, number in evaluation.spans_of(classes, 0 if self.outside else None):
+            confidence = probabilities[start:end, number].mean().item()
+            spans.append({"start": start, "end": end, "class": self.class_names[number], "confidence": confidence})
+        return {"classes": [self.class_names[number] for number in classes], "spans": spans}
+
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        nothing = dict.fromkeys(("start", "end", "class", "confidence"), "")
+        return [{**span, "confidence": f"{span['confidence']:.6f}"} for span in answer["spans"]] or [nothing]
+
+
+def ragged(arrays: Sequence[Any]) -> np.ndarray:
+    """An array of arrays, (N,), whatever their lengths."""
+    result = np.empty(len(arrays), object)
+    for number, values in enumerate(arrays):
+        result[number] = np.asarray(values)
+    return result
+
+
+# --- What hidden tokens hold -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known of the contents of a modality's tokens, from the training split.
+
+    Args:
+        hidden: hidden tokens of a training sample, on average.
+        mean, std: of each number of a token; a constant one keeps its scale.
+        shares: of each byte among all, where tokens are bytes and no numbers.
+    """
+
+    hidden: Positive
+    mean: list[float] = field(default_factory=list)
+    std: list[Positive] = field(default_factory=list)
+    shares: list[Positive] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or bool(self.mean) == bool(self.shares):
+            shares = len(self.shares)
+            raise UserError(f"{len(self.mean)} means, {len(self.std)} deviations and {shares} shares of bytes")
+
+    @classmethod
+    def of(cls, dataset: Any, name: str) -> "Contents":
+        """Of the tokens of a training split, a HidingDataset; those of images as they are augmented in epoch 0."""
+        contents, hidden, seen, sums, counts = dataset.contents[name], 0, 0, 0.0, 0.0
+        for first in range(0, len(dataset), 32):
+            batch = dataset.__getitems__(list(range(first, min(first + 32, len(dataset)))))
+            if name not in batch["hidden"]:
+                continue
+            hidden += int((batch["hidden"][name] >= 0).sum())
+            inputs, masks = (by_modality(batch[key], name) for key in ("input", "mask"))
+            values = contents(inputs[masks])
+            if not values.is_floating_point():
+                counts = counts + values.bincount(minlength=256).double()
+                continue
+            values = values.double()
+            known = ~values.isnan()
+            values = values.where(known, 0)
+            counts = counts + known.sum(0)
+            sums = sums + torch.stack([values, values**2]).sum(1)
+            seen += 1
+        if not hidden:
+            raise UserError(f"{name}: every training sample has one token, so that none can be hidden")
+        hidden = hidden / len(dataset)
+        if not seen:
+            return cls(hidden, shares=((counts + 1) / (counts + 1).sum()).tolist())
+        mean, square = sums / counts.clamp(min=1)
+        std = (square - mean**2).clamp(min=0).sqrt()
+        return cls(hidden, mean.tolist(), std.where(std > 1e-6 * (1 + mean.abs()), 1.0).tolist())
+
+    @property
+    def width(self) -> int:
+        return len(self.mean) or len(self.shares)
+
+    def errors(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden tokens: (error, that of the baseline, whether anything is asked), (B, O) each.
+
+        The error of numbers (B, O, W) is the mean of the squares over those that are known, in units of their deviation
+        in training; the baseline answers their mean. That of bytes (B, O) is the cross-entropy, in nats; the baseline
+        answers how frequent they are.
+        """
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self.shares:
+            log_shares = torch.tensor(self.shares, device=output.device).log()
+            asked = target != UNLABELLED
+            error = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            return error, torch.where(asked, -log_shares[target.clamp(min=0)], 0), asked
+        known = ~target.isnan()
+        scaled = (target - torch.tensor(self.mean, device=output.device)) / torch.tensor(self.std, device=output.device)
+        number = known.sum(-1)
+        error = torch.where(known, output - scaled, 0).square().sum(-1) / number.clamp(min=1)
+        baseline = torch.where(known, scaled, 0).square().sum(-1) / number.clamp(min=1)
+        return error, baseline, number > 0
+
+
+@dataclass(frozen=True)
+class Reconstruct(Task):
+    """What hidden tokens hold, of each modality; no label is needed.
+
+    A target is a dict by modality of what the hidden tokens of a sample hold, see batches.HidingDataset. The loss is
+    the sum over the modalities of the mean error of their hidden tokens.
+    """
+
+    kind = "reconstruct"
+    head = {"head": "hidden"}
+    headline = "relative_error"
+    loss_name = "squared error in units of the training deviation, of bytes cross-entropy; sum of the modalities"
+    step_names = ("loss",)
+    higher_is_better = {"relative_error": False, "loss": False}
+
+    modalities: dict[str, Contents]
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(contents.width for contents in self.modalities.values())
+
+    def about(self) -> str:
+        return f"the contents of hidden tokens ({', '.join(self.modalities)})"
+
+    # --- Targets: they come stacked, see batches.HidingDataset ---
+
+    def check(self, targets: Sequence[Any], for_training: bool) -> None:
+        pass
+
+    # --- Training ---
+
+    def _losses(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        total = sum(output.float().sum() * 0 for name, output in outputs.items() if name not in targets)
+        for name, target in targets.items():
+            error, _, asked = self.modalities[name].errors(outputs[name], target)
+            total = total + torch.where(asked, error, 0).sum() / self.modalities[name].hidden
+        return total
+
+    def objective(self, outputs: dict[str, Tensor], targets: dict[str, Tensor], settings: Settings) -> Tensor:
+        """outputs and targets of each modality (B, O, ...) -> ()"""
+        return self._losses(outputs, targets)
+
+    def step_sums(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        return self._losses(outputs, targets)[None]
+
+    def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
+    # --- Evaluation ---
+
+    def rows(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Rows:
+        """Of each sample and modality the sums over its hidden tokens of error, baseline, and right bytes."""
+        number = len(next(iter(targets.values())))
+        rows = {"finite": np.ones(number, bool)}
+        for name, contents in self.modalities.items():
+            nothing = {what: np.zeros(number) for what in ("hidden", "error", "baseline", "right", "most frequent")}
+            if name in targets:
+                target, output = targets[name], outputs[name]
+                error, baseline, asked = contents.errors(output, target)
+                sums = {"hidden": asked, "error": error, "baseline": baseline}
+                if contents.shares:
+                    sums["right"] = output.argmax(-1) == target
+                    sums["most frequent"] = target == int(np.argmax(contents.shares))
+                for what, values in sums.items():
+                    nothing[what] = torch.where(asked, values.double(), 0).sum(1).numpy()
+                rows["finite"] &= np.isfinite(nothing["error"])
+            rows |= {f"{name} {what}": values for what, values in nothing.items()}
+        return rows
+
+    def metrics(self, rows: Rows) -> dict[str, Any]:
+        _refuse_infinite(rows)
+        metrics, relative, loss = {"num_samples": len(rows["finite"])}, [], 0.0
+        for name, contents in self.modalities.items():
+            number, *sums = (rows[f"{name} {what}"].sum() for what in
+                             ("hidden", "error", "baseline", "right", "most frequent"))  # fmt: skip
+            error, baseline, right, frequent = (value / number if number else math.nan for value in sums)
+            what = "cross_entropy" if contents.shares else "squared_error"
+            metrics |= {f"{name}_hidden_tokens": int(number), f"{name}_{what}": error}
+            metrics[f"baseline_{name}_{what}"] = baseline
+            if contents.shares:
+                metrics |= {f"{name}_accuracy": right, f"baseline_{name}_accuracy": frequent}
+            if number:
+                relative.append(error / baseline if baseline else math.nan)
+                loss += error
+        return evaluation.plain(metrics | {"relative_error": np.mean(relative) if relative else math.nan, "loss": loss})
+
+    def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
+        values = {name: metrics[name] for name in metrics if name not in ("num_samples", "relative_error")}
+        values = {name: value for name, value in values.items() if not name.endswith("_hidden_tokens")}
+        relative = math.inf if metrics["relative_error"] is None else metrics["relative_error"]
+        return {"val_relative_error": relative} | {f"val_{name}": value for name, value in values.items()}
+
+    def _relative(self, rows: Rows) -> np.ndarray:
+        """Error of each sample over the baseline's, the mean of its modalities, (N,)."""
+        parts = []
+        for name in self.modalities:
+            baseline = rows[f"{name} baseline"]
+            parts.append(rows[f"{name} error"] / np.where(baseline > 0, baseline, np.nan))
+        there = ~np.isnan(parts)
+        return np.where(there, parts, 0).sum(0) / np.maximum(there.sum(0), 1)
+
+    def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
+        columns: dict[str, Any] = {"relative_error": self._relative(rows)}
+        for name in self.modalities:
+            number = rows[f"{name} hidden"]
+            columns[f"{name} hidden"] = number.astype(int)
+            for what in ("error", "baseline"):
+                columns[f"{name} {what}"] = rows[f"{name} {what}"] / np.maximum(number, 1)
+        return columns
+
+    def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
+        relative = self._relative(rows)
+        return {
+            "error_by_length": evaluation.by_length(rows["tokens"], mean_error=relative),
+            "largest_errors": [{key: items[i][key] for key in ("id", "relative_error")} for i in self.worst(rows)],
+        }
+
+    def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
+        return np.argsort(-self._relative(rows), kind="stable")[:limit]
+
+    def figures(self, rows: Rows) -> Figures:
+        pairs = {}
+        for name in self.modalities:
+            number = np.maximum(rows[f"{name} hidden"], 1)
+            pairs[name] = rows[f"{name} baseline"] / number, rows[f"{name} error"] / number
+        return {"reconstruction_error.png": partial(plots.plot_error_against_baseline, pairs)}
+
+    def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
+        by_length = analysis["error_by_length"]
+        return {"error_by_length.png": partial(plots.plot_error_by_length, by_length)} if by_length else {}
+
+    def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
+        order = np.argsort(self._relative(rows), kind="stable")
+        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+
+    def draw_examples(
+        self, batch: Batch, outputs: dict[str, Tensor], captions: Sequence[str], name: str, adapter: Any, path: Path
+    ) -> None:
+        contents = self.modalities[name]
+        tokens, hidden, answers, texts = [], [], [], []
+        masks, inputs = by_modality(batch["mask"], name), by_modality(batch["input"], name)
+        for real, values, numbers, output, text in zip(
+            masks, inputs, batch["hidden"][name], outputs[name], captions, strict=True
+        ):
+            if not real.any():  # it lacks the modality
+                continue
+            places = numbers[numbers >= 0]
+            output = output[numbers >= 0]
+            if not contents.shares:
+                output = output * torch.tensor(contents.std) + torch.tensor(contents.mean)
+            gone = torch.zeros(len(real), dtype=torch.bool)
+            gone[places] = True
+            answer = output.new_zeros(len(real), output.size(1))
+            answer[places] = output
+            for part, value in ((tokens, values), (hidden, gone), (answers, answer)):
+                part.append(value[real])
+            texts.append(text)
+        adapter.draw_contents(tokens, [each.numpy() for each in hidden], answers, texts, path)
+
+    def caption(self, rows: Rows, place: int) -> str:
+        return f"{self._relative(rows)[place]:.2f} of the baseline's error"
+
+    def mistake(self, rows: Rows, place: int) -> list[str]:
+        return [self.caption(rows, place)]
+
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        return self._relative(rows), None
+
+
 # --- Descriptions ----------------------------------------------------------------------------------------------------
 
-TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
+TASKS: dict[str, type[Task]] = {
+    task.kind: task for task in (Classification, Regression, MultiLabel, Tagging, Reconstruct)
+}
 
 
 def task_named(name: str) -> type[Task]:

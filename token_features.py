@@ -286,6 +286,7 @@ class TokenFeatures(nn.Module):
         )
         check_grids(grid_shape=grid_shape, max_resolution=max_resolution)
         self.input_dim, self.grid_shape, self.token_grid = input_dim, grid_shape, grid_shape
+        self.content_width = vocab_size or input_dim  # numbers of an answer that says what a token holds
         self.embedding = self.stem = self.positions = self.encoding = None
         width = input_dim
         if vocab_size is not None:

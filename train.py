@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import distributed
@@ -42,9 +42,13 @@ import finetune
 import own_data
 import tasks
 from batches import (
+    asked,
     create_dataloader,
+    first_samples,
     loaded_of,
+    mapped,
     model_inputs,
+    moved,
     set_epoch,
     share_of,
     token_counts,
@@ -416,8 +420,8 @@ def rehearse(run: Run) -> None:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
         model.train()
         with run.autocast():
-            outputs = model(*model_inputs(batch, device))
-            run.task.objective(outputs, batch["label"].to(device), run.settings).backward()
+            outputs = model(*model_inputs(batch, device), **asked(batch, device))
+            run.task.objective(outputs, moved(batch["label"], device), run.settings).backward()
     model.zero_grad(set_to_none=True)
     for buffer, values in zip(model.buffers(), before, strict=True):
         buffer.copy_(values)
@@ -458,14 +462,15 @@ def fit(run: Run) -> None:
                 longest = f"samples of up to {token_counts(batch).max()} tokens"
                 with memory_advice(f"{batch_size} and {longest}", remedies, GO_ON), exchange:
                     x, mask = model_inputs(batch, device)
-                    targets = batch["label"][:own].to(device, non_blocking=True)
+                    targets = moved(first_samples(batch["label"], own), device)
                     with run.autocast():
-                        outputs = run.replica(x, mask)[:own]  # (own, num_outputs)
+                        outputs = first_samples(run.replica(x, mask, **asked(batch, device)), own)  # (own, num_outputs)
                         objective = task.objective(outputs, targets, settings)  # summed over the samples
                     # DistributedDataParallel takes the mean over the processes, so scale by their number
                     scaler.scale(objective * size / len(samples)).backward()
                     with torch.no_grad():
-                        sums += torch.cat([objective.detach()[None], task.step_sums(outputs.detach(), targets)])
+                        step_sums = task.step_sums(mapped(Tensor.detach, outputs), targets)
+                        sums += torch.cat([objective.detach()[None], step_sums])
             signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS], device=device)
             sums = torch.cat([sums, signals])
             distributed.all_reduce(sums)

@@ -59,6 +59,8 @@ EQUAL = {
         {"double", "quick compiler"},
     ),
     "bf16": (f"{EXACT} --batch_size=7 --amp=bf16", set()),
+    "a class for each token": (f"{EXACT} --batch_size=7 --task=tagging", {"double"}),
+    "hidden tokens": (f"{TEN} --batch_size=4 --task=reconstruct --gradient_checkpointing", {"double"}),
 }
 
 

@@ -138,6 +138,8 @@ def run_killed(start, folder, flags, moments):
 SMALL_BATCHES = f"{SEQUENCES} --epochs=4 --batch_size=6"
 BUCKETS = f"{SMALL_BATCHES} --bucket_by_length"
 AUGMENTED = f"{DIGITS} --epochs=3 --batch_size=256"
+HIDDEN = f"{BUCKETS} --task=reconstruct"
+TAGGED = f"{BUCKETS} --task=tagging"
 MOMENTS = st.lists(
     st.tuples(st.just("step"), st.floats(0, 0.4))
     | st.tuples(st.just("save"), st.floats(0, 0.003))
@@ -146,7 +148,7 @@ MOMENTS = st.lists(
     max_size=5,
 )
 OPTIONS = st.fixed_dictionaries({
-    "data": st.sampled_from([BUCKETS, SMALL_BATCHES, AUGMENTED]),
+    "data": st.sampled_from([BUCKETS, SMALL_BATCHES, AUGMENTED, HIDDEN, TAGGED]),
     "dropout": st.sampled_from([0.0, 0.3]),
     "attention_dropout": st.sampled_from([0.0, 0.2]),
     "accumulation_steps": st.sampled_from([1, 2, 3]),
@@ -157,7 +159,7 @@ OPTIONS = st.fixed_dictionaries({
     "seed": st.integers(0, 5),
 })  # fmt: skip
 ALL_ON = {
-    "data": BUCKETS, "dropout": 0.3, "attention_dropout": 0.2, "accumulation_steps": 2, "amp": "bf16",
+    "data": HIDDEN, "dropout": 0.3, "attention_dropout": 0.2, "accumulation_steps": 2, "amp": "bf16",
     "ema_decay": 0.5, "num_workers": 1, "save_every": 2, "seed": 1,
 }  # fmt: skip
 IMAGES = ALL_ON | {"data": AUGMENTED, "num_workers": 0, "save_every": 1}
