@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import plots
+from augmentation import SeriesAugmentation, series_augmentation
 from batches import Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings, check_memory
 from data_files import Items, OnError, read_series, read_texts
@@ -35,7 +36,9 @@ from messages import UserError, naming, printable, refuse_together
 from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_named_series, read_one_series
 from tables import FileFinder, listed, nfc, repeated
+from token_features import window_steps
 
+STEM_TOKENS = 64  # of half of the series at most, with the default stride of convolutions
 LARGEST = FIELDS["image_size"].metadata["at_most"]
 Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
@@ -95,6 +98,43 @@ class SequenceDataset(Dataset):
         return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers], self.ids[numbers])
 
 
+class AugmentedSeries(SequenceDataset):
+    """Training series, changed anew in each epoch.
+
+    Args:
+        change: see augmentation.SeriesAugmentation; `flagged` are the channels with a flag for missing values.
+        seed: of the changes, which depend on it, the epoch and the sample's number alone.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Tensor],
+        labels: Sequence[Any],
+        ids: Sequence[str],
+        change: SeriesAugmentation,
+        flagged: Sequence[int],
+        seed: int,
+    ):
+        super().__init__(sequences, labels, ids)
+        self.change, self.flagged, self.seed, self.epoch = change, tuple(flagged), seed, 0
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to the series, in words, for the first lines of a run."""
+        return f"changed at random: {self.change} (--no_augment)"
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, number: int) -> Item:
+        rng = random_stream("series augmentation", self.seed, self.epoch, number)
+        return {"input": self.change(self.sequences[number], rng, self.flagged), "label": self.labels[number]}
+
+    def subset(self, numbers: np.ndarray) -> "AugmentedSeries":
+        plain = super().subset(numbers)
+        return AugmentedSeries(plain.sequences, plain.labels, plain.ids, self.change, self.flagged, self.seed)
+
+
 class MultimodalDataset(Dataset):
     """Several modalities of the same samples.
 
@@ -114,6 +154,14 @@ class MultimodalDataset(Dataset):
         for dataset, _ in self.parts.values():
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
+
+    def subset(self, numbers: np.ndarray) -> "MultimodalDataset":
+        parts = {}
+        for name, (dataset, places) in self.parts.items():
+            there = places[numbers] >= 0
+            places = np.where(there, np.cumsum(there) - 1, -1)
+            parts[name] = dataset.subset(self.parts[name][1][numbers][there]), places
+        return MultimodalDataset(parts, self.labels[numbers], self.ids[numbers])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -176,8 +224,13 @@ class Adapter:
         return {split: SequenceDataset(tokens[split], labels[split], ids[split]) for split in raw}
 
     def length(self, raw: Any) -> int | None:
-        """Tokens of a raw item before it is cut to max_seq_len; None where nothing is cut."""
+        """Steps of a raw item (bytes of a text) before it is cut to max_seq_len; None where nothing is cut."""
         return None
+
+    def token_steps(self, length: int) -> np.ndarray:
+        """The steps that each token which the encoder reads stands for: int64 (tokens, 2), the first one and the one
+        after the last, of an item of `length` steps. Without a stem every step is a token."""
+        return np.stack([np.arange(length), np.arange(1, length + 1)], 1)
 
     def about(self, raw: Sequence[Any], source: Source) -> list[str]:
         """Lines about the training items for the start of a run. Adds notes to those of the source."""
@@ -286,6 +339,9 @@ class SeriesAdapter(Adapter):
         names: of the columns of the training data, in order; None where they had none. They are those of the channels
             or, where table_rows is 'series', of the steps.
         table_rows: what a row of the table of training data was, 'steps' or 'series'; None where they were no table.
+        stem: what the encoder reads: None, each step; 'windows' of consecutive steps; 'conv', convolutions over them.
+        window: steps of a token of the stem 'windows'.
+        stride: steps from a token to the next.
     """
 
     modality = "series"
@@ -296,6 +352,9 @@ class SeriesAdapter(Adapter):
     max_seq_len: Size | None = None
     names: list[str] | None = None
     table_rows: str | None = None
+    stem: str | None = None
+    window: Size | None = None
+    stride: Size = 1
 
     def __post_init__(self) -> None:
         channels = len(self.mean)
@@ -307,6 +366,13 @@ class SeriesAdapter(Adapter):
             raise UserError(f"{len(self.channels)} names of {channels} channels")
         if self.table_rows not in (None, "steps", "series"):
             raise UserError(f"table_rows must be steps, series or none, not {shown(self.table_rows)}")
+        if self.stem not in (None, "conv", "windows"):
+            raise UserError(f"the stem of series must be conv, windows or none, not {shown(self.stem)}")
+        if (self.window is not None) != (self.stem == "windows") or (self.stem is None and self.stride > 1):
+            raise UserError(f"window {self.window} and stride {self.stride} do not go with the stem {shown(self.stem)}")
+        if self.window is not None and self.stride > self.window:
+            raise UserError(f"series_stride {self.stride} is larger than series_window {self.window} and would leave "
+                            "steps out; make it smaller")  # fmt: skip
 
     @classmethod
     def fit(
@@ -315,8 +381,20 @@ class SeriesAdapter(Adapter):
         max_seq_len: int | None = None,
         names: list[str] | None = None,
         table_rows: str | None = None,
+        stem: str | None = None,
+        window: int | None = None,
+        stride: int | None = None,
     ) -> "SeriesAdapter":
-        """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale."""
+        """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale.
+
+        stride: by default a quarter of the window; of the stem 'conv', the power of two with which half of the series
+        have at most STEM_TOKENS tokens.
+        """
+        if stride is None and stem == "conv":
+            median = np.median([len(one[:max_seq_len]) for one in series])
+            stride = 2 ** max(0, math.ceil(math.log2(max(1, median) / STEM_TOKENS)))
+        elif stride is None:
+            stride = max(1, (window or 1) // 4)
         steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
@@ -327,11 +405,17 @@ class SeriesAdapter(Adapter):
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
         varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # of a constant, std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
-        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len, names, table_rows)
+        std = np.where(varies, std, 1.0).tolist()
+        return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride)
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"input_dim": len(self.mean) + len(self.flagged)}
+        stem = {"stem": self.stem, "window": self.window, "stride": self.stride} if self.stem else {}
+        given = {name: value for name, value in stem.items() if value is not None}
+        return {"input_dim": len(self.mean) + len(self.flagged)} | given
+
+    def token_steps(self, length: int) -> np.ndarray:
+        return np.array(window_steps(length, self.window or self.stride, self.stride))
 
     @property
     def channels(self) -> list[str] | None:
@@ -401,7 +485,19 @@ class SeriesAdapter(Adapter):
                 raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
                                 "all must have the same")
         with naming(str(settings.data_path)):
-            return cls.fit(series, settings.max_seq_len, names, source.table_rows), raw
+            return cls.fit(series, settings.max_seq_len, names, source.table_rows, *_series_stem(settings)), raw
+
+    def datasets(
+        self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
+        settings: Settings, targets: Targets,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        made = super().datasets(raw, source, labels, ids, settings, targets)
+        for split, data in made.items():
+            if change := series_augmentation(settings, split):
+                made[split] = AugmentedSeries(
+                    data.sequences, data.labels, data.ids, change, self.flagged, settings.seed
+                )
+        return made
 
     def length(self, raw: np.ndarray) -> int:
         return len(raw)
@@ -418,7 +514,16 @@ class SeriesAdapter(Adapter):
                                 "them: x of an .npz is (series, steps, channels)")
         super().about(raw, source)
         names = f": {listed(self.channels)}" if self.channels else ""
-        return [f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"]
+        shown = steps if low == high else f"{low} to {high} steps (median {median})"
+        kind = {"conv": "convolutions", "windows": f"windows of {self.window} steps"}.get(self.stem)
+        read = f"; {kind}, a token every {self.stride} step{'s' * (self.stride > 1)}" if kind else ""
+        return [f"series  {shown}, {channels}{names}{read}"]
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        attention = [attention_by_step(weights, self.token_steps(mask.shape[1]), mask) for weights in attention]
+        plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
 
     def _in_order(self, frame: Any) -> Any:
         """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
@@ -429,6 +534,36 @@ class SeriesAdapter(Adapter):
         if fault:
             raise UserError(f"a DataFrame of a series: {fault}; rename its columns, or drop what is no feature")
         return frame[[names[name] for name in self.channels]]
+
+
+def _series_stem(settings: Settings) -> tuple[str | None, int | None, int | None]:
+    """(stem, window, stride) that the settings ask for. Raises UserError where these do not go together."""
+    stem, window, stride = settings.stem, settings.series_window, settings.series_stride
+    if stem == "auto":
+        stem = "conv" if window is None else "none"
+    if stem == "conv" and window is not None:
+        raise UserError("series_window: --stem conv reads no windows; leave one of the two out")
+    if stem == "none" and window is None and stride is not None:
+        raise UserError("series_stride: without a stem every step is a token; add --series_window or --stem conv")
+    return {"conv": "conv"}.get(stem, "windows" if window is not None else None), window, stride
+
+
+def attention_by_step(weights: np.ndarray, steps: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Attention to tokens, shared out evenly among the real steps that each stands for; the sums stay the same.
+
+    Args:
+        weights: (B, ..., tokens).
+        steps: of each token, (tokens, 2), see `Adapter.token_steps`.
+        mask: bool (B, steps), True at real steps.
+
+    Returns:
+        (B, ..., steps) float.
+    """
+    number = np.arange(mask.shape[1])
+    holds = (steps[:, :1] <= number) & (number < steps[:, 1:])  # (tokens, steps)
+    shares = (holds & mask[:, None]).astype(weights.dtype)  # (B, tokens, steps)
+    shares /= np.maximum(shares.sum(2, keepdims=True), 1)
+    return np.einsum("b...t,bts->b...s", weights, shares)
 
 
 def _series_names(files: Sequence[Path]) -> list[str] | None:
@@ -611,6 +746,10 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, numbers: np.ndarray) -> "ImageDataset":
+        return ImageDataset(self.images[numbers], self.labels[numbers], self.adapter, self.margin, self.flip, self.seed,
+                            self.ids[numbers], self.targets)  # fmt: skip
 
     def __getitems__(self, numbers: list[int]) -> Batch:
         numbers = np.array(numbers)

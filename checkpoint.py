@@ -66,7 +66,7 @@ class Data(TypedDict):
     num_outputs: int
     class_names: NotRequired[Annotated[list[str], _are_distinct, "a list of different names"]]
     adapters: dict[Name, dict[str, Any]]
-    features: NotRequired[dict[Name, dict[str, int | list[int]]]]
+    features: NotRequired[dict[Name, dict[str, int | str | list[int]]]]
     dataset_type: NotRequired[str]
     notes: NotRequired[list[str]]
     split_sizes: NotRequired[SplitSizes]

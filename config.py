@@ -92,8 +92,17 @@ _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
+_OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
+_AUGMENTED = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
+
+
+def _augment(help: str, unit: str = "") -> Any:
+    """A change of training series at random: off by default, whether it is a share or a switch."""
+    limits = {"at_least": 0, "below": 1} if unit else {}
+    applies = _OWN_SERIES | {"augment": (True,)}
+    return _data(0.0 if unit else False, help, unit, applies=applies, on_resume="inexact", **limits)
 
 
 @dataclass(frozen=True)
@@ -158,10 +167,26 @@ class Settings:
         None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
-    augment: bool = _data(True, "move the training images at random", applies=_IMAGES, on_resume="inexact")
+    stem: str = _data(
+        "auto", "what the encoder reads of series: convolutions over the steps, or the steps (or windows) themselves; "
+        "auto = conv, with series_window none", choices=("auto", "conv", "none"), applies=_OWN_SERIES)
+    series_window: int | None = _data(
+        None, "consecutive steps of a series that make a token; none = one, or what the stem makes of them", "steps",
+        at_least=1, at_most=10_000, applies=_OWN_SERIES)
+    series_stride: int | None = _data(
+        None, "from a token of a series to the next; none = a quarter of the window, or of the stem conv as many as "
+        "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_OWN_SERIES)
+    augment: bool = _data(
+        True, "change the training images and series at random", applies=_AUGMENTED, on_resume="inexact")
     flip: bool = _data(
         False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
         on_resume="inexact")
+    series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
+    series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
+    series_warp: float = _augment("warp time of training series", "deviation of the log of the speed")
+    series_crop: float = _augment("cut up to this off training series and stretch the rest", "share of its length")
+    series_scale: float = _augment("scale the values of training series", "deviation of the log of the factor")
+    series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
@@ -198,6 +223,9 @@ class Settings:
 
     num_epochs: int = _training(
         100, "passes over the training data", "epochs", flag="epochs", at_least=1, on_resume="free")
+    epoch_samples: int = _training(
+        0, "smallest epoch: fewer training items are passed over again and again until they are as many; 0 = one pass",
+        "samples", at_least=0, at_most=1_000_000, applies=_OWN, on_resume="fixed")
     batch_size: int = _training(32, "size of a batch", "samples", at_least=1)
     learning_rate: float = _training(3e-4, "highest rate of the schedule", "per step", flag="lr", above=0)
     weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "times the rate", at_least=0)
@@ -210,8 +238,9 @@ class Settings:
         "none", "of the classes in the loss; balanced = the rarer the heavier", choices=("none", "balanced"),
         applies=_CLASSES, on_resume="fixed")
     select_by: str | None = _training(
-        None, "score on validation data that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; none = "
-        "the task's own: accuracy, rmse, macro_f1", metavar="SCORE", on_resume="fixed")
+        None, "score on validation data that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; last = "
+        "the last epoch, whatever its score; none = the task's own: accuracy, rmse, macro_f1", metavar="SCORE",
+        on_resume="fixed")
     tune_thresholds: bool = _training(
         False, "choose on validation data from which probability a label counts as there; else 0.5",
         applies={"task": ("multilabel",)}, on_resume="fixed")

@@ -26,6 +26,7 @@ import tasks
 from adapters import (  # noqa: F401
     MODALITIES,
     Adapter,
+    AugmentedSeries,
     ImageAdapter,
     ImageDataset,
     MultimodalDataset,
@@ -487,6 +488,8 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             about += adapter.about(raw["train"], source)
             if isinstance(made["train"], ImageDataset):
                 augmentation = {"augmentation": made["train"].augmentation}
+            elif isinstance(made["train"], AugmentedSeries):
+                about.append(f"{modality}  in training {made['train'].augmentation}")
         notes += source.notes
         for name, data in made.items():
             numbers = np.full(len(items[name].values), -1)

@@ -780,7 +780,7 @@ def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
 
 def initialise(module: nn.Module) -> None:
     """Weights from a truncated normal of variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         inputs = module.weight[0].numel()
         sigma = inputs**-0.5 / 0.87962566  # a normal cut at two sigma has 0.88 of its deviation
         nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)

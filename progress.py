@@ -314,8 +314,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: the weight matrices of linear layers decay; biases, norms and the latents do not."""
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    """Optimizer groups: the weights of linear layers and of convolutions over time decay; biases, norms and the latents
+    do not."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},

@@ -39,6 +39,7 @@ from schema import Positive, read, shown
 
 Rows = dict[str, np.ndarray]
 Figures = dict[str, Callable[[Path], None]]  # file name -> function that draws it
+LAST_EPOCH = "last"  # what --select_by says to take the last epoch, whatever its score
 TOP = 3  # classes of an item in predictions.csv
 
 
@@ -125,6 +126,8 @@ class Task:
 
     def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
         """Of a line of the log; the highest is the best epoch. A tie is decided by the lower loss."""
+        if select_by == LAST_EPOCH:
+            return (line["epoch"],)
         name = select_by or next(iter(self.higher_is_better))
         value = line[f"val_{name}"]
         return value if self.higher_is_better[name] else -value, -line["val_loss"]

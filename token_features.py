@@ -173,9 +173,121 @@ class LearnedPositions(nn.Module):
 class LinearStem(nn.Linear):
     """A linear layer over the features of each token; for pixels, a 1 x 1 convolution."""
 
+    @property
+    def num_channels(self) -> int:
+        return self.out_features
+
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, features), mask bool (B, L) -> (B, L, channels), mask (B, L)."""
         return super().forward(x), mask
+
+
+def num_windows(length: int, window: int, stride: int) -> int:
+    """How many windows, one every `stride` steps, it takes to hold all of `length` steps."""
+    return (max(0, length - window) + stride - 1) // stride + 1
+
+
+def window_steps(length: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """(first step, step after the last) of each of these windows."""
+    starts = [number * stride for number in range(num_windows(length, window, stride))]
+    return [(start, min(start + window, length)) for start in starts]
+
+
+class SequenceStem(nn.Module):
+    """The base of stems for sequences: token i stands for the steps i * stride to i * stride + window - 1.
+
+    Args:
+        num_channels: of a token.
+        window: steps of a token; the last token's may lie beyond the last step.
+        stride: steps from the start of a token to that of the next.
+
+    Raises:
+        ValueError: the stride is larger than the window, so that steps would be left out.
+    """
+
+    def __init__(self, num_channels: int, window: int, stride: int):
+        super().__init__()
+        check_sizes(stride=stride)
+        if stride > window:
+            raise ValueError(f"stride {stride} leaves out steps between windows of {window}; make it {window} at most")
+        self.num_channels, self.window, self.stride = num_channels, window, stride
+
+    def num_tokens(self, length: int) -> int:
+        return num_windows(length, self.window, self.stride)
+
+    def windows(self, values: Tensor) -> Tensor:
+        """(B, steps, ...) -> (B, L, ..., window), zero (False) beyond the last step."""
+        length = values.size(1)
+        missing = (self.num_tokens(length) - 1) * self.stride + self.window - length
+        end = values.new_zeros(len(values), missing, *values.shape[2:])
+        return torch.cat([values, end], 1).unfold(1, self.window, self.stride)
+
+    def token_mask(self, mask: Tensor | None) -> Tensor | None:
+        """bool (B, steps) -> (B, L). A token is real where it holds a real step that no token before it holds, so that
+        a sequence has the same tokens whatever padding follows."""
+        if mask is None:
+            return None
+        real = self.windows(mask)  # (B, L, window)
+        return torch.cat([real[:, :1].any(2), real[:, 1:, -self.stride :].any(2)], 1)
+
+
+class WindowStem(SequenceStem):
+    """Windows of consecutive steps, the features of their steps side by side: local shape, without any weight.
+
+    Args:
+        input_dim: features of a step.
+        window, stride: see :class:`SequenceStem`.
+    """
+
+    def __init__(self, input_dim: int, window: int, stride: int):
+        super().__init__(window * input_dim, window, stride)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, steps, features), mask bool (B, steps) -> tokens (B, L, window * features), mask (B, L)."""
+        return self.windows(x).mT.flatten(2), self.token_mask(mask)
+
+
+class SequenceConvStem(SequenceStem):
+    """Convolutions over the steps of a sequence: layers of kernels of three sizes side by side, as in InceptionTime
+    (Fawaz et al. 2020, section 3), each followed by a layer norm over its channels and a GELU; all but the first are
+    residual.
+
+    The first layer has the stride: a token stands for that many steps, and a long sequence costs the less. A norm is of
+    one token, not of the batch, and in every layer what is not there counts as zeros. So the tokens of a sample depend
+    neither on its padding nor on the samples beside it.
+
+    Args:
+        input_dim: features of a step.
+        num_channels: of a token, divisible by the number of kernel sizes.
+        stride: steps of a token.
+    """
+
+    KERNELS = (7, 15, 31)  # steps in the first layer, then tokens; odd, so that each has a middle
+    LAYERS = 2
+
+    def __init__(self, input_dim: int, num_channels: int, stride: int):
+        super().__init__(num_channels, stride, stride)
+        each, rest = divmod(num_channels, len(self.KERNELS))
+        if rest:
+            raise ValueError(f"stem='conv' has kernels of {len(self.KERNELS)} sizes; stem_dim must be divisible by "
+                             f"that, {num_channels} is not")  # fmt: skip
+        shapes = [(input_dim, stride)] + [(num_channels, 1)] * (self.LAYERS - 1)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in self.KERNELS)
+            for inputs, step in shapes
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(num_channels) for _ in shapes)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, steps, features), zero where hidden; mask bool (B, steps) -> tokens (B, L, channels), mask (B, L)."""
+        mask = self.token_mask(mask)
+        for number, (convolutions, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            y = torch.cat([convolution(x.mT) for convolution in convolutions], 1).mT  # (B, L, channels)
+            y = F.gelu(norm(y))
+            x = x + y if number else y
+            if mask is not None:
+                x = x.masked_fill(~mask[..., None], 0)
+        return x, mask
 
 
 class ConvStem(nn.Module):
@@ -196,7 +308,7 @@ class ConvStem(nn.Module):
         super().__init__()
         if min(grid_shape) < 5:
             raise ValueError(f"stem='conv' needs 5 rows and columns or more, grid_shape is {tuple(grid_shape)}")
-        self.grid_shape = tuple(grid_shape)
+        self.grid_shape, self.num_channels = tuple(grid_shape), num_channels
         self.token_grid = tuple(((side + 1) // 2 - 1) // 2 for side in grid_shape)
         self.convolution = nn.Conv2d(input_dim, num_channels, 7, stride=2, padding=3, bias=False)
         self.norm = nn.BatchNorm2d(num_channels)
@@ -229,8 +341,11 @@ class TokenFeatures(nn.Module):
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
         num_frequency_bands, max_resolution: of computed positions, see :class:`PositionFeatures`.
-        stem: what the features pass first, "linear" (:class:`LinearStem`) or "conv" (:class:`ConvStem`, for images).
-        stem_dim: features of a token behind the stem; default 64.
+        stem: what the features pass first. "linear": :class:`LinearStem`; "conv": :class:`ConvStem` for images,
+            :class:`SequenceConvStem` for sequences; "windows": :class:`WindowStem`, for sequences.
+        stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
+        window: steps of a token of the stem "windows".
+        stride: steps from a token to the next behind the stem "windows" or, for sequences, "conv"; default 1.
         learned_positions: learn a vector for each position, as wide as the features, instead of computing one.
         max_length: tokens of the longest sequence that positions are learned for; a longer one is refused.
         add_positions: add the learned positions to the features instead of concatenating them.
@@ -251,6 +366,8 @@ class TokenFeatures(nn.Module):
         max_resolution: tuple[int, int] | None = None,
         stem: str | None = None,
         stem_dim: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
         learned_positions: bool = False,
         max_length: int | None = None,
         add_positions: bool = False,
@@ -280,9 +397,8 @@ class TokenFeatures(nn.Module):
             if add_positions:  # as small as the learned positions that it is added to
                 nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         if stem is not None:
-            width = 64 if stem_dim is None else stem_dim
-            check_sizes(stem_dim=width)
-            self.stem = _make_stem(stem, input_dim, width, grid_shape)
+            self.stem = _make_stem(stem, input_dim, stem_dim, window, 1 if stride is None else stride, grid_shape)
+            width = self.stem.num_channels
             self.token_grid = getattr(self.stem, "token_grid", grid_shape)  # (rows, cols) behind the stem
         self.num_channels = width
         if learned_positions:
@@ -303,7 +419,9 @@ class TokenFeatures(nn.Module):
 
     def num_tokens(self, length: int) -> int:
         """How many tokens the encoder reads where `length` are given."""
-        return math.prod(self.token_grid) if self.token_grid else length
+        if self.token_grid:
+            return math.prod(self.token_grid)
+        return self.stem.num_tokens(length) if isinstance(self.stem, SequenceStem) else length
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, input_dim), mask bool (B, L) -> what the encoder reads (B, L, C), mask (B, L), L behind the stem."""
@@ -336,19 +454,32 @@ class TokenFeatures(nn.Module):
             raise ValueError(f"{name} has {x.size(1)} tokens, but the model has learned {self.max_length} positions")
 
 
-def _make_stem(kind: str, input_dim: int, num_channels: int, grid_shape: tuple[int, int] | None) -> nn.Module:
+def _make_stem(
+    kind: str, input_dim: int, num_channels: int | None, window: int | None, stride: int, grid: tuple[int, int] | None
+) -> nn.Module:
+    if kind not in ("linear", "conv", "windows"):
+        raise ValueError(f"stem must be 'linear', 'conv', 'windows' or None, not {kind!r}")
+    if kind == "windows":
+        if grid is not None:
+            raise ValueError("stem='windows' is for sequences, not for the tokens of a grid (grid_shape)")
+        check_sizes(window=window)
+        return WindowStem(input_dim, window, stride)
+    sequence = kind == "conv" and grid is None
+    num_channels = (96 if sequence else 64) if num_channels is None else num_channels
+    check_sizes(stem_dim=num_channels)
     if kind == "linear":
         return LinearStem(input_dim, num_channels)
-    if kind != "conv":
-        raise ValueError(f"stem must be 'linear', 'conv' or None, not {kind!r}")
-    if grid_shape is None:
-        raise ValueError("stem='conv' is for images; it needs their grid_shape")
-    return ConvStem(input_dim, num_channels, grid_shape)
+    return SequenceConvStem(input_dim, num_channels, stride) if sequence else ConvStem(input_dim, num_channels, grid)
 
 
 NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: (those, whether they are given)
     "embedding_dim": ("vocab_size", lambda given: given["vocab_size"] is not None),
-    "stem_dim": ("stem", lambda given: given["stem"] is not None),
+    "stem_dim": ("stem='linear' or 'conv'", lambda given: given["stem"] in ("linear", "conv")),
+    "window": ("stem='windows'", lambda given: given["stem"] == "windows"),
+    "stride": (
+        "stem='windows', or stem='conv' of a sequence",
+        lambda given: given["stem"] == "windows" or (given["stem"] == "conv" and given["grid_shape"] is None),
+    ),
     "num_frequency_bands": (
         "computed positions (use_positions)",
         lambda given: given["use_positions"] and not given["learned_positions"],
