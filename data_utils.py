@@ -398,7 +398,7 @@ def create_cifar10_sequence_dataset(
         seed=seed,
     )
     splits, info = load_splits(settings)
-    return create_dataloader(splits[split], batch_size, split == "train", seed, num_workers, info["num_classes"])
+    return create_dataloader(splits[split], batch_size, split == "train", seed, num_workers, info["num_outputs"])
 
 
 # --- Your own data ---------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class RunLog:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
             figures = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
             shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in figures.items())
-            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {self._speed():,.0f} samples/s")
+            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {self._samples() / (time.perf_counter() - self.started):,.0f} samples/s")
 
     def advance(self, batches: int) -> None:
         self.bar.update(batches)
@@ -138,10 +138,11 @@ class RunLog:
     def end_steps(self) -> None:
         self.bar.close()
         self.bar, self.seconds = None, time.perf_counter() - self.started
-        self.speed = self._speed()
+        self.speed = self._samples() / self.seconds
 
-    def _speed(self) -> float:
-        return (self.progress.totals.get("samples", 0) - self.samples_before) / (time.perf_counter() - self.started)
+    def _samples(self) -> int:
+        """Samples trained on since the epoch began or was resumed."""
+        return self.progress.totals.get("samples", 0) - self.samples_before
 
     def line(self, validation: Mapping[str, float]) -> dict[str, float]:
         """The line of the epoch that ends, for log.jsonl: of its steps, and of its validation."""

@@ -374,10 +374,10 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, kind, read):
 
 
 def test_a_future_version_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 4)
     save_checkpoint(tmp_path / "model.pth", OLD)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="model.pth has format version 3, this code reads 2"):
+    with pytest.raises(UserError, match="model.pth has format version 4, this code reads 3"):
         load_checkpoint(tmp_path / "model.pth")
 
 

@@ -30,11 +30,13 @@ import evaluation
 import inference
 import plots
 import run_log
+import tasks
 import train
 from adapters import ImageAdapter, SeriesAdapter, TensorAdapter, TextAdapter, describe, from_description
+from batches import collate, create_dataloader, model_inputs
 from checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from config import Settings
-from data_utils import collate, create_dataloader, load_splits
+from data_utils import load_splits
 from inference import evaluate, load_model, predict
 from messages import UserError
 from perceiver_model import PerceiverModel
@@ -215,8 +217,8 @@ def call(tmp_path, monkeypatch, capsys):
 def quick(monkeypatch):
     """Without TensorBoard and pictures, which cost more than the tiny runs here."""
     monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-    monkeypatch.setattr(plots, "evaluation_figures", lambda *_: {})
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+    monkeypatch.setattr(tasks.Classification, "figures", lambda *_: {})
 
 
 # --- Training, then evaluation ---------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_tensorboard_holds_the_run(digits_run):
         for part in ("", "train", "val")
     )
     figures = [
-        {"loss": "train_loss", "accuracy": "train_accuracy"},
+        {"loss": "train_loss", "objective": "train_objective", "accuracy": "train_accuracy"},
         {"loss": "val_loss", "accuracy": "val_accuracy", "balanced_accuracy": "val_balanced_accuracy"},
     ]  # those of one name are drawn in one chart
     for part, names in zip(parts, figures, strict=True):
@@ -397,7 +399,7 @@ def test_analysis_of_sequences(sequences, call):
 
 def test_the_batch_size_changes_nothing(sequences, call, quick):
     """R11."""
-    found, logits = [], []
+    found, rows = [], []
     model, settings = load_model(sequences)
     data = load_splits(Settings.from_dict(settings), model.data_info)[0]["train"]
     assert len({len(data[i]["input"]) for i in range(len(data))}) > 3
@@ -407,9 +409,10 @@ def test_the_batch_size_changes_nothing(sequences, call, quick):
             patch.setattr(inference, "_analysis_figures", lambda *_: {})
             assert call(inference.main, flags).status == 0
         found.append(strict_json(Path("results/results.json").read_text()))
-        logits.append(evaluation.collect_predictions(model, create_dataloader(data, size))["logits"])
-    for results, answers in zip(found[1:], logits[1:], strict=True):
-        np.testing.assert_allclose(answers, logits[0], atol=1e-5)
+        rows.append(evaluation.collect(model, create_dataloader(data, size), model.task))
+    for results, answers in zip(found[1:], rows[1:], strict=True):
+        for name, values in answers.items():
+            np.testing.assert_allclose(values, rows[0][name], atol=1e-5)
         assert results["confusion_matrix"] == found[0]["confusion_matrix"]
         for name, value in found[0].items():
             if isinstance(value, (int, float)):
@@ -526,8 +529,9 @@ def test_prediction_on_images(digits):
     model, settings = load_model(digits)
     test = load_splits(Settings.from_dict(settings), model.data_info)[0]["test"]
     images = test.images[:20]  # uint8 (20, 8, 8, 1)
-    found = evaluation.collect_predictions(model, create_dataloader(test, 32))
-    expected = torch.from_numpy(found["logits"][:20]).double().softmax(1).numpy()
+    with torch.no_grad():
+        batch = next(iter(create_dataloader(test, 20)))
+        expected = model(*model_inputs(batch, "cpu")).double().softmax(1).numpy()
     kinds = [images, images[..., 0], images.astype(np.float32), images.astype(np.int64)[..., 0], list(images),
              [torch.tensor(image) for image in images], images[..., 0].tolist()]  # fmt: skip
     for items in kinds:

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 from torch import nn
 
-import config
 import evaluation as ev
+import messages
 import plots
 from tables import read_table
+from tasks import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("error")
@@ -40,6 +41,19 @@ def made_up(samples, classes, skill=2.0, seed=0):
 
 def names(classes):
     return [f"class {i}" for i in range(classes)]
+
+
+TASK = Classification(names(4))
+
+
+def rows_of(logits, labels, lengths=None):
+    """What `collect` gives of these logits."""
+    tokens = np.ones(len(labels), int) if lengths is None else lengths
+    return {**ev.class_rows(np.asarray(logits), labels), "tokens": tokens}
+
+
+def items_of(rows, ids, class_names, split=""):
+    return ev.item_rows(ids, split, Classification(class_names).items(rows), rows["tokens"])
 
 
 class Toy(nn.Module):
@@ -78,15 +92,17 @@ def batches(batch_size, lengths=(5, 3, 5, 5, 1, 4, 5)):
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_predictions_do_not_depend_on_the_batch_size(batch_size):
     model = Toy()
-    expected = ev.collect_predictions(model, batches(3))
-    found = ev.collect_predictions(model, batches(batch_size))
-    np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-6)
-    np.testing.assert_array_equal(found["labels"], [0, 1, 2, 3, 0, 1, 2])
-    np.testing.assert_array_equal(found["lengths"], [5, 3, 5, 5, 1, 4, 5])
-    assert found["logits"].dtype == np.float32
-    assert found["labels"].dtype == found["lengths"].dtype == np.int64
+    expected, found = ev.collect(model, batches(3), TASK), ev.collect(model, batches(batch_size), TASK)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], atol=1e-6)
+    np.testing.assert_array_equal(found["label"], [0, 1, 2, 3, 0, 1, 2])
+    np.testing.assert_array_equal(found["tokens"], [5, 3, 5, 5, 1, 4, 5])
+    assert found["label"].dtype == found["tokens"].dtype == np.int64
     latents = torch.from_numpy(ev.collect_latents(model, batches(batch_size)))
-    np.testing.assert_allclose(model.linear(latents).detach(), expected["logits"], atol=1e-5)
+    logits = model.linear(latents).detach().numpy()
+    again = ev.class_rows(logits, found["label"])
+    np.testing.assert_allclose(again["confidence"], expected["confidence"], atol=1e-5)
 
 
 def test_the_mode_of_each_module_is_restored_even_after_an_error():
@@ -97,28 +113,36 @@ def test_the_mode_of_each_module_is_restored_even_after_an_error():
         yield next(batches(2))
         raise RuntimeError("disk gone")
 
-    ev.collect_predictions(model, batches(2))
+    ev.collect(model, batches(2), TASK)
     with pytest.raises(RuntimeError, match="disk gone"):
-        ev.collect_predictions(model, broken())
+        ev.collect(model, broken(), TASK)
     assert model.training and model.dropout.training and not model.frozen.training
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_a_batch_of_full_length_is_run_without_mask():
     model = Toy()
-    ev.collect_predictions(model, batches(1))
+    ev.collect(model, batches(1), TASK)
     assert model.masks == [None] * 7
-    ev.collect_predictions(model, batches(7))
+    ev.collect(model, batches(7), TASK)
     assert model.masks[-1].shape == (7, 5)
 
 
 def test_an_empty_loader_is_an_error_and_reduced_precision_gives_float32():
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        ev.collect_predictions(Toy(), [])
+        ev.collect(Toy(), [], TASK)
     model = Toy()
-    low = ev.collect_predictions(model, batches(4), amp_dtype=torch.bfloat16)["logits"]
-    full = ev.collect_predictions(model, batches(4))["logits"]
-    assert low.dtype == np.float32 and (low != full).any()
+    seen = []
+
+    class Watching(Classification):
+        def rows(self, outputs, targets):
+            seen.append(outputs)
+            return super().rows(outputs, targets)
+
+    for dtype in (torch.bfloat16, None):
+        ev.collect(model, batches(7), Watching(TASK.class_names), amp_dtype=dtype)
+    low, full = seen
+    assert low.dtype == torch.float32 and (low != full).any()
     np.testing.assert_allclose(low, full, atol=0.05)
 
 
@@ -245,28 +269,28 @@ def test_reliability_table_holds_every_sample_once():
 def test_accuracy_by_length_covers_all_samples_in_order():
     rng = np.random.default_rng(0)
     lengths, correct = rng.integers(50, 201, 500), rng.random(500) < 0.7
-    rows = ev.accuracy_by_length(lengths, correct)
+    rows = ev.by_length(lengths, accuracy=correct)
     assert len(rows) == 8 and sum(row["count"] for row in rows) == 500
     assert all(a["longest"] < b["shortest"] for a, b in zip(rows, rows[1:], strict=False))
     for row in rows:
         inside = (lengths >= row["shortest"]) & (lengths <= row["longest"])
         assert row["count"] == inside.sum() and row["accuracy"] == pytest.approx(correct[inside].mean())
-    assert ev.accuracy_by_length(np.full(9, 16), np.ones(9, bool)) == []
-    short, long = ev.accuracy_by_length(np.array([1, 100]), np.array([True, False]))
+    assert ev.by_length(np.full(9, 16), accuracy=np.ones(9, bool)) == []
+    short, long = ev.by_length(np.array([1, 100]), accuracy=np.array([True, False]))
     assert (short["count"], short["accuracy"], long["count"], long["accuracy"]) == (1, 1.0, 1, 0.0)
 
 
 def test_most_confident_mistakes_come_first():
-    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]]))
-    labels = np.array([0, 0, 1, 1])
-    assert ev.most_confident_mistakes(logits, labels).tolist() == [1, 2]
-    items = ev.item_rows(logits, labels, np.ones(4, int), ["no", "yes"], ["a", "b", "c", "d"])
-    first, second = ev.analyze_predictions(logits, labels, np.ones(4, int), items)["most_confident_mistakes"]
+    task = Classification(["no", "yes"])
+    rows = rows_of(np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])), np.array([0, 0, 1, 1]))
+    assert task.worst(rows).tolist() == [1, 2]
+    items = items_of(rows, ["a", "b", "c", "d"], task.class_names)
+    first, second = task.analysis(rows, items)["most_confident_mistakes"]
     assert first == {"id": "b", "true": "no", "predicted": "yes"} | {
         "confidence": pytest.approx(0.8), "probability_of_true": pytest.approx(0.2)
     }  # fmt: skip
     assert second["id"] == "c"
-    assert len(ev.most_confident_mistakes(*made_up(300, 5, skill=0), limit=7)) == 7
+    assert len(Classification(names(5)).worst(rows_of(*made_up(300, 5, skill=0)), limit=7)) == 7
 
 
 # ------------------------------------------------------------------------------------------- items.csv
@@ -280,9 +304,10 @@ def test_every_figure_can_be_computed_again_from_the_table_of_items(tmp_path, sa
     lengths = np.random.default_rng(3).integers(1, 40, samples)
     class_names = [f"class {i}" for i in range(classes)]
     results = ev.compute_metrics(logits, labels, class_names)
-    rows = ev.item_rows(logits, labels, lengths, class_names, [f"i{n}.png" for n in range(samples)], "test")
-    analysis = ev.analyze_predictions(logits, labels, lengths, rows)
-    ev.save_evaluation(tmp_path, results, rows, {})
+    rows = rows_of(logits, labels, lengths)
+    items = items_of(rows, [f"i{n}.png" for n in range(samples)], class_names, "test")
+    analysis = Classification(class_names).analysis(rows, items)
+    ev.save_evaluation(tmp_path, results, items, {})
     table = pandas.read_csv(tmp_path / "items.csv")
     assert list(table.id) == [f"i{n}.png" for n in range(samples)] and set(table.split) == {"test"}
 
@@ -332,7 +357,7 @@ HARMLESS = ["a=1", "-1", "+1.5e-3", "'", "'a", "1-2", "", "x@y.z", "'1", "3"]
 
 @pytest.mark.parametrize("cell", FORMULAS + HARMLESS)
 def test_no_cell_is_run_by_a_spreadsheet_and_all_are_read_back(tmp_path, cell):
-    for columns in config.OUR_TABLES:
+    for columns in messages.OUR_TABLES:
         rows = [dict.fromkeys(columns, cell) | {"more": "x"}] * 2
         ev.write_rows(tmp_path / "a.csv", rows)
         with open(tmp_path / "a.csv", encoding="utf-8-sig", newline="") as file:
@@ -347,11 +372,11 @@ def test_no_cell_is_run_by_a_spreadsheet_and_all_are_read_back(tmp_path, cell):
 
 @given(st.text(min_size=1))
 def test_any_text_comes_back_from_a_cell(text):
-    assert config.from_spreadsheet_cell(config.spreadsheet_cell(text)) == text
+    assert messages.from_spreadsheet_cell(messages.spreadsheet_cell(text)) == text
 
 
 def test_tables_have_a_byte_order_mark_where_excel_needs_it(tmp_path):
-    row = dict.fromkeys(config.OUR_TABLES[1], "a")
+    row = dict.fromkeys(messages.OUR_TABLES[1], "a")
     ev.write_rows(tmp_path / "a.csv", [row])
     assert (tmp_path / "a.csv").read_bytes() == b"id,class,confidence\r\na,a,a\r\n"
     ev.write_rows(tmp_path / "b.csv", [row | {"class": "부정"}])
@@ -407,7 +432,7 @@ def test_a_failed_figure_loses_nothing_and_is_reported(tmp_path):  # R45, R47
         raise RuntimeError("no ink")
 
     (tmp_path / "bad.png").write_text("the picture of an earlier run")
-    figures = {"bad.png": broken, **plots.evaluation_figures(*made_up(30, 3), names(3))}
+    figures = {"bad.png": broken, **Classification(names(3)).figures(rows_of(*made_up(30, 3)))}
     with pytest.raises(ExceptionGroup, match="bad.png") as caught:
         ev.save_evaluation(tmp_path, {"accuracy": 0.5}, [{"id": "a"}], figures)
     (error,) = caught.value.exceptions
@@ -430,10 +455,9 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("top, white", [(60, 255), (255, 255), (16, 16), (1, 1)])
 def test_mistakes_show_the_item_as_bright_as_it_is(drawn, top, white):
-    row = {"id": "cats/a\x1b.png", "true": "cat", "predicted": "dog", "confidence": 0.98765}
-    plots.plot_mistakes([row], np.full((1, 4, 4, 1), top), "unused")
+    plots.plot_mistakes(np.full((1, 4, 4, 1), top), [["cat.png", "true cat", "confidence 98.8%"]], "unused")
     axes = drawn[0].axes[0]
-    assert axes.get_title(loc="left") == "cats/a\\x1b.png\ntrue cat\npredicted dog\nconfidence 98.8%"
+    assert axes.get_title(loc="left") == "cat.png\ntrue cat\nconfidence 98.8%"
     shown = axes.images[0]
     assert shown.get_array().max() == pytest.approx(top / white) and shown.get_clim() == (0, 1)
 
@@ -477,7 +501,7 @@ def test_tensorboard_takes_the_confusion_matrix(tmp_path):
 def test_confidence_figures_show_their_numbers(drawn):
     logits, labels = made_up(500, 4)
     metrics = ev.compute_metrics(logits, labels, names(4))
-    for draw in plots.evaluation_figures(logits, labels, names(4)).values():
+    for draw in TASK.figures(rows_of(logits, labels)).values():
         draw("unused")
     _, histogram, analysis = drawn
     right, wrong = histogram.axes
@@ -493,7 +517,8 @@ def test_confidence_figures_show_their_numbers(drawn):
 
 def test_equally_confident_samples_are_answered_together(drawn):
     confidence, correct = np.array([0.9, 0.5, 0.9, 0.5]), np.array([True, True, False, False])
-    plots.plot_confidence_analysis(confidence, correct, "unused")
+    table = ev.reliability_table(confidence, correct)
+    plots.plot_confidence_analysis(table, ev.calibration_error(table), confidence, correct, "unused")
     answered, accuracy = drawn[0].axes[2].lines[0].get_data()
     assert answered.tolist() == [0.5, 1.0] and accuracy.tolist() == [0.5, 0.5]
 
@@ -542,10 +567,9 @@ def history(epochs):
 
 
 def test_training_curves_mark_the_best_epoch(drawn):
-    plots.plot_training_curves(history(200), "unused")
-    plots.plot_training_curves(history(200), "unused", best_epoch=150)
-    plots.plot_training_curves(history(1), "unused")
-    for figure, best in zip(drawn, (9, 150, 1), strict=True):
+    plots.plot_training_curves(history(200), "unused", 150, "accuracy")
+    plots.plot_training_curves(history(1), "unused", 1, "accuracy")
+    for figure, best in zip(drawn, (150, 1), strict=True):
         loss, accuracy, rate = figure.axes
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy", "Learning rate"]
         assert loss.lines[2].get_xdata() == accuracy.lines[2].get_xdata() == best
@@ -557,22 +581,19 @@ def every_figure(folder, samples=30, classes=3):
     """Draw one of each kind into `folder`."""
     logits, labels = made_up(samples, classes)
     rng = np.random.default_rng(1)
-    figures = plots.evaluation_figures(logits, labels, names(classes))
-    for name, draw in figures.items():
+    task = Classification(names(classes))
+    rows = rows_of(logits, labels, np.arange(samples) % 40 + 1)
+    analysis = task.analysis(rows, items_of(rows, range(samples), task.class_names))
+    for name, draw in {**task.figures(rows), **task.analysis_figures(analysis)}.items():
         draw(folder / name)
-    lengths = np.arange(samples) % 40 + 1
-    items = ev.item_rows(logits, labels, lengths, names(classes), range(samples))
-    analysis = ev.analyze_predictions(logits, labels, lengths, items)
-    mistakes = analysis["most_confident_mistakes"]
-    if analysis["accuracy_by_length"]:
-        plots.plot_accuracy_by_length(analysis["accuracy_by_length"], folder / "length.png")
-    plots.plot_mistakes(mistakes, rng.integers(0, 17, (len(mistakes), 8, 8, 1)), folder / "mistakes.png")
+    titles = [task.mistake(rows, place) for place in task.worst(rows)]
+    plots.plot_mistakes(rng.integers(0, 17, (len(titles), 8, 8, 1)), titles, folder / "mistakes.png")
     weights = rng.dirichlet(np.ones(16), size=(1, 2, 5))
     plots.plot_image_attention(rng.random((1, 8, 8, 3)), [weights], (4, 4), ["true a"], folder / "image.png")
     inputs, mask = rng.normal(size=(1, 16, 2)), np.ones((1, 16), dtype=bool)
     plots.plot_sequence_attention(inputs, mask, [weights], ["true a"], folder / "sequence.png")
     plots.plot_latent_projection(rng.normal(size=(samples, 8)), labels, names(classes), folder / "latents.png")
-    plots.plot_training_curves(history(2), folder / "curves.png")
+    plots.plot_training_curves(history(2), folder / "curves.png", 2, "accuracy")
 
 
 @pytest.mark.parametrize(("samples", "classes"), [(1, 2), (10_000, 100)])
@@ -589,9 +610,10 @@ def test_every_figure_is_a_picture_of_sensible_size(tmp_path, samples, classes):
 def test_figures_of_one_kind_of_answer_and_of_equal_latents(tmp_path, correct):
     confidence = np.full(5, 1.0)
     plots.plot_confidence_histogram(confidence, np.full(5, correct), tmp_path / "a.png")
-    plots.plot_confidence_analysis(confidence, np.full(5, correct), tmp_path / "b.png")
+    table = ev.reliability_table(confidence, np.full(5, correct))
+    plots.plot_confidence_analysis(table, 0.0, confidence, np.full(5, correct), tmp_path / "b.png")
     plots.plot_latent_projection(np.ones((5, 3)), np.arange(5), names(5), tmp_path / "c.png")
-    plots.plot_mistakes([], np.zeros((0, 8, 8, 1)), tmp_path / "d.png")
+    plots.plot_mistakes(np.zeros((0, 8, 8, 1)), [], tmp_path / "d.png")
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -624,8 +646,9 @@ def run(code, tmp_path, **environment):
 def test_figures_need_no_display(tmp_path):  # R45
     code = """
 from pathlib import Path
-import evaluation as ev, numpy as np, plots
-figures = plots.evaluation_figures(np.eye(2), np.array([0, 1]), ["a", "b"])
+import evaluation as ev, numpy as np
+from tasks import Classification
+figures = Classification(["a", "b"]).figures(ev.class_rows(np.eye(2), np.array([0, 1])))
 ev.save_evaluation("new/sub/dir", {}, [{"id": "a"}], figures)
 assert len(list(Path("new/sub/dir").iterdir())) == 5
 import sys, matplotlib.pyplot as plt
