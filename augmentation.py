@@ -1,10 +1,10 @@
-"""Random changes to training items that leave their class as it was. Each is a function of (seed, epoch, sample).
+"""Random changes to training series that leave their class as it was. Each is a function of (seed, epoch, sample).
 
     change = SeriesAugmentation(shift=0.1, scale=0.1)
     change(tokens, random_stream("series augmentation", seed, epoch, number))      # (L, C) -> (L, C)
 
-Those of images, which are made a batch at a time, are in adapters.py. What is common to the modalities, the mixture of
-two samples, is made by the model of their features (token_features.py); `Mixed` hands it the second ones.
+Those of images, which are made a batch at a time, are in adapters.py; mixtures of two samples of any modality, whose
+classes are mixed with them, in batches.py (`Mixed`).
 """
 
 from dataclasses import dataclass

@@ -93,7 +93,6 @@ _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
-_AUGMENTED = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
 
@@ -177,7 +176,7 @@ class Settings:
         None, "from a token of a series to the next; none = a quarter of the window, or of the stem conv as many as "
         "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_OWN_SERIES)
     augment: bool = _data(
-        True, "change the training images and series at random", applies=_AUGMENTED, on_resume="inexact")
+        True, "change training samples at random, as the next settings say; images are moved, too", on_resume="inexact")
     flip: bool = _data(
         False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
         on_resume="inexact")
@@ -187,6 +186,9 @@ class Settings:
     series_crop: float = _augment("cut up to this off training series and stretch the rest", "share of its length")
     series_scale: float = _augment("scale the values of training series", "deviation of the log of the factor")
     series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
+    mixup: float = _data(
+        0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
+        at_least=0, at_most=1000, applies={"augment": (True,)}, on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")

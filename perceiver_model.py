@@ -665,7 +665,11 @@ class PerceiverModel(nn.Module):
                     raise ValueError(f"tie_embedding=True needs {name}={size}, as the embedding has it, not {value}")
 
     def forward(
-        self, x: Modal, mask: Modal | None = None, return_attention: bool = False
+        self,
+        x: Modal,
+        mask: Modal | None = None,
+        return_attention: bool = False,
+        mix: tuple[Modal, Modal | None, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Answer a batch.
 
@@ -676,6 +680,8 @@ class PerceiverModel(nn.Module):
                 real. A sample misses a modality where its mask is 0 throughout; a sample without any real token gets
                 the logits of the latents alone.
             return_attention: also return the cross-attention maps.
+            mix: for training, other samples (x and mask, as above, B of them) and the weights (B,) from 0 to 1 of those
+                of x beside them: the features of each two are mixed before the stem (of text, the embeddings).
 
         Returns:
             logits (B, num_classes), with head "positions" (B, L, num_classes); and with ``return_attention`` one map
@@ -685,7 +691,7 @@ class PerceiverModel(nn.Module):
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
         """
-        tokens, mask = self._tokens(x, mask)
+        tokens, mask = self._tokens(x, mask, mix)
         encoded = self.encoder(tokens, mask, return_attention)
         latents, *maps = encoded if return_attention else (encoded,)
         logits = self._read_out(latents, tokens)
@@ -735,30 +741,40 @@ class PerceiverModel(nn.Module):
             ranges[name] = slice(start, start := start + length)
         return ranges
 
-    def _tokens(self, x: Modal, mask: Modal | None) -> tuple[Tensor, Tensor | None]:
+    def _tokens(
+        self, x: Modal, mask: Modal | None, mix: tuple[Modal, Modal | None, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What the encoder reads (B, L, C) and its mask (B, L), which is None where nothing can be masked."""
+        several, given = len(self.modalities) > 1, self._inputs(x, mask)
+        others = self._inputs(*mix[:2]) if mix else {}
+        inputs, masks = [], []
+        for name, tokens in self.modalities.items():
+            mixed = (*others[name], mix[2]) if mix else None
+            values, real = tokens(*given[name], mixed)  # (B, L of this modality, C), (B, L of this modality)
+            if several and real is None:
+                real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+            inputs.append(values)
+            masks.append(real)
+        return (torch.cat(inputs, 1), torch.cat(masks, 1)) if several else (inputs[0], masks[0])
+
+    def _inputs(self, x: Modal, mask: Modal | None) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Of every modality the values (B, L, input_dim) and the mask, bool (B, L) or None, checked."""
         x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
         if not x:
             raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
         if len({len(values) for values in x.values()}) != 1:
             sizes = {name: len(values) for name, values in x.items()}
             raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
-        like, several = next(iter(x.values())), len(self.modalities) > 1
-        inputs, masks = [], []
+        like, inputs = next(iter(x.values())), {}
         for name, tokens in self.modalities.items():
             values, real = x.get(name), mask.get(name)
+            shown = name if len(self.modalities) > 1 else "input"
             if values is None:  # missing in every sample: one path for all, as if by the mask
                 values = like.new_zeros(len(like), tokens.missing_length, tokens.input_dim)
                 real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
-            tokens.check(values, name if several else "input")
-            if real is not None:
-                real = _as_bool(real, values.shape, name if several else "input")
-            elif several:
-                real = torch.ones(values.shape[:2], dtype=torch.bool, device=like.device)
-            values, real = tokens(values, real)  # (B, L of this modality, C), (B, L of this modality)
-            inputs.append(values)
-            masks.append(real)
-        return (torch.cat(inputs, 1), torch.cat(masks, 1)) if several else (inputs[0], masks[0])
+            tokens.check(values, shown)
+            inputs[name] = values, None if real is None else _as_bool(real, values.shape, shown)
+        return inputs
 
     def _by_modality(self, values: Modal, what: str) -> dict[str, Tensor]:
         if not isinstance(values, dict):

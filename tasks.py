@@ -95,8 +95,13 @@ class Task:
         """For the first lines of a run: '10 classes'."""
         raise NotImplementedError
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        """What is minimised, summed over the samples: outputs (B, num_outputs), targets of `stack` -> ()."""
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        """What is minimised, summed over the samples: outputs (B, num_outputs), targets of `stack` -> ().
+
+        weights: (B,), of each sample in this sum; None = 1.
+        """
         raise NotImplementedError
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -180,6 +185,13 @@ class Task:
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of predictions.csv after the item's id."""
         raise NotImplementedError
+
+
+def _total(loss: Callable[..., Tensor], weights: Tensor | None) -> Tensor:
+    """The sum over samples of a loss of torch's, `loss(reduction=...)`, each times its weight where (B,) are given."""
+    if weights is None:
+        return loss(reduction="sum")
+    return (loss(reduction="none").reshape(len(weights), -1).sum(1) * weights).sum()
 
 
 def _refuse_infinite(rows: Rows) -> None:
@@ -280,12 +292,14 @@ class Classification(Task, ClassTargets):
 
     # --- Training ---
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        weights = None
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        of_classes = None
         if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+            of_classes = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
         smoothing = settings.label_smoothing
-        return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing, reduction="sum")
+        return _total(partial(F.cross_entropy, outputs, targets, of_classes, label_smoothing=smoothing), weights)
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
@@ -463,8 +477,10 @@ class Regression(Task):
 
     # --- Training ---
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        return F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        return _total(partial(F.mse_loss, outputs.float(), targets), weights) / self.num_outputs
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs)[None]
@@ -671,13 +687,15 @@ class MultiLabel(Task):
 
     # --- Training ---
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        weights = None
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        of_labels = None
         if self.weights is not None:
             without, with_label = torch.tensor(self.weights, dtype=torch.float32, device=outputs.device).T
-            weights = torch.where(targets > 0, with_label, without)
-        loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, weights, reduction="sum")
-        return loss / self.num_outputs
+            of_labels = torch.where(targets > 0, with_label, without)
+        loss = partial(F.binary_cross_entropy_with_logits, outputs.float(), targets, of_labels)
+        return _total(loss, weights) / self.num_outputs
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, reduction="sum") / self.num_outputs

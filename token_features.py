@@ -327,6 +327,37 @@ class ConvStem(nn.Module):
         return tokens, mask
 
 
+# --- Mixtures of two samples ------------------------------------------------------------------------------------------
+
+
+def mixture(
+    x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """weight * x + (1 - weight) * other, where what is hidden or beyond the end of one counts as zeros (mixup, Zhang et
+    al. 2018; of embedded text as Guo et al. 2019).
+
+    Args:
+        x, other: (B, L, features) each, L of its own.
+        mask, other_mask: bool (B, L), or None.
+        weight: (B,).
+
+    Returns:
+        (B, longer L, features), and bool (B, longer L), True where one of both is real; None if neither has a mask and
+        their lengths are the same.
+    """
+    longest = max(x.size(1), other.size(1))
+    masks = []
+    if mask is not None or other_mask is not None or x.size(1) != other.size(1):
+        for values, real in ((x, mask), (other, other_mask)):
+            real = values.new_ones(values.shape[:2], dtype=torch.bool) if real is None else real
+            masks.append(F.pad(real, (0, longest - values.size(1))))
+    parts = [F.pad(values, (0, 0, 0, longest - values.size(1))) for values in (x, other)]
+    if masks:
+        parts = [values.masked_fill(~real[..., None], 0) for values, real in zip(parts, masks, strict=True)]
+    weight = weight.to(x.dtype)[:, None, None]
+    return weight * parts[0] + (1 - weight) * parts[1], masks[0] | masks[1] if masks else None
+
+
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -423,12 +454,23 @@ class TokenFeatures(nn.Module):
             return math.prod(self.token_grid)
         return self.stem.num_tokens(length) if isinstance(self.stem, SequenceStem) else length
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, input_dim), mask bool (B, L) -> what the encoder reads (B, L, C), mask (B, L), L behind the stem."""
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
-        if self.embedding is not None:
-            x = self.embedding(x[..., 0].long())  # (B, L, features)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, mix: tuple[Tensor, Tensor | None, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the encoder reads.
+
+        Args:
+            x: (B, L, input_dim).
+            mask: bool (B, L), or None.
+            mix: (other samples, their mask, weight (B,) of x beside them), see :class:`PerceiverModel`.
+
+        Returns:
+            (B, L, C) and its mask (B, L), L behind the stem.
+        """
+        x = self._features(x, mask)
+        if mix is not None:
+            other, other_mask, weight = mix
+            x, mask = mixture(x, mask, self._features(other, other_mask), other_mask, weight)
         if self.stem is not None:
             x, mask = self.stem(x, mask)  # (B, L, features), (B, L)
         features = [x]
@@ -441,6 +483,12 @@ class TokenFeatures(nn.Module):
         if self.encoding is not None:
             features.append(self.encoding.expand(*x.shape[:2], -1))
         return torch.cat(features, -1) if len(features) > 1 else features[0], mask
+
+    def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, L, input_dim) -> (B, L, features) before the stem, zero where hidden if they are not embedded."""
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
+        return x if self.embedding is None else self.embedding(x[..., 0].long())
 
     def check(self, x: Tensor, name: str) -> None:
         """Raise ValueError if x is no batch of these tokens."""

@@ -34,8 +34,10 @@ import distributed
 import evaluation
 import tasks
 from batches import (
+    Mixed,
     create_dataloader,
     loaded_of,
+    mix_inputs,
     model_inputs,
     set_epoch,
     share_of,
@@ -232,9 +234,12 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
                    f"(--select_by {next(iter(task.higher_is_better))} chooses)")  # fmt: skip
     if (passes := passes_of(settings, len(splits["train"]))) > 1:
         splits["train"] = splits["train"].subset(np.tile(np.arange(len(splits["train"])), passes))
+    training = splits["train"]
+    if settings.mixup and settings.augment:
+        training = Mixed(training, settings.mixup, settings.seed, task)
     loaders = {
         name: create_dataloader(
-            splits[name],
+            training if name == "train" else splits[name],
             settings.batch_size,
             targets=task,
             shuffle=name == "train",
@@ -382,8 +387,8 @@ def rehearse(run: Run) -> None:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
         model.train()
         with run.autocast():
-            outputs = model(*model_inputs(batch, device))
-            run.task.objective(outputs, batch["label"].to(device), run.settings).backward()
+            outputs = model(*model_inputs(batch, device), **mix_inputs(batch, device))
+            objective(run, outputs, batch).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -424,12 +429,12 @@ def fit(run: Run) -> None:
                     x, mask = model_inputs(batch, device)
                     targets = batch["label"][:own].to(device, non_blocking=True)
                     with run.autocast():
-                        outputs = run.replica(x, mask)[:own]  # (own, num_outputs)
-                        objective = task.objective(outputs, targets, settings)  # summed over the samples
+                        outputs = run.replica(x, mask, **mix_inputs(batch, device))[:own]  # (own, num_outputs)
+                        total = objective(run, outputs, batch)  # summed over the samples
                     # DistributedDataParallel takes the mean over the processes, so scale by their number
-                    scaler.scale(objective * size / len(samples)).backward()
+                    scaler.scale(total * size / len(samples)).backward()
                     with torch.no_grad():
-                        sums += torch.cat([objective.detach()[None], task.step_sums(outputs.detach(), targets)])
+                        sums += torch.cat([total.detach()[None], task.step_sums(outputs.detach(), targets)])
             signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS], device=device)
             sums = torch.cat([sums, signals])
             distributed.all_reduce(sums)
@@ -466,6 +471,17 @@ def fit(run: Run) -> None:
         if better:
             run.save(BEST)
         run.save(LAST)
+
+
+def objective(run: Run, outputs: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    """What is minimised, summed over the first samples of the batch, of which these are the outputs; where samples are
+    mixed, that of the labels of both, by their shares."""
+    task, settings, own = run.task, run.settings, slice(len(outputs))
+    targets = batch["label"][own].to(outputs.device, non_blocking=True)
+    if "mix" not in batch:
+        return task.objective(outputs, targets, settings)
+    weight, others = (batch["mix"][name][own].to(outputs.device, non_blocking=True) for name in ("weight", "label"))
+    return task.objective(outputs, targets, settings, weight) + task.objective(outputs, others, settings, 1 - weight)
 
 
 def stopped(run: Run) -> int:

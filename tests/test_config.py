@@ -514,10 +514,11 @@ def test_the_printed_settings_are_those_in_force():
     assert ["model_size", "tiny", "data", "set"] in rows
     assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
     printed = {row[0] for row in rows}
-    others = {"data_dir", "patch_size", "augment", "flip", "image_size", "data_path", "test_path", "test_fraction"}
+    others = {"data_dir", "patch_size", "flip", "image_size", "data_path", "test_path", "test_fraction"}
     others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
     others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    others |= {"group_pattern", "image_bits", "tune_thresholds", "task"}
+    others |= {"group_pattern", "image_bits", "tune_thresholds", "task", "stem", "epoch_samples"}
+    others |= {name for name in FIELDS if name.startswith("series_")}
     assert FIELDS.keys() - printed == others
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 

@@ -1,6 +1,7 @@
 """Tokens of series and their augmentation: exact under padding, shown in the user's time, and repeatable."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plots
-from adapters import AugmentedSeries, SeriesAdapter, attention_by_step, describe, from_description
+from adapters import (
+    AugmentedSeries,
+    SequenceDataset,
+    SeriesAdapter,
+    attention_by_step,
+    describe,
+    from_description,
+)
 from augmentation import SeriesAugmentation, series_augmentation
-from batches import create_dataloader, random_stream, set_epoch
+from batches import Mixed, create_dataloader, random_stream, set_epoch
 from config import Settings
 from messages import UserError
 from perceiver_model import PerceiverModel
+from tasks import Classification, MultiLabel, Regression
 from token_features import SequenceConvStem, WindowStem, window_steps
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -314,3 +323,102 @@ def test_only_training_series_are_changed_and_augment_is_the_switch():
     assert series_augmentation(given_, "train") == SeriesAugmentation(shift=0.1, jitter=0.2)
     assert not series_augmentation(given_, "val") and not series_augmentation(given_, "test")
     assert not series_augmentation(Settings(dataset_type="sequences", series_shift=0.1, augment=False), "train")
+
+
+# --- Mixtures ---------------------------------------------------------------------------------------------------------
+
+MODALITIES = {
+    "series": {"input_dim": 2, "stem": "conv", "stride": 2, "stem_dim": 6},
+    "image": {"input_dim": 3, "grid_shape": (2, 3)},
+    "text": {"vocab_size": 256, "embedding_dim": 5},
+}
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+@quick
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=2), st.integers(0, 99))
+def test_two_samples_are_mixed_before_the_stem(name, lengths, seed):
+    """Against the sum written out: of features, of embeddings of text; what one of both lacks counts as zeros."""
+    torch.manual_seed(seed)
+    model = PerceiverModel({name: MODALITIES[name]}, 3, **SMALL).double().eval()
+    tokens = model.modalities[name]
+    lengths = [6, 6] if name == "image" else lengths
+    x, other = (normal(seed + i, 1, length, tokens.input_dim) for i, length in enumerate(lengths))
+    if name == "text":
+        x, other = ((values.abs() * 50).round() for values in (x, other))
+    weight, longest = 0.7, max(lengths)
+    features = [x, other]
+    if tokens.embedding is not None:
+        features = [tokens.embedding(values[..., 0].long()) for values in features]
+    first, second = (F.pad(one, (0, 0, 0, longest - one.size(1))) for one in features)
+    mixed = weight * first + (1 - weight) * second
+    seen = []
+    tokens.register_forward_hook(lambda module, _, output: seen.append(output))
+    logits = model({name: x}, mix=({name: other}, None, torch.tensor([weight], dtype=torch.float64)))
+    behind = mixed if tokens.stem is None else tokens.stem(mixed, None)[0]
+    torch.testing.assert_close(seen[0][0][..., : behind.size(2)], behind, rtol=1e-9, atol=1e-9)
+    # The same in a padded batch, with all modalities of the model there or not
+    padded = [F.pad(values, (0, 0, 0, 4), value=float("nan")) for values in (x, other)]
+    masks = [torch.arange(length + 4)[None] < length for length in lengths]
+    if name != "image":
+        mix = {name: padded[1]}, {name: masks[1]}, torch.tensor([weight], dtype=torch.float64)
+        again = model({name: padded[0]}, {name: masks[0]}, mix=mix)
+        torch.testing.assert_close(again, logits, rtol=1e-9, atol=1e-9)
+    alone = model({name: x}, mix=({name: other[:, : lengths[0]]}, None, torch.ones(1, dtype=torch.float64)))
+    if lengths[1] <= lengths[0]:
+        torch.testing.assert_close(alone, model({name: x}), rtol=1e-9, atol=1e-9)
+
+
+def test_a_mixture_of_modalities_that_not_every_sample_has():
+    torch.manual_seed(0)
+    model = PerceiverModel(MODALITIES, 3, **SMALL).eval()
+    x = {"series": torch.randn(2, 5, 2), "image": torch.randn(2, 6, 3)}
+    other = {"text": torch.full((2, 4, 1), 65.0), "image": torch.randn(2, 6, 3)}
+    logits = model(x, mix=(other, None, torch.tensor([0.6, 1.0])))
+    assert logits.isfinite().all() and logits.shape == (2, 3)
+    assert not torch.allclose(logits[0], model(x)[0])
+
+
+def classes(number):
+    return Classification([str(i) for i in range(number)])
+
+
+TASKS = [
+    (classes(3), torch.tensor([0, 2, 1, 1])),
+    (replace(classes(3), class_weights=[1.0, 2.0, 0.5]), torch.tensor([0, 2, 1, 1])),
+    (Regression(["a", "b"], [0.0, 0.0], [1.0, 1.0]), torch.randn(4, 2)),
+    (MultiLabel(["a", "b", "c"]), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])),
+]
+
+
+@pytest.mark.parametrize("task, targets", TASKS, ids=["classes", "weighted", "numbers", "labels"])
+def test_a_weighted_objective_is_the_sum_over_samples(task, targets):
+    outputs, weights = torch.randn(4, task.num_outputs), torch.tensor([0.2, 1.0, 0.0, 0.7])
+    given_ = Settings(label_smoothing=0.1)
+    each = [task.objective(outputs[[i]], targets[[i]], given_) for i in range(4)]
+    expected = sum(weight * one for weight, one in zip(weights, each, strict=True))
+    torch.testing.assert_close(task.objective(outputs, targets, given_, weights), expected)
+    torch.testing.assert_close(task.objective(outputs, targets, given_), sum(each))
+
+
+def test_the_partners_of_a_mixture_depend_on_seed_epoch_and_sample_alone():
+    data = SequenceDataset([torch.full((3 + number, 1), float(number)) for number in range(9)], np.arange(9) % 2)
+
+    def batches(seed, size, workers=0):
+        loader = create_dataloader(Mixed(data, 0.4, seed, classes(2)), size, num_workers=workers, num_classes=2)
+        found = []
+        for _ in range(2):
+            rows = {}
+            for batch in loader:
+                mix = batch["mix"]
+                for i, own in enumerate(batch["input"][:, 0, 0].tolist()):
+                    partner = int(mix["input"][i, 0, 0])
+                    assert int(mix["mask"][i].sum()) == 3 + partner and int(mix["label"][i]) == partner % 2
+                    rows[own] = partner, float(mix["weight"][i])
+            found.append(rows)
+        return found
+
+    first, second = batches(0, 4)
+    assert batches(0, 2) == batches(0, 4, workers=2) == [first, second]
+    assert first != second and first != batches(1, 4)[0]
+    assert all(0.5 <= share <= 1 for _, share in first.values()) and len({partner for partner, _ in first.values()}) > 2
