@@ -1,6 +1,7 @@
 """Tokens of series and their augmentation: exact under padding, shown in the user's time, and repeatable."""
 
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import before_step
 
+import inference
 import plots
+import run_log
+import train
 from adapters import (
     AugmentedSeries,
     SequenceDataset,
@@ -21,6 +26,7 @@ from adapters import (
 )
 from augmentation import SeriesAugmentation, series_augmentation
 from batches import Mixed, create_dataloader, random_stream, set_epoch
+from checkpoint import load_checkpoint
 from config import Settings
 from messages import UserError
 from perceiver_model import PerceiverModel
@@ -422,3 +428,90 @@ def test_the_partners_of_a_mixture_depend_on_seed_epoch_and_sample_alone():
     assert batches(0, 2) == batches(0, 4, workers=2) == [first, second]
     assert first != second and first != batches(1, 4)[0]
     assert all(0.5 <= share <= 1 for _, share in first.values()) and len({partner for partner, _ in first.values()}) > 2
+
+
+# --- A run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Twelve series of two classes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savez("own.npz", x=rng.normal(size=(12, 20, 2)).astype(np.float32), y=np.arange(12) % 2)
+    monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_training_curves", lambda *given: given[1].write_text("curves"))
+    return tmp_path
+
+
+RUN = (
+    "--dataset sequences --data_path own.npz --d_model 16 --num_heads 2 --num_latents 3 --epochs 2 --batch_size 4 "
+    "--epoch_samples 20 --amp off --device cpu --series_shift 0.1 --series_circular --series_warp 0.2 "
+    "--series_crop 0.1 --series_scale 0.1 --series_jitter 0.1 --mixup 0.4"
+)
+
+
+def run(*words):
+    return train.main(RUN.split() + list(words))
+
+
+def weights(folder):
+    return load_checkpoint(f"{folder}/last_model.pth")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_on_series_ends_as_the_unbroken_one(files, monkeypatch, workers):
+    assert run("--checkpoint_dir", "whole") == 0
+    with monkeypatch.context() as patch:
+        before_step(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))  # in the middle of the second epoch
+        assert run("--checkpoint_dir", "broken", "--num_workers", str(workers)) == 128 + signal.SIGTERM
+    progress = load_checkpoint("broken/last_model.pth")["progress"]
+    assert progress["epoch"] == 1 and 0 < progress["batch"] < 5
+    assert not same(weights("broken"), weights("whole"))
+    assert train.main(["--resume", "broken/last_model.pth"]) == 0
+    assert same(weights("broken"), weights("whole"))
+
+
+def test_what_a_run_on_series_says(files, capsys):
+    assert run("--series_stride", "2") == 0
+    text = capsys.readouterr()
+    assert "series  20 steps, 2 channels; convolutions, a token every 2 steps" in text.out
+    assert "series  in training changed at random: started anywhere (circular), shift 0.1, warp 0.2" in text.out
+    assert "too few to choose an epoch by" in text.out + text.err
+    checkpoint = load_checkpoint("checkpoints/best_model.pth")
+    assert checkpoint["epoch"] == 2 and checkpoint["settings"]["select_by"] == "last"
+    # 8 of 12 are left for training: three passes make the 20 samples, 24 in 6 batches
+    assert checkpoint["data"]["split_sizes"]["train"] == 8 and checkpoint["progress"]["step"] == 12
+    assert inference.main(["--model_path", "checkpoints/best_model.pth", "--analyze", "--device", "cpu"]) == 0
+    assert (files / "results" / "attention.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--stem conv --series_window 4", "series_window: --stem conv reads no windows"),
+    ("--stem none --series_stride 2", "series_stride: without a stem every step is a token"),
+    ("--series_window 4 --series_stride 5", "series_stride 5 is larger than series_window 4"),
+    ("--select_by last --early_stopping_patience 3", "early_stopping_patience"),
+    ("--series_shift 1", "--series_shift: expected a number"),
+    ("--mixup -1", "--mixup: expected a number"),
+])  # fmt: skip
+def test_settings_of_series_that_do_not_go_together(files, capsys, words, expected):
+    with pytest.raises(SystemExit) as caught:
+        train.main([*RUN.split(), *words.split()])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error and len(error.splitlines()) == 1
+    assert not (files / "checkpoints").exists() or not list((files / "checkpoints").glob("*.pth"))
+
+
+@pytest.mark.parametrize("words, features", [
+    ("--series_window 4", {"input_dim": 2, "stem": "windows", "window": 4, "stride": 1}),
+    ("--stem none", {"input_dim": 2}),
+    ("--stem conv --series_stride 3", {"input_dim": 2, "stem": "conv", "stride": 3}),
+])  # fmt: skip
+def test_the_flags_of_tokens_reach_the_model(files, words, features):
+    assert run("--epochs", "1", "--epoch_samples", "0", *words.split()) == 0
+    assert load_checkpoint("checkpoints/last_model.pth")["data"]["features"] == {"series": features}
