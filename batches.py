@@ -256,6 +256,14 @@ def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any
     return x.to(dtype) if features else x, mask
 
 
+def hide(batch: Batch) -> None:
+    """Let nothing of the batch count, not even in the statistics of a batch norm."""
+    for part in (batch, batch.get("mix", {})):
+        masks = part.get("mask", {})
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            mask.zero_()
+
+
 def token_counts(batch: Batch) -> torch.Tensor:
     """Real tokens of each sample, (B,) int64, of all modalities together."""
     masks = batch["mask"].values() if isinstance(batch["mask"], dict) else [batch["mask"]]

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -247,13 +248,46 @@ class WindowStem(SequenceStem):
         return self.windows(x).mT.flatten(2), self.token_mask(mask)
 
 
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the real tokens alone, those of all processes of a run together.
+
+    In evaluation it is a fixed scale and shift of each channel. In training it ties the samples of a batch together, so
+    batches accumulated into one step differ from a larger batch.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, L, channels), mask bool (B, L) -> (B, L, channels)."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
+            count = _summed(real.sum())
+            mean = _summed(torch.einsum("blc,bl->c", values, real)) / count
+            var = _summed(torch.einsum("blc,bl->c", (values - mean).square(), real)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = var * count / (count - 1).clamp(min=1)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self.num_batches_tracked += 1
+        values = (values - mean) * (self.weight * (var + self.eps).rsqrt()) + self.bias
+        return values.to(x.dtype)
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over the processes of a run; gradients pass through it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    from torch.distributed.nn.functional import all_reduce  # which not every build of torch has
+
+    return all_reduce(values.contiguous())
+
+
 class SequenceConvStem(SequenceStem):
     """Convolutions over the steps of a sequence: layers of kernels of three sizes side by side, as in InceptionTime
-    (Fawaz et al. 2020, section 3), each followed by a layer norm over its channels and a GELU; all but the first are
-    residual.
+    (Fawaz et al. 2020, section 3), each followed by batch norm and GELU; all but the first are residual.
 
-    The first layer has the stride: a token stands for that many steps, and a long sequence costs the less. A norm is of
-    one token, not of the batch, and in every layer what is not there counts as zeros. So the tokens of a sample depend
+    The first layer has the stride: a token stands for that many steps, and a long sequence costs the less. In every
+    layer what is not there counts as zeros, and no norm counts it. So in evaluation the tokens of a sample depend
     neither on its padding nor on the samples beside it.
 
     Args:
@@ -276,14 +310,14 @@ class SequenceConvStem(SequenceStem):
             nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in self.KERNELS)
             for inputs, step in shapes
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(num_channels) for _ in shapes)
+        self.norms = nn.ModuleList(MaskedBatchNorm(num_channels) for _ in shapes)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, steps, features), zero where hidden; mask bool (B, steps) -> tokens (B, L, channels), mask (B, L)."""
         mask = self.token_mask(mask)
         for number, (convolutions, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             y = torch.cat([convolution(x.mT) for convolution in convolutions], 1).mT  # (B, L, channels)
-            y = F.gelu(norm(y))
+            y = F.gelu(norm(y, mask))
             x = x + y if number else y
             if mask is not None:
                 x = x.masked_fill(~mask[..., None], 0)

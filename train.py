@@ -36,6 +36,7 @@ import tasks
 from batches import (
     Mixed,
     create_dataloader,
+    hide,
     loaded_of,
     mix_inputs,
     model_inputs,
@@ -376,8 +377,8 @@ def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1
 
 
 def rehearse(run: Run) -> None:
-    """The passes of a training step over the first batch of the epoch, which leave no trace: neither in the gradients
-    nor in the random numbers."""
+    """The passes of a training step over the first batch of the epoch, which leave no trace: neither in gradients and
+    statistics of batches nor in the random numbers."""
     model, loader, device = run.replica, run.loaders["train"], run.device
     first = loader.batch_sampler.batches(run.state.progress.epoch)[0]
     numbers = loaded_of(first, distributed.rank(), distributed.size())
@@ -385,10 +386,13 @@ def rehearse(run: Run) -> None:
     advice = memory_advice(f"with batch_size {run.settings.batch_size}", step_remedies(run.settings))
     with torch.random.fork_rng(cards), advice:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
+        before = [buffer.clone() for buffer in model.buffers()]
         model.train()
         with run.autocast():
             outputs = model(*model_inputs(batch, device), **mix_inputs(batch, device))
             objective(run, outputs, batch).backward()
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
     model.zero_grad(set_to_none=True)
 
 
@@ -424,6 +428,8 @@ def fit(run: Run) -> None:
                 # counts, so that all processes call backward
                 own = len(share_of(numbers, rank, size))
                 exchange = nullcontext() if numbers is group[-1] else distributed.no_sync(run.replica)
+                if not own:
+                    hide(batch)
                 longest = f"samples of up to {token_counts(batch).max()} tokens"
                 with memory_advice(f"{batch_size} and {longest}", remedies, GO_ON), exchange:
                     x, mask = model_inputs(batch, device)

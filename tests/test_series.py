@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from config import Settings
 from messages import UserError
 from perceiver_model import PerceiverModel
 from tasks import Classification, MultiLabel, Regression
-from token_features import SequenceConvStem, WindowStem, window_steps
+from token_features import MaskedBatchNorm, SequenceConvStem, WindowStem, window_steps
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SMALL = {"d_model": 16, "num_heads": 2, "num_latents": 3, "num_cross_attention_layers": 1,
@@ -72,7 +73,7 @@ def test_a_padded_batch_gives_every_sample_the_logits_it_gets_alone(stem, length
 @given(stems, st.integers(0, 99))
 def test_padding_moves_no_gradient_of_a_stem(stem, seed):
     torch.manual_seed(seed)
-    model = PerceiverModel(2, 3, **SMALL, **stem).double()
+    model = PerceiverModel(2, 3, **SMALL, **stem).double()  # in training, where batch norm counts the real tokens
     series = normal(seed, 1, 11, 2)
     padded = F.pad(series, (0, 0, 0, 7), value=torch.inf)
     gradients = []
@@ -121,7 +122,10 @@ def test_windows_hold_their_steps(window, length, seed):
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 99))
 def test_convolutions_against_sums_written_out(stride, length, seed):
     torch.manual_seed(seed)
-    stem = SequenceConvStem(2, 6, stride).double()
+    stem = SequenceConvStem(2, 6, stride).double().eval()
+    for norm in stem.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
     x = normal(seed, length, 2)
     tokens, _ = stem(x[None], None)
 
@@ -137,12 +141,30 @@ def test_convolutions_against_sums_written_out(stride, length, seed):
     def layer(values, number, places):
         y = torch.cat([convolved(values, one, places) for one in stem.layers[number]], 1)
         norm = stem.norms[number]
-        y = (y - y.mean(1, keepdim=True)) / (y.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-        y = y * norm.weight + norm.bias
+        y = (y - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
         return y * (1 + torch.erf(y / 2**0.5)) / 2
 
     first = layer(x, 0, range(0, length, stride))
     torch.testing.assert_close(tokens[0], first + layer(first, 1, range(len(first))), rtol=1e-9, atol=1e-9)
+
+
+@quick
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4).filter(lambda lengths: sum(lengths) > 2), st.integers(0, 99))
+def test_batch_norm_of_real_tokens_is_that_of_torch(lengths, seed):
+    real = torch.cat([normal(seed + i, length, 3) for i, length in enumerate(lengths)])
+    padded = torch.nn.utils.rnn.pad_sequence(real.split(lengths), batch_first=True, padding_value=1e6)
+    mask = torch.arange(padded.size(1)) < torch.tensor(lengths)[:, None]
+    ours, torchs = MaskedBatchNorm(3).double(), torch.nn.BatchNorm1d(3).double()
+    for norm in (ours, torchs):
+        torch.nn.init.constant_(norm.weight, 1.5)
+        torch.nn.init.constant_(norm.bias, -0.5)
+    close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
+    for _ in range(2):
+        close(ours(padded, mask)[mask], torchs(real))
+    close(ours(real[None], None)[0], torchs(real))
+    for name, value in torchs.state_dict().items():
+        close(ours.state_dict()[name], value)
+    close(ours.eval()(padded, mask)[mask], torchs.eval()(real))
 
 
 def test_a_stem_makes_long_series_cheaper():
