@@ -194,6 +194,10 @@ def _upgrade(contents: dict[str, Any]) -> None:
     if isinstance(data, dict) and "class_names" in data:
         data["task"] = {"kind": "classification", "class_names": data["class_names"], "class_weights": None}
         data["num_outputs"] = data.pop("num_classes", len(data["class_names"]))
+    progress = contents.get("progress")
+    totals = progress.get("totals") if isinstance(progress, dict) else None
+    if isinstance(totals, dict) and "loss" in totals:  # of smoothed labels, where the settings smooth them
+        totals["objective"] = totals["loss"]
 
 
 def _alternative(path: Path) -> str:

@@ -36,7 +36,7 @@ from series_files import (
     ts_series,
     ucr_series,
 )
-from tables import DEFAULTS, FileFinder, Table, extension_of, listed, read_table, read_text, shown
+from tables import DEFAULTS, FileFinder, Table, extension_of, label_cells, listed, read_table, read_text, shown
 
 
 @dataclass
@@ -201,7 +201,7 @@ def _rows_of(
     table: Table, value_of: Callable[[int], Any], settings: Settings, labelled: bool, on_error: OnError
 ) -> Items:
     """The items of a table with one row each; `value_of` is given the row's index."""
-    labels = table.column(settings.label_column) if labelled else None
+    labels = label_cells(table, settings) if labelled else None
     groups = groups_of(table, settings)
     named = table.has(settings.id_column)
     ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)

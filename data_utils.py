@@ -78,7 +78,8 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
         members = rng.permutation(np.flatnonzero(labels == label))
         held_out.extend(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     if not held_out:
-        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; more of a class are needed")
+        each = ", one of each class," if len(labels) > 1 else ""
+        raise UserError(f"{len(labels)} sample{'s' * (len(labels) > 1)}{each} cannot be split; more are needed")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
@@ -467,6 +468,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         notes += _split_off(items, targets, task, settings)
     if not info:
         task = task.learn(targets["train"], settings)
+    refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
     absent = {name: task.absent(values) for name, values in targets.items()}
     notes += [text.format(name) for name, text in absent.items() if text]
 

@@ -239,42 +239,47 @@ def regression_metrics(
 ) -> dict[str, Any]:
     """Metrics of numbers (N, K), in float64 and in their own units, as plain data; what is undefined is None.
 
-    For each number: `mae`, `rmse`, `median_absolute_error` and `r2` (against the mean of `true`), beside them
-    `baseline_mae` and `baseline_rmse`, those of always answering `mean`, that of training.
+    For each number: `mae`, `rmse`, `median_absolute_error` and `r2` (against the mean of `true`), and as `baseline_...`
+    the same of always answering `mean`, that of training.
 
     Of one number these are the metrics. Of several, `mae` and `rmse` are in units of their deviations `std` in
-    training (root mean square and mean over the numbers), where the baseline is about 1, and `r2` is the mean.
+    training (mean and root mean square over the numbers), where the baseline is about 1, and `r2` is the mean.
     """
-    error, base = predicted - true, np.asarray(mean) - true
-    spread = np.square(true - true.mean(0)).sum(0)
-
-    def figures(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.abs(error).mean(0), np.sqrt(np.square(error).mean(0))
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        columns = {
-            "target": list(names),
-            **dict(zip(("mae", "rmse"), figures(error), strict=True)),
-            "median_absolute_error": np.median(np.abs(error), 0),
-            "r2": 1 - np.square(error).sum(0) / np.where(spread > 0, spread, np.nan),
-            **dict(zip(("baseline_mae", "baseline_rmse"), figures(base), strict=True)),
-        }
+    true, predicted, mean, std = (np.asarray(values, np.float64) for values in (true, predicted, mean, std))
+    sides = {"": predicted, "baseline_": np.broadcast_to(mean, true.shape)}
+    columns = {"target": list(names)}
+    for prefix, answers in sides.items():
+        columns |= {f"{prefix}{name}": values for name, values in _errors(true, answers).items()}
     per_target = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     together = {name: values[0] for name, values in columns.items() if name != "target"}
     if len(names) > 1:
-        scaled = {prefix: figures(part / std) for prefix, part in (("", error), ("baseline_", base))}
-        together = {f"{prefix}mae": mae.mean() for prefix, (mae, _) in scaled.items()}
-        together |= {f"{prefix}rmse": np.sqrt(np.square(rmse).mean()) for prefix, (_, rmse) in scaled.items()}
-        together["r2"] = np.mean(columns["r2"])
+        together = {}
+        for prefix, answers in sides.items():
+            scaled = (answers - true) / std
+            together[f"{prefix}mae"] = np.abs(scaled).mean()
+            together[f"{prefix}rmse"] = np.sqrt(np.square(scaled).mean())
+            together[f"{prefix}r2"] = np.mean(columns[f"{prefix}r2"])
     return plain(
         {
             "num_samples": len(true),
             "num_targets": len(names),
             **together,
-            "mean_squared_standardised_error": np.square(error / std).mean(),
+            "mean_squared_standardised_error": np.square((predicted - true) / std).mean(),
             "per_target": per_target,
         }
     )
+
+
+def _errors(true: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of each number, (K,), of answers (N, K)."""
+    error, spread = answers - true, np.square(true - true.mean(0)).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "mae": np.abs(error).mean(0),
+            "rmse": np.sqrt(np.square(error).mean(0)),
+            "median_absolute_error": np.median(np.abs(error), 0),
+            "r2": 1 - np.square(error).sum(0) / np.where(spread > 0, spread, np.nan),
+        }
 
 
 # --- Metrics of several labels ----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from config import (
 from data_files import Items, without_effect
 from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
-from messages import UserError, as_utf8, exit_on_user_error, memory_advice, naming, print_note, printable
+from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
 from perceiver_model import PerceiverModel
 from schema import shown
 from tables import FileFinder
@@ -138,7 +138,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     Raises:
         UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
     """
-    if isinstance(items, (str, bytes, dict)) or type(items).__name__ == "DataFrame":
+    if isinstance(items, (str, bytes, dict)):
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
     if hasattr(items, "columns"):  # iterating it would give the names of its columns
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
@@ -303,15 +303,15 @@ def print_results(results: dict[str, Any]) -> None:
     """The metrics, and a line per class or target where they are few enough to read."""
 
     def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.6g}"
-        return "-" if value is None else printable(str(value))
+        return figure_text(value) if value is None or isinstance(value, float) else printable(str(value))
 
+    hidden = ("epoch", "split_seed", "num_classes", "num_targets")
     for name, value in results.items():
-        if type(value) in (int, float) and name not in ("epoch", "split_seed", "num_classes", "num_targets"):
-            print(f"{name.replace('_', ' '):<33}{shown(value):>10}")
+        if type(value) in (int, float) and name not in hidden and not name.startswith("baseline_"):
+            beside = f"   baseline {shown(baseline)}" if (baseline := results.get(f"baseline_{name}")) else ""
+            print(f"{name.replace('_', ' '):<33}{shown(value):>10}{beside}")
     for rows in (value for name, value in results.items() if name.startswith("per_")):
-        if len(rows) > 20:
+        if len(rows) > 20 or results.get("num_targets") == 1:
             continue
         header = list(rows[0])
         cells = [[shown(row[name]) for name in header] for row in rows]

@@ -1,9 +1,14 @@
-"""Labels as they stand in a file -> classes; what looks like a slip is said, or refused, alike in every format.
+"""Labels as they stand in a file -> classes or numbers; slips are noted, or refused, alike in every format.
 
     class_name      the class that a cell means: '1' for 1, 1.0 and "1.0"
+    class_names_of  the classes in a cell of several
+    number_of       the number that a cell means
     read_labels     the classes of cells, and what is wrong with which of them
     slips           notes on labels that look like mistakes
     ClassNumbers    the number of a class, found under any spelling of its name
+
+A cell is what a file holds: text, a number, true or false, a list of those (.jsonl), or a dict where the label stands
+in several named columns.
 """
 
 import math
@@ -21,10 +26,12 @@ from tables import nfc, shown
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # that is written as no whole one is
 _WHOLE = re.compile(r"[+-]?\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+_GROUPED = re.compile(r"[+-]?\d[\d., '\u00a0\u202f\u2019_]*\d")  # 1,5 and 1.234,5 and 1 000 and 1'000
 _MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "nat", "nil", "missing", "?", "-"}  # NA is Namibia, too
 _LONGEST = 1000  # characters of a label
-_SEVERAL = "several labels for an item are not offered yet"
-_FRACTION = "it is a measurement, and regression is not offered yet; write whole numbers, or words such as low and high"
+_SEVERAL = "for items with any number of labels say --task multilabel"
+_FRACTION = "for numbers say --task regression; for classes write whole numbers, or words such as low and high"
+LARGEST = 1e100  # of a label that is a number: its square is finite, and so is a sum of squares
 
 
 def class_name(cell: Any, where: str) -> str:
@@ -39,7 +46,8 @@ def class_name(cell: Any, where: str) -> str:
     if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
         raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
     if isinstance(cell, (list, tuple, dict)):
-        raise UserError(f"{where}: label {shown(cell)} is no class: {_SEVERAL}; give one, as text or a whole number")
+        raise UserError(f"{where}: label {shown(cell)} is no class; give one, as text or a whole number, or "
+                        f"{_SEVERAL}")
     if isinstance(cell, float):
         raise UserError(f"{where}: label {cell} is no class: {_FRACTION}")
     if not isinstance(cell, str):
@@ -55,7 +63,8 @@ def class_name(cell: Any, where: str) -> str:
             raise UserError(f"{where}: label {shown(name)} is no class: {_FRACTION}")
         return str(int(value))
     if _DECIMAL_COMMA.fullmatch(name):
-        raise UserError(f"{where}: label {shown(name)} is no class: {_FRACTION}; if it is a list, {_SEVERAL}")
+        raise UserError(f"{where}: label {shown(name)} is no class: {_FRACTION}; if it is a list, separate its names "
+                        f"by ';' and say --task multilabel")
     try:
         name.encode()
     except UnicodeEncodeError as error:  # "\ud83d" in JSON
@@ -65,23 +74,72 @@ def class_name(cell: Any, where: str) -> str:
     return name
 
 
-def class_names_of(cell: Any, where: str) -> list[str]:
-    """The names in a cell of several labels: a list, or text with ';' between them; nothing is none.
-
-    Raises UserError for what is no class.
-    """
+def label_parts(cell: Any) -> list[Any]:
+    """The parts of a cell of several labels: of a list, or of text with ';' between them; of nothing, none."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return []
     parts = cell.split(";") if isinstance(cell, str) else cell if isinstance(cell, (list, tuple)) else [cell]
-    return [class_name(part, where) for part in parts if not (isinstance(part, str) and not part.strip())]
+    return [part for part in parts if not (isinstance(part, str) and not part.strip())]
 
 
-def same_class(one: Any, other: Any) -> bool:
-    """Whether two cells mean the same class, be they classes or not."""
+def class_names_of(cell: Any, where: str) -> list[str]:
+    """The names in a cell of several labels: its parts, or of a dict the keys whose value is 1.
+
+    Raises UserError for what is no class, and for values of a dict that are neither 0 nor 1.
+    """
+    if isinstance(cell, dict):
+        return [name for name, value in cell.items() if _is_there(value, f"{where}, {name!r}")]
+    return [class_name(part, where) for part in label_parts(cell)]
+
+
+def _is_there(value: Any, where: str) -> bool:
+    if is_zero(value):
+        return False
+    if str(value).strip().lower() in ("1", "1.0", "true"):
+        return True
+    raise UserError(f"{where}: {shown(value)} is neither 1 (the item has the label) nor 0; correct it")
+
+
+def is_zero(value: Any) -> bool:
+    """Whether the cell of a label says that the item does not have it."""
+    return str(value).strip().lower() in ("0", "0.0", "-0.0", "false")
+
+
+def number_of(cell: Any, where: str) -> float:
+    """The number that a label means. Raises UserError for words, nothing, NaN, infinity and what is too large."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
+        raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
+    text = cell.strip() if isinstance(cell, str) else ""
+    if text.lower() in _MISSING or text == "NA":
+        raise UserError(f"{where}: label {shown(cell)} is a missing value; fill it in, or remove the row")
     try:
-        return class_name(one, "") == class_name(other, "")
-    except UserError:
-        return one == other
+        if isinstance(cell, bool) or "_" in text:  # float would take 1_000 for 1000
+            raise ValueError
+        value = float(cell)
+    except (TypeError, ValueError):
+        remedy = "correct it, or remove the row"
+        if _GROUPED.fullmatch(text):
+            remedy = "write it with a decimal point, and without a separator of thousands"
+        elif re.search(r"\d", text):
+            remedy = "write the number alone, without a unit or a sign"
+        raise UserError(f"{where}: label {shown(cell)} is no number; {remedy}") from None
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {shown(cell)} is no finite number; correct it, or remove the row")
+    if abs(value) > LARGEST:
+        raise UserError(f"{where}: label {shown(cell)} is beyond {LARGEST:g}; correct it, or use another unit")
+    return value
+
+
+def same_label(one: Any, other: Any) -> bool:
+    """Whether two cells mean the same label, be they labels or not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_label(one[name], other[name]) for name in one)
+    for meaning in (class_name, number_of):
+        with suppress(UserError):
+            return meaning(one, "") == meaning(other, "")
+    return one == other
 
 
 def read_labels(
@@ -103,7 +161,7 @@ def read_labels(
             errors.append(error)
     there = {name for name in names if name is not None and name not in known}
     missing = {name for name in there if name.lower() in _MISSING}
-    if missing and (rest := there - missing) and all(map(_WHOLE.fullmatch, rest)):
+    if missing and (rest := there.union(known) - missing) and all(map(_WHOLE.fullmatch, rest)):
         for number, (name, place) in enumerate(zip(names, places, strict=True)):
             if name in missing:
                 names[number] = None
@@ -124,10 +182,16 @@ def class_order(labels: Iterable[str]) -> list[str]:
 # -- slips ----------------------------------------------------------------------------------------------------
 
 
-def slips(cells: Sequence[Any], names: Sequence[str]) -> list[str]:
-    """Notes on the labels of training items, cells and the classes they mean, that look like mistakes."""
+def slips(cells: Sequence[Any], names: Sequence[str], several: bool = False) -> list[str]:
+    """Notes on labels of training items that look like mistakes.
+
+    Args:
+        cells, names: the labels as they stand in the file, and the classes that they mean.
+        several: whether an item may have any number of labels; then they are those of all items, one after the other.
+    """
     counts = Counter(names)
-    return [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts), *_many(counts)]
+    notes = [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts, several)]
+    return notes if several else notes + _many(counts)
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:
@@ -175,8 +239,9 @@ def _missing(counts: Counter) -> list[str]:
             "remove these rows if they have no label"]
 
 
-def _combined(counts: Counter) -> list[str]:
-    """Cells that hold several names: each of them is a label by itself, or comes in other combinations too."""
+def _combined(counts: Counter, several: bool) -> list[str]:
+    """Labels that hold several names: each of them is a label by itself, or comes in other combinations too."""
+    remedy = "separate them by ';'" if several else _SEVERAL
     for separator in ("|", ";", ",", "/", "+", "&", " "):
         parts = {name: _parts(name, separator) for name in counts}
         combined = {name: found for name, found in parts.items() if len(found) > 1}
@@ -185,7 +250,7 @@ def _combined(counts: Counter) -> list[str]:
         for name, found in combined.items():
             if all(part in alone or (separator != " " and uses[part] > 1) for part in found):
                 return [f"a label such as {shown(name)} seems to hold several names; each combination is learnt as a "
-                        f"class of its own, since {_SEVERAL}"]
+                        f"class of its own; {remedy}"]
     return []
 
 
@@ -202,12 +267,12 @@ def _many(counts: Counter) -> list[str]:
     notes, total = [], sum(counts.values())
     (largest, most), (smallest, least) = counts.most_common(1)[0], counts.most_common()[-1]
     if len(counts) > 20 and total < 3 * len(counts):
-        notes.append(f"{len(counts)} classes for {total} items: if the labels are measurements, regression is not "
-                     "offered yet; if they are names of items, name the column of labels by --label_column")
+        notes.append(f"{len(counts)} classes for {total} items: if the labels are measurements, say --task regression; "
+                     "if they are names of items, name the column of labels by --label_column")
     elif most >= 10 * least and len(counts) > 1:
         notes.append(f"the classes are unequal: {shown(largest)} has {most} of {total} training items, "
-                     f"{shown(smallest)} {least}; class weights, and choosing the best epoch by another score than "
-                     "accuracy, are not offered yet: look at the balanced accuracy")
+                     f"{shown(smallest)} {least}; look at the balanced accuracy, and see --class_weights balanced and "
+                     "--select_by balanced_accuracy")
     return notes
 
 

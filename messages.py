@@ -50,6 +50,15 @@ def from_spreadsheet_cell(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
 
 
+def figure_text(value: float | None) -> str:
+    """A figure for the screen, with at least four digits that say something; - where it is undefined."""
+    if value is None:
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4f}"
+    return f"{value:.6g}" if abs(value) > 1 else f"{value:.4g}"
+
+
 # --- Notes and mistakes -----------------------------------------------------------------------------------------------
 
 

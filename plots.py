@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from files import PathLike, written_whole
-from messages import print_note, printable
+from messages import figure_text, print_note, printable
 
 if TYPE_CHECKING:  # plotting libraries are imported where they are used: importing this module is quick
     from matplotlib.axes import Axes
@@ -633,11 +633,11 @@ def plot_training_curves(
         for axes, name in ((loss, "loss"), (headlines, headline)):
             for part, (label, colour) in labels.items():
                 if f"{part}_{name}" in history[0]:
-                    values = [line[f"{part}_{name}"] for line in history]
+                    values = np.array([line[f"{part}_{name}"] for line in history], float)  # None becomes NaN
                     axes.plot(epochs, values, color=colour, marker=marker, markersize=3, label=label)
             value = history[best][f"val_{name}"]
-            label = f"best epoch {epochs[best]}: {value:.4f}"
-            axes.plot(epochs[best], value, "*", color=VERMILION, markersize=11, label=label)
+            star = {"color": VERMILION, "markersize": 11, "label": f"best epoch {epochs[best]}: {figure_text(value)}"}
+            axes.plot(epochs[best], np.nan if value is None else value, "*", **star)
             axes.set_title(name.replace("_", " ").capitalize())
             axes.legend()
         rates = [line["learning_rate"] for line in history]

@@ -47,11 +47,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from adapters import ImageAdapter, TextAdapter
-from data_files import open_image, to_rgb
+from image_files import open_image, to_rgb, upright
 from messages import UserError
 from perceiver_model import PerceiverModel
 
@@ -195,7 +195,7 @@ class PretrainedImageAdapter(ImageAdapter):
             if array.dtype != np.uint8 or not array.size or array.ndim not in (2, 3) or array.shape[2:] > (4,):
                 raise UserError(f"an image must be uint8 (H, W) or (H, W, 1 to 4), this is {array.dtype} {array.shape}")
             image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-        image = to_rgb(ImageOps.exif_transpose(image), name)
+        image = to_rgb(upright(image), name)
         side = max(1, int(self.crop * min(image.size)))
         left, top = ((length - side) // 2 for length in image.size)
         square = image.crop((left, top, left + side, top + side))

@@ -240,6 +240,7 @@ class Run(Contents):
     progress: Progress
     random_state: RandomState
     other_random_states: list[RandomState]
+    threads: NotRequired[int]
 
 
 def check_run(checkpoint: dict[str, Any], path: Any) -> None:

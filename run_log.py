@@ -23,7 +23,7 @@ import plots
 from checkpoint import BEST, LAST, load_checkpoint
 from config import FIELDS, Settings
 from files import disk_advice, make_folder, new_folder, replace, written_whole
-from messages import UserError, print_note, printable, quoted
+from messages import UserError, figure_text, print_note, printable, quoted
 from progress import Progress
 from tasks import Task
 
@@ -130,7 +130,8 @@ class RunLog:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
             figures = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
             shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in figures.items())
-            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {self._samples() / (time.perf_counter() - self.started):,.0f} samples/s")
+            speed = self._samples() / (time.perf_counter() - self.started)
+            self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {speed:,.0f} samples/s")
 
     def advance(self, batches: int) -> None:
         self.bar.update(batches)
@@ -171,7 +172,8 @@ class RunLog:
         def part(name: str) -> str:
             value = line.get(f"{name}_{headline}")
             label = headline.replace("_", " ")
-            return f"{name} loss {line[f'{name}_loss']:.4f}" + (f" {label} {value:.4f}" if value is not None else "")
+            there = f"{name}_{headline}" in line
+            return f"{name} loss {figure_text(line[f'{name}_loss'])}" + f" {label} {figure_text(value)}" * there
 
         say(
             f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}  "
@@ -183,7 +185,7 @@ class RunLog:
             return
         for name, value in line.items():
             group, _, figure = name.partition("_")
-            if group in ("train", "val"):
+            if group in ("train", "val") and value is not None:
                 self.writer.add_scalar(f"epoch/{figure}", value, line["step"], group)
         self.writer.add_scalar("step/samples_per_second", line["samples_per_second"], line["step"])
         if is_best and "confusion_matrix" in metrics:
@@ -213,12 +215,13 @@ class RunLog:
         """The closing lines: of the epoch whose model was tested, and its file."""
         progress, headline = self.progress, self.task.headline
         label, test = headline.replace("_", " "), progress.test
+        beside = f"the training mean as answer: {figure_text(test['baseline'])}; " if "baseline" in test else ""
         if progress.epoch < self.settings.num_epochs:
             print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
-            f"{tested[f'val_{headline}']:.4f}, test {label} {test[headline]:.4f} ({test['num_samples']} samples, "
-            f"touched only now)\n"
+            f"{figure_text(tested[f'val_{headline}'])}, test {label} {figure_text(test[headline])} ({beside}"
+            f"{test['num_samples']} samples, touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
             f"next:   python inference.py --model_path {quoted(model)} --analyze --output_dir results/"
         )
@@ -232,7 +235,10 @@ class RunLog:
         progress, headline = self.progress, self.task.headline
         tested = progress.history[progress.test["epoch"] - 1]
         figures = {f"val_{headline}": tested[f"val_{headline}"], "val_loss": tested["val_loss"]}
-        for name, value in {**figures, f"test_{headline}": progress.test[headline]}.items():
+        figures[f"test_{headline}"] = progress.test[headline]
+        for name, value in figures.items():
+            if value is None:
+                continue
             self.writer.add_scalar(f"best/{name}", value, progress.step + 1)
         self.writer.add(summary.hparams({}, {})[2], progress.step + 1)
         self.writer.close()

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from config import Settings
-from labels import class_name, same_class
+from config import FIELDS, Settings
+from labels import class_name, label_parts, same_label
 from messages import UserError
 from tables import (
     DEFAULTS,
@@ -32,11 +32,17 @@ from tables import (
     FileFinder,
     Table,
     check_regular,
+    comma_is_point,
     csv_reader,
     extension_of,
+    joined,
+    label_cells,
+    label_columns,
     listed,
     named,
+    names_in,
     nfc,
+    note_comma,
     numbered_lines,
     read_cells,
     read_text,
@@ -60,7 +66,6 @@ class SeriesFile:
 
 # What stands for a missing value, as pandas and R have it; float() itself knows nan
 _MISSING = {"", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "Null", "null", "None", "none"}
-_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
 
 
 def _number(cell: str, comma: bool = False) -> float:
@@ -124,11 +129,6 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
     return SeriesFile([(path.name, str(path), lambda: (_one_by_place(cells), None))], notes=cells.notes)
 
 
-def _comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
-    """Whether the comma is the decimal point of a table, which it may be where ';' separates the cells."""
-    return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
-
-
 def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
     """Whether the first row names columns: it holds text, or counts the columns from 0 above numbers with a point.
 
@@ -137,14 +137,14 @@ def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
     first = [cell.strip() for cell in cells.rows[0]]
     if not {nfc(name) for name in expected}.isdisjoint(map(nfc, first)):
         return True
-    is_text = partial(_is_text, comma=_comma_is_point(cells.delimiter, first))
+    is_text = partial(_is_text, comma=comma_is_point(cells.delimiter, first))
     if not any(map(is_text, first)):
         counting = first[1:] if first[0] == "" else first
         return (len(counting) > 1 and counting == [str(number) for number in range(len(counting))]
                 and any("." in cell or "," in cell for row in cells.rows[1:2] for cell in row))
     if len(first) < 3 or any(map(is_text, first[1:])) or "" in first[1:]:
         return True
-    numbers = _numbers(first[1:], _comma_is_point(cells.delimiter, first))
+    numbers = _numbers(first[1:], comma_is_point(cells.delimiter, first))
     return bool((np.diff(numbers) > 0).all())
 
 
@@ -155,7 +155,7 @@ def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence
     rows = settings.table_rows
     if rows == "auto" and labelled and not table.has(id_column):
         features = [name for name in table.columns if name not in map(nfc, _others(settings))]
-        if not _numbered(features) or not table.has(settings.label_column):
+        if not _numbered(features) or not all(map(table.has, label_columns(settings))):
             try:
                 table.column(id_column)
             except UserError as error:
@@ -181,11 +181,6 @@ def _numbered(names: list[str]) -> list[int] | None:
     return numbers if len(set(numbers)) == len(numbers) else None
 
 
-def _names(text: str | None) -> list[str]:
-    """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
-    return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
-
-
 def groups_of(table: Table, settings: Settings) -> list[list[str]]:
     """For each row [its group], or [] where the table has no such column; an empty cell is an empty group."""
     if settings.group_column is None or not table.has(settings.group_column):
@@ -195,13 +190,14 @@ def groups_of(table: Table, settings: Settings) -> list[list[str]]:
 
 def _others(settings: Settings) -> list[str]:
     """The columns of a table of series that are no features."""
-    return [settings.id_column, settings.label_column, *([settings.group_column] if settings.group_column else [])]
+    groups = [settings.group_column] if settings.group_column else []
+    return [settings.id_column, *label_columns(settings), *groups]
 
 
 def _features(table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]) -> list[str]:
     """The columns of features, in order: without `others` (id, label) and what the settings leave out."""
     path, others = table.path, [nfc(name) for name in others]
-    chosen, ignored = _names(settings.feature_columns), _names(settings.ignore_columns)
+    chosen, ignored = names_in(settings.feature_columns), names_in(settings.ignore_columns)
     for setting, names in ("feature_columns", chosen), ("ignore_columns", ignored if known is None else []):
         absent = [name for name in names if not table.has(name)]
         if absent:
@@ -244,8 +240,8 @@ def _matrix(table: Table, names: list[str]) -> np.ndarray:
     columns = [table.column(name) for name in names]
     values = np.stack([_numbers(cells) for cells in columns], axis=1)
     wrong = np.isinf(values)
-    if _comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong))):
-        table.notes.append(f"{table.path}: a comma is the decimal point in it")
+    if comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong))):
+        note_comma(table)
         values = np.stack([_numbers(cells, comma=True) for cells in columns], axis=1)
         wrong = np.isinf(values)
     for c in np.flatnonzero(wrong.any(0) & ~np.isfinite(values).any(0))[:1]:
@@ -260,9 +256,9 @@ def _matrix(table: Table, names: list[str]) -> np.ndarray:
 
 
 def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
-    id_column, label_column = settings.id_column, settings.label_column
+    id_column = settings.id_column
     ids = table.column(id_column)
-    labels = table.column(label_column) if labelled else None
+    labels = label_cells(table, settings) if labelled else None
     groups = groups_of(table, settings)
     names = _features(table, settings, known, _others(settings))
     numbers = _matrix(table, names)
@@ -280,7 +276,7 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
             raise UserError(f"{first}: the series id in column {id_column!r} is empty; fill it in, or remove the row")
         label = labels[rows[0]] if labelled else None
         for row in rows[1:] if labelled else ():
-            if labels[row] != label and not same_class(labels[row], label):
+            if labels[row] != label and not same_label(labels[row], label):
                 raise UserError(f"{table.place(row)}: label {shown(labels[row])} of series {shown(ids[row])}, but "
                                 f"{shown(label)} in line {table.lines[rows[0]]}; give all its rows the same")
         for row in rows[1:]:
@@ -305,8 +301,8 @@ def _counting(table: Table, names: list[str], numbers: np.ndarray, ids: list[str
 
 
 def _series_per_row(table: Table, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
-    id_column, label_column = settings.id_column, settings.label_column
-    labels = table.column(label_column) if labelled else None
+    id_column = settings.id_column
+    labels = label_cells(table, settings) if labelled else None
     ids = table.column(id_column) if table.has(id_column) else [str(row + 1) for row in range(len(table.rows))]
     if (twice := repeated(ids)) is not None:
         raise UserError(f"{table.path}: id {shown(twice)} is in several rows; if they are its steps, say --table_rows "
@@ -342,11 +338,12 @@ def _cell(table: Table, row: int, name: str) -> str:
 def _label_first(cells: Cells, settings: Settings) -> SeriesFile:
     """Lines without a header: label, then the values of one channel."""
     path = cells.path
-    comma = _comma_is_point(cells.delimiter, (cell for row in cells.rows for cell in row[1:]))
+    comma = comma_is_point(cells.delimiter, (cell for row in cells.rows for cell in row[1:]))
 
     def make(row: tuple[str, ...], place: str) -> tuple[np.ndarray, Any]:
         values = _numbers(row[1:], comma)[:, None]
-        return _checked(values, place, lambda t, _: f"{place}, field {t + 2}: {shown(row[t + 1])}"), row[0]
+        label = row[0].replace(",", ".") if comma and settings.task == "regression" and "." not in row[0] else row[0]
+        return _checked(values, place, lambda t, _: f"{place}, field {t + 2}: {shown(row[t + 1])}"), label
 
     if settings.table_rows == "auto":
         cells.notes.append(f"{path}: has no header; each line is read as a series, its label first (as in the UCR "
@@ -398,7 +395,7 @@ def _one_by_place(cells: Cells) -> np.ndarray:
         if len(row) != len(rows[0]):
             raise UserError(f"{path}, line {line}: {len(row)} fields, {len(rows[0])} in line {lines[0]}; "
                             "make them equal")
-    comma = _comma_is_point(cells.delimiter, (cell for row in rows for cell in row))
+    comma = comma_is_point(cells.delimiter, (cell for row in rows for cell in row))
     values = np.array([_numbers(row, comma) for row in rows], ndmin=2)
     return _checked(values, str(path), lambda t, c: f"{path}, line {lines[t]}, column {c + 1}: {shown(rows[t][c])}")
 
@@ -421,25 +418,34 @@ _TS_TAGS = {"@problemname": str, "@timestamps": bool, "@missing": bool, "@univar
 
 
 def ts_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
-    """The series of a .ts file. Comments begin with # or %, and may be in any encoding."""
+    """The series of a .ts file. Comments begin with # or %, and may be in any encoding.
+
+    Of the archives of classification with @classLabel, of those of regression with @targetLabel.
+    """
     notes: list[str] = []
     lines = numbered_lines(read_text(path, settings, notes, comments=(b"#", b"%")))
     lines = [(number, line) for number, line in lines if line[0] not in "#%"]
-    return SeriesFile(_ts_parts(path, lines, labelled), notes=notes)
+    return SeriesFile(_ts_parts(path, lines, settings.task, labelled), notes=notes)
 
 
-def _ts_parts(path: Path, lines: list[tuple[int, str]], labelled: bool) -> Iterator[Part]:
+def _ts_parts(path: Path, lines: list[tuple[int, str]], task: str, labelled: bool) -> Iterator[Part]:
     start = next((index for index, (_, line) in enumerate(lines) if line.lower() == "@data"), None)
     if start is None:
         raise UserError(f"{path}: there is no line @data; write it between the header and the series")
     header, classes = _ts_header(path, lines[:start])
-    if labelled and not classes:
-        raise UserError(f"{path}: its header has no @classLabel true; add it with the labels if the series have them")
+    is_number = header.get("@targetlabel", False)
+    if classes and is_number:
+        raise UserError(f"{path}: its header has @classLabel and @targetLabel; say false of one of them")
+    if labelled and is_number and task != "regression":
+        raise UserError(f"{path}: its header has @targetLabel true, so its labels are numbers; say --task regression")
+    if labelled and not classes and not is_number:
+        wanted = "@targetLabel true" if task == "regression" else "@classLabel true"
+        raise UserError(f"{path}: its header has no {wanted}; add it with the labels if the series have them")
     if not lines[start + 1 :]:
         raise UserError(f"{path}: there is no series after @data; write one per line")
     for index, (number, line) in enumerate(lines[start + 1 :], 1):
         place = f"{path}, line {number}"
-        yield str(index), place, partial(_ts_series, line, place, header, classes, labelled)
+        yield str(index), place, partial(_ts_series, line, place, header, classes, task, labelled)
 
 
 def _ts_header(path: Path, lines: list[tuple[int, str]]) -> tuple[dict[str, Any], list[str]]:
@@ -457,9 +463,8 @@ def _ts_header(path: Path, lines: list[tuple[int, str]]) -> tuple[dict[str, Any]
         if _TS_TAGS[tag] is int and not (word.isdecimal() and len(word) < 10 and int(word)):
             raise UserError(f"{where} must give a whole number of at least 1")
         header[tag] = word == "true" if _TS_TAGS[tag] is bool else int(word) if _TS_TAGS[tag] is int else words
-        if tag in ("@timestamps", "@targetlabel") and header[tag]:
-            kind = {"@timestamps": "series with time stamps", "@targetlabel": "a regression target"}[tag]
-            raise UserError(f"{where}: {kind} cannot be used yet; convert it to plain values and @classLabel")
+        if tag == "@timestamps" and header[tag]:
+            raise UserError(f"{where}: series with time stamps cannot be used yet; convert it to plain values")
         if tag == "@classlabel" and header[tag]:
             classes = words[1:]
             if not classes:
@@ -468,15 +473,17 @@ def _ts_header(path: Path, lines: list[tuple[int, str]]) -> tuple[dict[str, Any]
 
 
 def _ts_series(
-    line: str, place: str, header: dict[str, Any], classes: list[str], labelled: bool
+    line: str, place: str, header: dict[str, Any], classes: list[str], task: str, labelled: bool
 ) -> tuple[np.ndarray, str | None]:
     """(series, label) of a line. The first series fixes in `header` what it left open."""
     dimensions = line.split(":")
-    label = dimensions.pop().strip() if classes else None
-    if labelled:
-        _check_declared(label, classes, place, "@classLabel")
+    label = dimensions.pop().strip() if classes or header.get("@targetlabel") else None
+    if labelled and classes:
+        _check_declared(label, classes, task, place, "@classLabel")
     if header.get("@univariate") and len(dimensions) > 1:
         raise UserError(f"{place}: {len(dimensions)} dimensions, the header says @univariate true; correct one of them")
+    if not dimensions:
+        raise UserError(f"{place}: there is no ':' between series and label; correct it, or remove the line")
     if len(dimensions) != header.get("@dimensions", len(dimensions)):
         raise UserError(f"{place}: {len(dimensions)} dimensions, {header['@dimensions']} by @dimensions or the first "
                         "series; all must have the same")
@@ -492,13 +499,15 @@ def _ts_series(
     return series, label
 
 
-def _check_declared(label: str, classes: Sequence[str], place: str, declared: str) -> None:
-    if label in classes:
-        return
-    with_number = class_name(label, place)
-    if not any(same_class(with_number, known) for known in classes):
-        raise UserError(f"{place}: label {shown(label)} is not one of {declared}, {listed(classes)}; "
-                        "correct it, or add it there")
+def _check_declared(label: str, classes: Sequence[str], task: str, place: str, declared: str) -> None:
+    """Refuse a label that is not declared in the file; of several, each of them."""
+    for part in label_parts(label) if task == "multilabel" else [label]:
+        if part in classes:
+            continue
+        name = class_name(part, place)
+        if not any(same_label(name, known) for known in classes):
+            raise UserError(f"{place}: label {shown(part)} is not one of {declared}, {listed(classes)}; "
+                            "correct it, or add it there")
 
 
 def _value(place: str, cells: list[list[str]], t: int, c: int) -> str:
@@ -520,7 +529,8 @@ _ATTRIBUTE = re.compile(r"@attribute\s+('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\
 
 def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
     """The series of an .arff file: one per row, its steps the numeric attributes, or one relational attribute of which
-    each line is a channel. The label is the attribute that settings.label_column names, else the last, if nominal.
+    each line is a channel. The label is the attribute that settings.label_column names, else the last: a nominal one
+    of classes, of numbers any.
     """
     notes: list[str] = []
     lines = numbered_lines(read_text(path, settings, notes, comments=(b"%",)))
@@ -530,14 +540,9 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
         raise UserError(f"{path}: there is no series after a line @data; write one per line")
     attributes = _arff_attributes(path, lines[:start])
     names = list(attributes)
-    label = nfc(settings.label_column)
-    if label not in attributes:
-        label = names[-1] if attributes[names[-1]].startswith("{") else None
-    if labelled and label is None:
-        raise UserError(f"{path}: no nominal attribute, such as @attribute class {{a,b}}, at its end; name the one of "
-                        "the labels by --label_column (regression is not offered yet)")
+    labels = _arff_labels(path, attributes, settings, labelled, notes)
     relational = [name for name in names if attributes[name] == "relational"]
-    if relational and len(names) - len(relational) - (label is not None):
+    if relational and len(names) - len(relational) - len(labels):
         raise UserError(f"{path}: attributes beside a relational one and the label cannot be read; remove them")
     rows, faults, places = [], {}, []
     for index, (number, line) in enumerate(lines[start + 1 :]):
@@ -548,30 +553,61 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
             faults[index] = f"{path}, line {number}: {error}"
             rows.append(("",) * len(names))
     table = Table(path, {name: position for position, name in enumerate(names)}, rows, places, faults, notes=notes)
-    declared = attributes[label] if label else ""
-    try:
-        classes = _arff_cells(declared.strip("{} ")) if declared.startswith("{") else None
-    except ValueError as error:
-        raise UserError(f"{path}: @attribute {label} {shown(declared)}: {error}") from error
+    declared = {label: _arff_classes(path, label, attributes[label]) for label in labels}
+    several = len(labels) > 1
 
     def checked(part: Part) -> Part:
         id, place, make, *group = part
 
         def make_checked() -> tuple[Any, Any]:
             value, cell = make()
-            cell = None if cell == "?" else cell
-            if labelled and cell is not None and classes:
-                _check_declared(cell, classes, place, f"@attribute {label}")
-            return value, cell
+            cells = cell if several else dict.fromkeys(labels, cell)
+            cells = {label: None if found == "?" else found for label, found in cells.items()}
+            for label, found in cells.items() if labelled else ():
+                if found is not None and declared[label]:
+                    _check_declared(found, declared[label], settings.task, place, f"@attribute {label}")
+            return value, cells if several else cells.get(labels[0]) if labels else None
 
         return id, place, make_checked, *group
 
+    if labels:
+        settings = replace(settings, label_column=joined(labels) if settings.task != "classification" else labels[0])
     if relational:
-        parts = _relational_parts(table, relational[0], label if labelled else None)
+        parts = _relational_parts(table, relational[0], settings, labelled)
     else:
-        as_table = replace(settings, label_column=label or settings.label_column)
-        parts = _series_per_row(table, as_table, labelled, None).parts
+        parts = _series_per_row(table, settings, labelled, None).parts
     return SeriesFile(map(checked, parts), notes=notes)
+
+
+def _arff_labels(
+    path: Path, attributes: dict[str, str], settings: Settings, labelled: bool, notes: list[str]
+) -> list[str]:
+    """The attributes of the label; none where there are none and none are needed."""
+    asked = [nfc(name) for name in label_columns(settings)]
+    there = [name for name in asked if name in attributes]
+    if there == asked:
+        return asked
+    if there or settings.label_column != FIELDS["label_column"].default:
+        absent = next(name for name in asked if name not in there)
+        raise UserError(f"{path}: no attribute {absent!r}, which --label_column names; there are {listed(attributes)}")
+    last = list(attributes)[-1]
+    if attributes[last].startswith("{"):
+        return [last]
+    if settings.task == "regression" and attributes[last] != "relational":
+        notes.append(f"{path}: its last attribute, {last}, is taken for the label (--label_column overrides)")
+        return [last]
+    if labelled:
+        raise UserError(f"{path}: no nominal attribute, such as @attribute class {{a,b}}, at its end; name the one of "
+                        "the labels by --label_column, and for numbers say --task regression")
+    return []
+
+
+def _arff_classes(path: Path, label: str, declared: str) -> list[str]:
+    """The classes of a nominal attribute; of another, none."""
+    try:
+        return _arff_cells(declared.strip("{} ")) if declared.startswith("{") else []
+    except ValueError as error:
+        raise UserError(f"{path}: @attribute {label} {shown(declared)}: {error}") from error
 
 
 def _arff_attributes(path: Path, lines: list[tuple[int, str]]) -> dict[str, str]:
@@ -620,9 +656,9 @@ def _arff_row(line: str, width: int) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _relational_parts(table: Table, name: str, label: str | None) -> Iterator[Part]:
+def _relational_parts(table: Table, name: str, settings: Settings, labelled: bool) -> Iterator[Part]:
     bags = table.column(name)
-    labels = table.column(label) if label else None
+    labels = label_cells(table, settings) if labelled else None
 
     def make(row: int) -> tuple[np.ndarray, Any]:
         _refuse_faults(table, [row])
@@ -638,7 +674,7 @@ def _relational_parts(table: Table, name: str, label: str | None) -> Iterator[Pa
 
 # -- NumPy ----------------------------------------------------------------------------------------------------
 
-_NPZ_KEYS = ("x", "y", "lengths", "id")
+_NPZ_NAMES = {"regression": "target_names", "multilabel": "class_names"}  # of the columns of y
 _SMALL = 1 << 28  # bytes that an archive may always unpack to
 
 
@@ -681,19 +717,21 @@ def npz_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
 
 def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]:
     group_column = settings.group_column
-    wanted = [key for key in (*_NPZ_KEYS, group_column) if labelled or key != "y"]
+    of_labels = ["y", *_NPZ_NAMES.values()]  # which are not looked at where labels are not asked for
+    wanted = ["x", "lengths", "id", group_column] + of_labels * labelled
     arrays = load_numpy(path, wanted, settings.max_unpacking)
-    needed = ("x", "y") if labelled else ("x",)
-    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*_NPZ_KEYS, settings.group_column}:
+    needed = ["x"] + ["y"] * labelled
+    others = ["lengths", "id"] + ([_NPZ_NAMES[settings.task]] if labelled and settings.task in _NPZ_NAMES else [])
+    unused = [] if labelled else of_labels
+    if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*needed, *others, *unused, group_column}:
         raise UserError(f"{path}: holds {listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
-                        f"{' and '.join(needed)}, and of other keys only {', '.join(_NPZ_KEYS[len(needed):])} and the "
-                        "--group_column")
+                        f"{' and '.join(needed)}, and of other keys only {', '.join(others)} and the --group_column")
     series = _npz_series(path, arrays["x"], arrays.get("lengths"))
 
     def column(key: str, kinds: str) -> list[Any]:
         return _per_series(path, key, arrays[key], kinds, len(series))
 
-    labels = column("y", "biufUS") if labelled else None
+    labels = _npz_labels(path, arrays, settings.task, len(series)) if labelled else None
     groups = column(group_column, "iuUS") if group_column in arrays else None
     ids = [str(id) for id in (column("id", "iuUS") if "id" in arrays else range(1, len(series) + 1))]
     if (twice := repeated(ids)) is not None:
@@ -726,14 +764,38 @@ def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequen
     return np.split(x, ends[:-1])
 
 
-def _per_series(path: Path, key: str, array: np.ndarray, kinds: str, count: int | None) -> list[Any]:
+def _npz_labels(path: Path, arrays: dict[str, np.ndarray], task: str, count: int) -> list[Any]:
+    """The label of each series: of a y (N, K) of numbers, or of 1 and 0, a dict by the names of its columns."""
+    y, key = arrays["y"], _NPZ_NAMES.get(task, "")
+    if key not in arrays and (task == "classification" or np.ndim(y) != 2):
+        return _per_series(path, "y", y, "biufUS", count, task)
+    if task == "regression" and np.ndim(y) == 1:
+        y = y[:, None]
+    fits = isinstance(y, np.ndarray) and y.dtype.kind in "biuf" and y.ndim == 2
+    if not fits or len(y) != count or not y.shape[1]:
+        raise UserError(f"{path}: y is {_kind(arrays['y'])}; with {key or 'several columns'} it must be numbers "
+                        f"({count}, columns), a row for each series")
+    names = [f"label {number}" for number in range(1, y.shape[1] + 1)]
+    if key in arrays:
+        names = [nfc(name).strip() for name in _per_series(path, key, arrays[key], "US", None, task)]
+        if len(names) != y.shape[1] or repeated(names) is not None or "" in names:
+            raise UserError(f"{path}: {key} is {listed(names)}; it must be {y.shape[1]} different names, one for each "
+                            f"column of y {y.shape}")
+    return [dict(zip(names, row, strict=True)) for row in y.tolist()]
+
+
+def _per_series(path: Path, key: str, array: np.ndarray, kinds: str, count: int | None, task: str = "") -> list[Any]:
     """The elements of an array with one value per series, of these dtype kinds."""
     fits = isinstance(array, np.ndarray) and array.dtype.kind in kinds and array.ndim == 1 and array.size
     if not fits or len(array) != (count or len(array)):
-        meaning = "whole numbers" + " or text" * ("U" in kinds)
-        several = "; several labels for a series are not offered yet, and rows of 0 and 1 become one by y.argmax(1)"
-        raise UserError(f"{path}: {key} is {_kind(array)}; it must be {meaning}, one for each of the "
-                        f"{count or 'stored'} series" + several * (key == "y" and np.ndim(array) == 2))
+        meaning = "text" if kinds == "US" else "whole numbers" + " or text" * ("U" in kinds)
+        meaning = "numbers" if task == "regression" and key == "y" else meaning
+        of = "" if key in _NPZ_NAMES.values() else f", one for each of the {count or 'stored'} series"
+        several = ""
+        if key == "y" and np.ndim(array) == 2:
+            several = ("; for several labels of a series, 1 or 0 each, say --task multilabel, for numbers --task "
+                       "regression; one of several classes is y.argmax(1)")
+        raise UserError(f"{path}: {key} is {_kind(array)}; it must be {meaning}{of}{several}")
     try:
         return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array).tolist()
     except UnicodeDecodeError as error:

@@ -235,6 +235,14 @@ def _delimiter_by_looking(sample: str, default: str) -> str:
     return best if found.get(best, 0) > 0.5 else default
 
 
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
+
+
+def comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
+    """Whether the comma is the decimal point of a table, which it may be where ';' separates the cells."""
+    return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
+
+
 def csv_reader(lines: Iterable[str], **options: Any) -> Any:
     csv.field_size_limit(2**31 - 1)  # csv's own limit is 128 KiB a cell
     return csv.reader(lines, **options)
@@ -395,6 +403,51 @@ def named(cells: Cells) -> Table:
         raise UserError(f"{where}: no column has a name; name them")
     index = "Unnamed: 0" if counts_rows and header[0] == "Unnamed: 0" else None
     return Table(path, keys, rows, lines, faults, cells.delimiter, notes, index)
+
+
+def note_comma(table: Table) -> None:
+    note = f"{table.path}: a comma is the decimal point in it"
+    if note not in table.notes:
+        table.notes.append(note)
+
+
+def names_in(text: str | None) -> list[str]:
+    """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
+    return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
+
+
+def joined(names: Iterable[str]) -> str:
+    """The text of which `names_in` makes the names."""
+    return ",".join(f'"{name}"' if "," in name else name for name in names)
+
+
+def label_columns(settings: Settings) -> list[str]:
+    """The columns of the labels: one of classes; of numbers, and of labels that are 1 or 0, there may be several."""
+    if settings.task == "classification":
+        return [settings.label_column]
+    names = [name for name in names_in(settings.label_column) if name]
+    if not names or (twice := repeated(names)) is not None:
+        what = f"{twice!r} is there more than once" if names else "names no column"
+        raise UserError(f"label_column: {settings.label_column!r}: {what}; write for example price,weight")
+    return names
+
+
+def label_cells(table: Table, settings: Settings) -> list[Any]:
+    """The label of each row as it stands there; of several columns a dict of their cells by name."""
+    columns = {name: table.column(name) for name in label_columns(settings)}
+    if settings.task == "regression":
+        columns = {name: _with_points(table, cells) for name, cells in columns.items()}
+    if len(columns) == 1:
+        return next(iter(columns.values()))
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _with_points(table: Table, cells: list[Any]) -> list[Any]:
+    """Numbers with a decimal comma, where ';' separates the cells, with a point."""
+    if not comma_is_point(table.delimiter, cells) or any("." in cell for cell in cells):  # 1.234 may be a thousand
+        return cells
+    note_comma(table)
+    return [cell.replace(",", ".") for cell in cells]
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

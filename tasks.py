@@ -33,9 +33,10 @@ import evaluation
 import plots
 from batches import ClassTargets
 from config import Settings
-from labels import ClassNumbers, class_names_of, class_order, read_labels, slips
-from messages import UserError
+from labels import ClassNumbers, class_names_of, class_order, is_zero, label_parts, number_of, read_labels, slips
+from messages import UserError, figure_text
 from schema import Positive, read, shown
+from tables import label_columns, listed
 
 Rows = dict[str, np.ndarray]
 Figures = dict[str, Callable[[Path], None]]  # file name -> function that draws it
@@ -82,8 +83,12 @@ class Task:
         return None
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Task":
-        """The task with what it takes from the targets of the training split."""
+        """The task with what it takes from the targets of the training split. Raises UserError."""
         return self
+
+    def unlike_training(self, targets: np.ndarray, places: Sequence[str]) -> list[UserError]:
+        """What is wrong with targets of a split, beside those that it has learnt from."""
+        return []
 
     # --- Training ---
 
@@ -135,6 +140,8 @@ class Task:
             return (line["epoch"],)
         name = select_by or next(iter(self.higher_is_better))
         value = line[f"val_{name}"]
+        if value is None:  # undefined: of labels that are on no sample
+            value = -math.inf if self.higher_is_better[name] else math.inf
         return value if self.higher_is_better[name] else -value, -line["val_loss"]
 
     def tuned(self, rows: Rows) -> "Task":
@@ -396,6 +403,7 @@ class Classification(Task, ClassTargets):
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 BINS = 10  # of the first number, of which a split takes the same share each
+FARTHEST = 1e15  # standard deviations from the mean: float32 holds the square
 
 
 @dataclass(frozen=True)
@@ -426,18 +434,27 @@ class Regression(Task):
         return len(self.target_names)
 
     def about(self) -> str:
-        return f"{self.num_outputs} number{'s' * (self.num_outputs > 1)} ({', '.join(self.target_names)})"
+        names = ", ".join(map(plots.short, self.target_names))
+        if self.num_outputs > 1:
+            return f"{self.num_outputs} numbers ({names}); rmse and mae of all in units of their standard deviations"
+        mean, deviation = (figure_text(values[0]) for values in (self.mean, self.std))
+        return f"1 number ({names}, in training {mean} with a standard deviation of {deviation})"
 
     # --- Targets ---
 
     @classmethod
     def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Regression", list[str]]:
-        first = cells[0]
-        width = len(first) if isinstance(first, (tuple, list)) or getattr(first, "ndim", 0) else 1
-        names = [name.strip() for name in settings.label_column.split(",")]
-        if len(names) != width:
-            names = [f"{settings.label_column} {number + 1}" for number in range(width)]
+        names = label_columns(settings)
+        first = next((cell for cell in cells if cell is not None), None)
+        if isinstance(first, dict):
+            names = list(first)
+        elif isinstance(first, (list, tuple)) and len(first) != 1:
+            names = [f"{names[0]} {number}" for number in range(1, len(first) + 1)]
         return cls(names), []
+
+    def check_names(self, path: str | None) -> None:
+        if not self.target_names:
+            raise UserError(f"{path}: the first label holds no number; write one, or a list of several")
 
     def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
         values, errors = np.zeros((len(cells), self.num_outputs)), []
@@ -450,23 +467,34 @@ class Regression(Task):
 
     def target(self, label: Any, where: str) -> np.ndarray:
         """float64 (K,), in the user's units."""
+        if isinstance(label, dict):
+            if label.keys() != set(self.target_names):
+                raise UserError(f"{where}: the label holds {listed(label)}; it must hold {listed(self.target_names)}")
+            return np.array([number_of(label[name], f"{where}, {name!r}") for name in self.target_names])
         parts = list(label) if isinstance(label, (tuple, list)) or getattr(label, "ndim", 0) == 1 else [label]
         if len(parts) != self.num_outputs:
-            raise UserError(f"{where}: {len(parts)} numbers as label, there must be {self.num_outputs}")
-        return np.array([_number(part, where) for part in parts])
+            count = f"{len(parts)} number{'s' * (len(parts) != 1)}"
+            raise UserError(f"{where}: the label is {count}; there must be {self.num_outputs}, of "
+                            f"{listed(self.target_names)}")
+        return np.array([number_of(part, where) for part in parts])
 
     def stack(self, targets: Sequence[np.ndarray]) -> Tensor:
         """float32 (B, K), standardised."""
+        return torch.from_numpy(self._standardised(targets)).float()
+
+    def _standardised(self, targets: Sequence[np.ndarray]) -> np.ndarray:
         values = np.asarray(targets, np.float64).reshape(len(targets), self.num_outputs)
-        return torch.from_numpy((values - self.mean) / self.std).float()
+        return (values - self.mean) / self.std
 
     def check(self, targets: Sequence[np.ndarray], for_training: bool) -> None:
         values = np.asarray(targets, np.float64).reshape(len(targets), self.num_outputs)
         for name, column in zip(self.target_names, values.T, strict=True):
             if for_training and (column == column[0]).all():
-                raise UserError(f"{name} is {column[0]:g} in all {len(column)} training samples; nothing can be learnt")
+                raise UserError(f"{name} is {column[0]:g} in all {len(column)} training samples, so there is nothing "
+                                "to learn; leave it out, or add samples")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
+        """Tenths of the samples by their first number."""
         ranks = targets[:, 0].argsort(kind="stable").argsort(kind="stable")
         return ranks * max(1, min(BINS, len(targets) // BINS)) // len(targets)
 
@@ -474,6 +502,14 @@ class Regression(Task):
         mean, std = targets.mean(0), targets.std(0)
         varies = (targets.min(0) < targets.max(0)) & (std > 0)
         return replace(self, mean=mean.tolist(), std=np.where(varies, std, 1.0).tolist())
+
+    def unlike_training(self, targets: np.ndarray, places: Sequence[str]) -> list[UserError]:
+        far = np.abs(self._standardised(targets)) > FARTHEST
+        return [
+            UserError(f"{places[row]}: {self.target_names[k]} is {targets[row, k]:g}, in training {self.mean[k]:.4g} "
+                      f"with a standard deviation of {self.std[k]:.4g}; correct it, or remove the row")
+            for row, k in np.argwhere(far)
+        ]  # fmt: skip
 
     # --- Training ---
 
@@ -515,9 +551,16 @@ class Regression(Task):
         columns = {}
         for number, name in enumerate(self.target_names):
             suffix = f" {name}" if self.num_outputs > 1 else ""
-            columns[f"true{suffix}"] = rows["true"][:, number]
-            columns[f"predicted{suffix}"] = rows["predicted"][:, number]
+            for side in ("true", "predicted"):
+                columns[side + suffix] = [self._written(value, number) for value in rows[side][:, number].tolist()]
         return columns
+
+    def _written(self, value: float, number: int) -> float:
+        """The shortest decimal that is the same float32 when it is standardised: a label as it stood in the file."""
+        mean, std = self.mean[number], self.std[number]
+        standardised = np.float32((value - mean) / std)
+        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+        return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
         """Root mean square of the errors of a sample, in units of the headline, (N,)."""
@@ -562,22 +605,7 @@ class Regression(Task):
         return {"value": values[0], "values": dict(zip(self.target_names, values, strict=True))}
 
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        return answer["values"]
-
-
-def _number(cell: Any, where: str) -> float:
-    """A label as a number. Raises UserError for words, nothing, NaN and infinity."""
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
-        raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
-    try:
-        value = math.nan if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError):
-        comma = isinstance(cell, str) and cell.count(",") == 1 and cell.replace(",", "").strip("+-").isdecimal()
-        hint = "; write a decimal point, or say --delimiter ';'" if comma else "; correct it, or remove the row"
-        raise UserError(f"{where}: label {shown(cell)} is no number{hint}") from None
-    if not math.isfinite(value):
-        raise UserError(f"{where}: label {shown(cell)} is no finite number; correct it, or remove the row")
-    return value
+        return {name: self._written(answer["values"][name], i) for i, name in enumerate(self.target_names)}
 
 
 # --- Several labels at once -------------------------------------------------------------------------------------------
@@ -618,17 +646,25 @@ class MultiLabel(Task):
         return len(self.class_names)
 
     def about(self) -> str:
-        return f"{self.num_outputs} labels, any number of them an item"
+        return f"{self.num_outputs} labels, any number of them on an item"
 
     # --- Targets ---
 
     @classmethod
     def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["MultiLabel", list[str]]:
-        found: list[str] = []
+        parts, found = [], []
         for cell, place in zip(cells, places, strict=True):
             with suppress(UserError):
-                found += class_names_of(cell, place)
-        return cls(class_order(found)), []
+                names = class_names_of(cell, place)
+                parts += names if isinstance(cell, dict) else label_parts(cell)
+                found += names
+        in_columns = [cell for cell in cells if isinstance(cell, dict)]
+        columns = list(in_columns[0]) if in_columns else []
+        for name in columns:
+            if all(is_zero(cell.get(name)) for cell in in_columns):
+                raise UserError(f"{settings.data_path}: no training item has the label {name!r}; leave its column out, "
+                                "or add items that have it")
+        return cls(columns or class_order(found)), slips(parts, found, several=True)
 
     def check_names(self, path: str | None) -> None:
         if not self.class_names:
@@ -639,6 +675,9 @@ class MultiLabel(Task):
         targets, errors = np.zeros((len(cells), self.num_outputs), np.float32), []
         for row, (cell, place) in enumerate(zip(cells, places, strict=True)):
             try:
+                if isinstance(cell, dict) and (more := [name for name in cell if numbers.get(name) is None]):
+                    raise UserError(f"{place}: label {more[0]!r} does not occur in the training data"
+                                    f"{numbers.nearest(more[0])}; correct it, or leave its column out")
                 for name in class_names_of(cell, place):
                     if (number := numbers.get(name)) is None:
                         raise UserError(
@@ -667,9 +706,11 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The combinations of labels; those that occur once are one stratum together."""
+        """The combinations of labels; of those that occur once, the rarest label, so that training keeps some of it."""
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
-        return np.where(counts[strata] > 1, strata, len(counts))
+        frequency = np.where(targets > 0, targets.sum(0), np.inf)
+        rarest = np.where(targets.any(1), frequency.argmin(1), self.num_outputs)
+        return np.where(counts[strata] > 1, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
         absent = np.flatnonzero(~targets.any(0))

@@ -73,7 +73,7 @@ from config import (
 )
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
-from messages import UserError, exit_on_user_error, memory_advice, print_note, printable, quoted
+from messages import UserError, exit_on_user_error, figure_text, memory_advice, print_note, printable, quoted
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
@@ -557,6 +557,8 @@ def finish(run: Run) -> None:
         metrics = metrics_of(task, collect(run, model, loader), "test")
     progress.test = {"epoch": tested["epoch"], task.headline: metrics[task.headline],
                      "num_samples": metrics["num_samples"]}  # fmt: skip
+    if (baseline := metrics.get(f"baseline_{task.headline}")) is not None:
+        progress.test["baseline"] = baseline
     run.log.end(tested, folder / name, is_best=checkpoint is not None)
     run.save(LAST)  # with the test figures: the run has ended
     run.log.close()
@@ -664,11 +666,11 @@ def resume(args: Any) -> int:
             f"epochs; to go on, raise {more}"
         )
         return 0
-    headline = tasks.TASKS[checkpoint["data"]["task"]["kind"]].headline
+    headline = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task").headline
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
         f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "
-        + (f"{progress.best[f'val_{headline}']:.4f}" if progress.best else "none yet")
+        + (figure_text(progress.best[f"val_{headline}"]) if progress.best else "none yet")
     )
     return show_and_train(settings, sources, checkpoint, Path(args.resume))
 

@@ -57,10 +57,10 @@ def contestant() -> None:
         run()
         facts = {"threads": torch.get_num_threads(), "device": measure.device_name(device)}
         print(json.dumps(facts), flush=True)
-        while distributed.from_first(sys.stdin.readline):
-            distributed.wait_for_all()
+        while distributed.broadcast(sys.stdin.readline):
+            distributed.barrier()
             run(1)  # warms up after the wait for the others' turns
-            distributed.wait_for_all()
+            distributed.barrier()
             seconds = measure.seconds(run, device)
             print(json.dumps(max(distributed.gather(seconds) or [seconds])), flush=True)
 

@@ -2,11 +2,15 @@
 
 import builtins
 import errno
+import json
 import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 import checkpoint
 import files
@@ -21,10 +26,11 @@ import run_log
 import train
 from checkpoint import BEST, LAST, build_model, load_checkpoint, load_weights, save_checkpoint
 from config import Settings
-from inference import load_model
+from inference import load_model, predict
 from messages import UserError
 from perceiver_model import PerceiverModel
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL_ARGS = {
     "input_dim": 2, "d_model": 4, "num_heads": 2, "num_latents": 2, "num_cross_attention_layers": 1,
     "num_self_attention_layers": 1, "num_classes": 2, "num_frequency_bands": 1, "mlp_ratio": 1,
@@ -505,3 +511,38 @@ def test_a_real_checkpoint_loads_where_the_folder_was_moved(written, tmp_path):
     path.write_bytes((Path(written) / BEST).read_bytes())
     model, *_ = load_model(path)
     assert same(dict(model.state_dict()), load_checkpoint(path)["model"])
+
+
+# --- A run of an earlier format --------------------------------------------------------------------------------------
+
+
+FORMAT_2 = Path(__file__).parent / "data" / "format_2"  # digits, stopped by a signal at step 28 of 42
+
+
+@pytest.fixture
+def old_run(tmp_path, monkeypatch):
+    """A copy of the folder of a run that an earlier version of the code began, as ./checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FORMAT_2, "checkpoints")
+
+
+def test_a_model_of_format_2_gives_the_same_answers(old_run):
+    model, settings = load_model(Path("checkpoints") / BEST)
+    assert settings["dataset_type"] == "digits" and model.task.kind == "classification"
+    answers = predict(model, load_digits().images[:3])
+    assert [answer["class"] for answer in answers] == ["7", "4", "6"]
+    # What the earlier version printed
+    assert [answer["confidence"] for answer in answers] == pytest.approx([0.158914, 0.137199, 0.1877], abs=2e-6)
+
+
+def test_a_run_of_format_2_goes_on_as_if_nothing_had_happened(old_run):
+    command = [sys.executable, ROOT / "train.py", "--resume", Path("checkpoints") / LAST, "--log_dir", "runs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, (Path("checkpoints") / "log.jsonl").read_text().splitlines())
+    assert first["val_loss"] == pytest.approx(2.253832296598443)
+    # The uninterrupted run of the earlier version
+    assert second["val_loss"] == pytest.approx(2.239855446824155, rel=1e-4)
+    assert second["train_objective"] == pytest.approx(2.3271159345118697, rel=1e-4)
+    assert second["step"] == 42
+    assert load_checkpoint(Path("checkpoints") / LAST)["format_version"] == checkpoint.FORMAT_VERSION

@@ -31,13 +31,13 @@ import inference  # noqa: E402
 import run_log  # noqa: E402
 import train  # noqa: E402
 from checkpoint import BEST, LAST, load_checkpoint  # noqa: E402
-from config import UserError  # noqa: E402
 from data_utils import EpochBatchSampler, loaded_of, share_of, unshared  # noqa: E402
 from files import owned  # noqa: E402
+from messages import UserError  # noqa: E402
 from perceiver_model import PerceiverModel  # noqa: E402
 from progress import STOP_SIGNALS  # noqa: E402
 
-PATIENCE = 120  # seconds, after which a group counts as hung
+PATIENCE = 300  # seconds, after which a group counts as hung
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
     "--num_self_attention_layers=1"
@@ -69,7 +69,7 @@ EQUAL = {
 def changed(changes, rank=0):
     """A run in which what `changes` names is different, and that leaves records of what it did in its folder."""
     with pytest.MonkeyPatch.context() as patch:
-        inputs, metrics, iterate = evaluation.model_inputs, evaluation.compute_metrics, EpochBatchSampler.__iter__
+        inputs, metrics, iterate = train.model_inputs, evaluation.class_metrics, EpochBatchSampler.__iter__
         forward, steps = PerceiverModel.forward, -1  # the rehearsal is none
         actions = {int(step): act for change in changes if "@" in change for act, _, step in [change.partition("@")]}
 
@@ -77,9 +77,9 @@ def changed(changes, rank=0):
             x, mask = inputs(*args)
             return x.double(), mask
 
-        def recorded_metrics(logits, labels, names):
-            note("validated.txt", labels.tolist())
-            return metrics(logits, labels, names)
+        def recorded_metrics(rows, names):
+            note("validated.txt", rows["label"].tolist())
+            return metrics(rows, names)
 
         def recorded_batches(self):
             batches = list(iterate(self))
@@ -95,10 +95,10 @@ def changed(changes, rank=0):
 
         if "double" in changes:
             torch.set_default_dtype(torch.float64)
-            patch.setattr(evaluation, "model_inputs", double_inputs)
+            patch.setattr(train, "model_inputs", double_inputs)
         if "quick compiler" in changes:
             patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-        patch.setattr(evaluation, "compute_metrics", recorded_metrics)
+        patch.setattr(evaluation, "class_metrics", recorded_metrics)
         patch.setattr(EpochBatchSampler, "__iter__", recorded_batches)
         patch.setattr(train, "CHECKPOINT_OF_THIS_LAUNCH", os.getcwd())  # a run that begins is the first of its launch
         if actions:
@@ -135,12 +135,12 @@ def worker(runs):
         for folder, flags, changes, of_ranks in runs:
             if rank == 0 and os.path.exists(f"{folder}/checkpoints"):  # the second run of this name
                 shutil.copytree(folder, f"{folder} before", dirs_exist_ok=True)
-            distributed.wait_for_all()
+            distributed.barrier()
             os.makedirs(folder, exist_ok=True)
             os.chdir(folder)
             with changed({*changes, *of_ranks.get(str(rank), [])}, rank):
                 note(f"status_{rank}.txt", train.main(flags.split()))
-            distributed.wait_for_all()
+            distributed.barrier()
 
 
 if __name__ == "__main__":

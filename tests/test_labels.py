@@ -44,11 +44,12 @@ def test_classes(cell, name):
 @pytest.mark.parametrize("cell, part", [
     (None, "the label is empty"), ("", "the label is empty"), (" \t", "the label is empty"),
     (math.nan, "the label is empty"),
-    (0.5, "label 0.5 is no class: it is a measurement, and regression is not offered yet"),
-    ("0.333", "label '0.333' is no class: it is a measurement"), ("1.5e-3", "measurement"), ("1e-05", "measurement"),
-    (".5", "measurement"), ("0,5", "regression is not offered yet"), ("1,2", "several labels for an item are not"),
-    (math.inf, "measurement"), (["a", "b"], "label ['a', 'b'] is no class: several labels for an item are not offered"),
-    ({"a": 1}, "several labels"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
+    (0.5, "label 0.5 is no class: for numbers say --task regression"),
+    ("0.333", "label '0.333' is no class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
+    ("1e-05", "--task regression"), (".5", "--task regression"), ("0,5", "--task regression"),
+    ("1,2", "if it is a list, separate its names by ';' and say --task multilabel"), (math.inf, "--task regression"),
+    (["a", "b"], "label ['a', 'b'] is no class; give one, as text or a whole number, or for items with any number of"),
+    ({"a": 1}, "--task multilabel"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
     ("\u200b", "nothing that can be seen"), ("\0", "nothing that can be seen"),
     ("x" * 1001, "has 1001 characters; name the column by --label_column"),
 ])  # fmt: skip
@@ -143,16 +144,16 @@ def test_na_is_a_class_of_countries_but_odd_beside_numbers():
 ])  # fmt: skip
 def test_several_names_in_a_cell_are_said(cells):
     (note,) = notes(cells * 2)
-    assert "seems to hold several names" in note and "several labels for an item are not offered yet" in note
+    assert "seems to hold several names" in note and "say --task multilabel" in note
 
 
-def test_what_is_not_offered_is_said_where_it_is_needed():
+def test_what_helps_is_said_where_it_is_needed():
     (note,) = notes(["ok"] * 95 + ["fault"] * 5)
     assert "'ok' has 95 of 100 training items, 'fault' 5" in note
-    assert "class weights" in note and "another score than accuracy" in note and "not offered yet" in note
+    assert "--class_weights balanced" in note and "--select_by balanced_accuracy" in note
     assert notes(["ok"] * 90 + ["fault"] * 10) == []
     (note,) = notes([str(1000 + n) for n in range(30)])
-    assert "30 classes for 30 items" in note and "regression is not offered yet" in note
+    assert "30 classes for 30 items" in note and "if the labels are measurements, say --task regression" in note
 
 
 # -- numbers --------------------------------------------------------------------------------------------------

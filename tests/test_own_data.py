@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import data_utils
+import adapters
 import inference
 import plots
 import run_log
+import tasks
 import train
 from adapters import from_description
 from checkpoint import BEST, LAST, load_checkpoint
@@ -48,8 +49,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
-        patch.setattr(plots, "evaluation_figures", lambda *_: {})
+        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+        patch.setattr(tasks.Classification, "figures", lambda *_: {})
         yield
 
 
@@ -945,9 +946,9 @@ def test_labels_mean_the_same_in_every_format(kind, tmp_path):
     assert names == ["nan", "neg", "pos"] and "looks like a missing value" in note
     assert notes("countries", ["NA", "DE", "KR"] * 3) == (["DE", "KR", "NA"], [])
     names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
-    assert names == ["a", "a|b", "b"] and "several labels for an item are not offered yet" in note
+    assert names == ["a", "a|b", "b"] and "for items with any number of labels say --task multilabel" in note
     for name, labels, part in (
-        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: it is a measurement"),
+        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: for numbers say --task regression"),
         ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),
     ):
         (tmp_path / name).mkdir()
@@ -994,10 +995,14 @@ def test_classes_of_an_older_checkpoint_are_found(tmp_path):
     write_table(tmp_path / "a.csv", {"text": [f"text {n}" for n in range(20)], "label": ["0.0", "1.0"] * 10})
     settings = Settings(dataset_type="text", data_path=str(tmp_path / "a.csv"))
     _, info = load_splits(settings)
-    _, again = load_splits(settings, info | {"class_names": ["0.0", "1.0"]})
+
+    def with_classes(names):
+        return info | {"task": info["task"] | {"class_names": names}}
+
+    _, again = load_splits(settings, with_classes(["0.0", "1.0"]))
     assert info["class_names"] == ["0", "1"] and again["class_names"] == ["0.0", "1.0"]
     write_table(tmp_path / "a.csv", {"text": [f"text {n}" for n in range(20)], "label": ["0.5", "None"] * 10})
-    splits, again = load_splits(settings, info | {"class_names": ["0.5", "None"]})
+    splits, again = load_splits(settings, with_classes(["0.5", "None"]))
     assert splits["test"].labels.tolist().count(0) == 2 and not any("label" in note for note in again["notes"])
     known = {"kind": "series", "mean": [0.0], "std": [1.0], "flagged": [], "max_seq_len": None}
     assert from_description(known)([[2.0]]).tolist() == [[2.0]]
@@ -1100,16 +1105,15 @@ def test_memory_that_runs_out_while_data_are_read(error, text_run, tmp_path, mon
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(data_utils, "read_texts", fail)
-    monkeypatch.setattr(inference, "read_texts", fail)
+    monkeypatch.setattr(adapters, "read_texts", fail)
     (tmp_path / "a.csv").write_text(FIVE)
     for done in (
         run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv"),
         infer(text_run[0], f"--input={tmp_path}/a.csv", "--output_dir=never"),
     ):
         assert done.status == 2 and done.err.count("\n") == 1, done.err
-        assert f"out of memory while the data are read ({error})" in done.err and "--max_seq_len" in done.err
-    monkeypatch.setattr(data_utils, "read_texts", lambda *_, **__: 1 / 0)
+        assert "out of memory while reading the data" in done.err and "fewer items" in done.err
+    monkeypatch.setattr(adapters, "read_texts", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train.main, tmp_path, *TINY, "--dataset=text", "--data_path=a.csv")
 

@@ -839,17 +839,17 @@ def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
 
 
 def test_a_score_that_is_not_a_number_is_never_best(run, monkeypatch, tmp_path):
-    collect, count = evaluation.collect_predictions, 0
+    collect, count = evaluation.collect, 0
 
     def broken(*args):
         nonlocal count
         count += 1
         found = collect(*args)
         if count == 3:  # the rehearsal, epoch 1, epoch 2
-            found["logits"][0] = math.nan
+            found["finite"][0] = False
         return found
 
-    monkeypatch.setattr(evaluation, "collect_predictions", broken)
+    monkeypatch.setattr(evaluation, "collect", broken)
     result = run(SMALL_BATCHES)
     assert result.status == 2
     assert "validation" in result.err and "--lr" in result.err
@@ -921,7 +921,7 @@ def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, sa
             "average": (train, "moving_average", no_memory),
             "data": (train, "load_splits", no_array),
             "rehearsal": (torch.Tensor, "backward", no_memory),
-            "validation": (evaluation, "collect_predictions", no_memory),
+            "validation": (evaluation, "collect", no_memory),
             "curves": (plots, "plot_training_curves", no_memory),
             "test": (train, "build_model", no_memory),
             "elsewhere": (train, "print_run", no_memory),

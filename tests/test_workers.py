@@ -21,6 +21,7 @@ from checkpoint import LAST, load_checkpoint
 from data_utils import create_dataloader
 from perceiver_model import PerceiverModel
 from progress import STOP_SIGNALS
+from tasks import Classification
 
 LONG = f"{SEQUENCES} --num_samples=3000 --batch_size=8 --epochs=200"
 PROMPT = 30  # seconds from an error to the end of its process, also on a busy machine; a hang lasts for ever
@@ -238,20 +239,21 @@ def test_training_in_a_thread(run, tmp_path, capsys):
 # --- Descriptors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pass_over", ["collect_predictions", "collect_latents"])
+@pytest.mark.parametrize("pass_over", ["collect", "collect_latents"])
 def test_an_evaluation_holds_no_descriptors_of_its_batches(pass_over):
     """1,000 batches of a worker, each tensor of which comes with a descriptor."""
     model = PerceiverModel(4, 3, d_model=8, num_heads=1, num_latents=2, num_self_attention_layers=1)
     loader = create_dataloader(Given(1000, None), 1, num_workers=1)
+    arguments = [Classification(["a", "b", "c"])] if pass_over == "collect" else []
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, before[1]))
     try:
-        found = getattr(evaluation, pass_over)(model, loader)
+        found = getattr(evaluation, pass_over)(model, loader, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    if pass_over == "collect_predictions":
-        assert found["labels"].tolist() == [number % 3 for number in range(1000)]
-        assert found["lengths"].tolist() == [5] * 1000
+    if arguments:
+        assert found["label"].tolist() == [number % 3 for number in range(1000)]
+        assert found["tokens"].tolist() == [5] * 1000
     else:
         assert found.shape == (1000, 8)
