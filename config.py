@@ -42,7 +42,11 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
         "model_size": "tiny",
-        "num_epochs": 100,
+        "series_shift": 0.1,
+        "series_warp": 0.2,
+        "series_scale": 0.1,
+        "num_epochs": 40,
+        "epoch_samples": 1600,
         "learning_rate": 1e-3,
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
@@ -224,7 +228,7 @@ class Settings:
         False, "recompute activations: less memory, more time, same result", on_resume="free")
 
     num_epochs: int = _training(
-        100, "passes over the training data", "epochs", flag="epochs", at_least=1, on_resume="free")
+        100, "passes over the training data, see epoch_samples", "epochs", flag="epochs", at_least=1, on_resume="free")
     epoch_samples: int = _training(
         0, "smallest epoch: fewer training items are passed over again and again until they are as many; 0 = one pass",
         "samples", at_least=0, at_most=1_000_000, applies=_OWN, on_resume="fixed")
