@@ -36,7 +36,7 @@ from messages import UserError, naming, printable, refuse_together
 from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_named_series, read_one_series
 from tables import FileFinder, listed, nfc, repeated
-from token_features import window_steps
+from token_features import conv_grid, window_steps
 
 STEM_TOKENS = 64  # of half of the series at most, with the default stride of convolutions
 LARGEST = FIELDS["image_size"].metadata["at_most"]
@@ -587,6 +587,7 @@ class ImageAdapter(Adapter):
             (H, W); without it only arrays of image_shape are taken, as they were stored in training.
         bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
             numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
+        stem: 'conv' for convolutions over the pixels, with patch_size 1; None for the patches themselves.
     """
 
     modality = "image"
@@ -597,9 +598,13 @@ class ImageAdapter(Adapter):
     std: list[Positive]
     any_size: bool = False
     bits: int | None = None
+    stem: str | None = None
 
     def __post_init__(self) -> None:
         height, width, channels = self.image_shape
+        if self.stem not in (None, "conv") or (self.stem == "conv" and self.patch_size != 1):
+            raise UserError(f"the stem of images must be conv with patch_size 1, or none, not {shown(self.stem)} with "
+                            f"patch_size {self.patch_size}")  # fmt: skip
         check_patch_size(self.patch_size, height, width)
         if not len(self.mean) == len(self.std) == channels:
             raise UserError(f"{len(self.mean)} means and {len(self.std)} deviations of {channels} channels")
@@ -608,12 +613,21 @@ class ImageAdapter(Adapter):
 
     @classmethod
     def fit(
-        cls, images: np.ndarray, patch_size: int, any_size: bool = False, bits: int | None = None
+        cls,
+        images: np.ndarray,
+        patch_size: int,
+        any_size: bool = False,
+        bits: int | None = None,
+        stem: str | None = None,
     ) -> "ImageAdapter":
-        """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
+        """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255.
+
+        With the stem 'conv' it is pixels that the stem reads: patch_size is then 1, whatever is given.
+        """
+        patch_size = 1 if stem else patch_size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
             images = np.stack([_stored_pixels(image) for image in images])
-        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits)
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits, stem)
 
     @property
     def grid_shape(self) -> list[int]:
@@ -621,7 +635,8 @@ class ImageAdapter(Adapter):
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape}
+        stem = {"stem": self.stem} if self.stem else {}
+        return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape} | stem
 
     def __call__(self, image: Any) -> Tensor:
         """(L, C), float32, of a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
@@ -640,10 +655,12 @@ class ImageAdapter(Adapter):
         """The images are kept in memory as bytes, image_size x image_size x 3 each."""
         size, bits = (known.image_shape[0], known.bits) if known else (settings.image_size, None)
         if not known:
-            check_patch_size(settings.patch_size, size, size)
+            check_patches(settings, size, size)
             bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
         raw = _read_pixels(source.values, source.places, size, bits)
-        return known or cls.fit(raw["train"], settings.patch_size, any_size=True, bits=bits), raw
+        if known:
+            return known, raw
+        return cls.fit(raw["train"], settings.patch_size, True, bits, image_stem(settings)), raw
 
     def datasets(
         self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
@@ -661,7 +678,8 @@ class ImageAdapter(Adapter):
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
-        plots.plot_image_attention(self.images(tokens), attention, self.grid_shape, captions, path)
+        grid = conv_grid(self.grid_shape) if self.stem else self.grid_shape
+        plots.plot_image_attention(self.images(tokens), attention, grid, captions, path)
 
     def tokens(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, channels) -> float32 (B, L, C)."""
@@ -762,6 +780,10 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, number: int) -> Item:
         return {name: values[0] for name, values in self.__getitems__([number]).items()}
+
+
+def image_stem(settings: Settings) -> str | None:
+    return "conv" if settings.stem == "conv" else None
 
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
@@ -868,6 +890,12 @@ def check_patch_size(patch_size: int, height: int, width: int) -> None:
     if patch_size < 1 or height % patch_size or width % patch_size:
         valid = [size for size in range(1, height + 1) if not height % size and not width % size]
         raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
+
+
+def check_patches(settings: Settings, height: int, width: int) -> None:
+    """The same of the settings; a stem reads pixels, whatever patch_size is."""
+    if image_stem(settings) is None:
+        check_patch_size(settings.patch_size, height, width)
 
 
 def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[float], patch_size: int) -> Tensor:

@@ -284,6 +284,8 @@ class Mixed(Dataset):
 
     def __init__(self, dataset: Dataset, alpha: float, seed: int, targets: Targets):
         self.dataset, self.alpha, self.seed, self.targets = dataset, alpha, seed, targets
+        if hasattr(dataset, "lengths"):  # it is not to be read for a check, see `create_dataloader`
+            self.lengths, self.labels = dataset.lengths, getattr(dataset, "labels", None)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:

@@ -96,6 +96,7 @@ _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
 _OWN = {"dataset_type": OWN_DATA}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
+_STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
 _OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
@@ -169,10 +170,12 @@ class Settings:
     image_bits: int | None = _data(
         None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
-    patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
+    patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1,
+        applies=_IMAGES | {"stem": ("auto", "none")})
     stem: str = _data(
-        "auto", "what the encoder reads of series: convolutions over the steps, or the steps (or windows) themselves; "
-        "auto = conv, with series_window none", choices=("auto", "conv", "none"), applies=_OWN_SERIES)
+        "auto", "what the encoder reads: convolutions over the steps of series and the pixels of images, or these "
+        "themselves (windows, patches); auto = conv for series without series_window",
+        choices=("auto", "conv", "none"), applies=_STEMS)
     series_window: int | None = _data(
         None, "consecutive steps of a series that make a token; none = one, or what the stem makes of them", "steps",
         at_least=1, at_most=10_000, applies=_OWN_SERIES)

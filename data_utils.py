@@ -35,9 +35,11 @@ from adapters import (  # noqa: F401
     TensorAdapter,
     augmentation_of,
     check_patch_size,
+    check_patches,
     describe,
     each,
     from_description,
+    image_stem,
     shift_and_flip,
 )
 from batches import (  # noqa: F401 (for those who import them from here)
@@ -284,7 +286,9 @@ def _image_splits(
         {name: np.asarray(values[source])[numbers] for name, (source, numbers) in parts.items()}
         for values in (images, labels, ids)
     )
-    adapter = _known_adapter(info, ImageAdapter) or ImageAdapter.fit(images["train"], settings.patch_size)
+    adapter = _known_adapter(info, ImageAdapter) or ImageAdapter.fit(
+        images["train"], settings.patch_size, stem=image_stem(settings)
+    )
     splits = {}
     for name in images:
         augmentation = augmentation_of(settings, name, margin)
@@ -300,7 +304,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     """
     from sklearn.datasets import load_digits
 
-    check_patch_size(settings.patch_size, 8, 8)
+    check_patches(settings, 8, 8)
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8)[..., None], digits.target
     rest, test = stratified_split(labels, 0.2, random_stream("digits test set"))
@@ -321,7 +325,7 @@ CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, a
 
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if not there."""
-    check_patch_size(settings.patch_size, 32, 32)
+    check_patches(settings, 32, 32)
     train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
     ids = {name: np.arange(len(numbers)).astype(str) for name, numbers in labels.items()}
@@ -449,7 +453,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     test set for every seed. Where `only` one split is asked for and needs no other, it is read alone.
     """
     if settings.dataset_type in ("images", "multimodal"):
-        check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
+        check_patches(settings, settings.image_size, settings.image_size)
     known = known_adapters(info)
     if info and settings.dataset_type in MODALITY_OF:
         _known_adapter(info, MODALITIES[MODALITY_OF[settings.dataset_type]])

@@ -262,13 +262,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if self.training:
             real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
             count = _summed(real.sum())
+            there = count > 0  # not where every sample of a batch lacks this modality
+            count = count.clamp(min=1)
             mean = _summed(torch.einsum("blc,bl->c", values, real)) / count
             var = _summed(torch.einsum("blc,bl->c", (values - mean).square(), real)) / count
             with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 unbiased = var * count / (count - 1).clamp(min=1)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-                self.num_batches_tracked += 1
+                for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    kept.lerp_(new.to(kept.dtype), self.momentum * there.to(kept.dtype))
+                self.num_batches_tracked += there
         values = (values - mean) * (self.weight * (var + self.eps).rsqrt()) + self.bias
         return values.to(x.dtype)
 
@@ -324,6 +326,12 @@ class SequenceConvStem(SequenceStem):
         return x, mask
 
 
+def conv_grid(grid_shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of the tokens behind a :class:`ConvStem` of so many pixels."""
+    rows, cols = (((side + 1) // 2 - 1) // 2 for side in grid_shape)
+    return rows, cols
+
+
 class ConvStem(nn.Module):
     """Perceiver IO's convolutional preprocessing of images: 7 x 7 convolution of stride 2, batch norm, ReLU and 3 x 3
     max pooling of stride 2, so that one token stands for about 4 x 4 (224 x 224 pixels become 55 x 55 tokens).
@@ -343,7 +351,7 @@ class ConvStem(nn.Module):
         if min(grid_shape) < 5:
             raise ValueError(f"stem='conv' needs 5 rows and columns or more, grid_shape is {tuple(grid_shape)}")
         self.grid_shape, self.num_channels = tuple(grid_shape), num_channels
-        self.token_grid = tuple(((side + 1) // 2 - 1) // 2 for side in grid_shape)
+        self.token_grid = conv_grid(grid_shape)
         self.convolution = nn.Conv2d(input_dim, num_channels, 7, stride=2, padding=3, bias=False)
         self.norm = nn.BatchNorm2d(num_channels)
         self.pool = nn.MaxPool2d(3, stride=2)

@@ -287,6 +287,9 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
             print("compiling the model, which may take minutes", flush=True)
         validate(run, batches=2)
         rehearse(run)
+    if distributed.size() > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        print_note("the batch norm of --stem conv for images counts the images of each process by themselves, so the "
+                   "run is not quite that of one process")  # fmt: skip
     with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
         run.replica = distributed.replicate(run_model)
     log.open(resumed)

@@ -19,6 +19,7 @@ import run_log
 import train
 from adapters import (
     AugmentedSeries,
+    ImageAdapter,
     SequenceDataset,
     SeriesAdapter,
     attention_by_step,
@@ -167,6 +168,16 @@ def test_batch_norm_of_real_tokens_is_that_of_torch(lengths, seed):
     close(ours.eval()(padded, mask)[mask], torchs.eval()(real))
 
 
+def test_batch_norm_leaves_a_batch_without_any_series_out():
+    torch.manual_seed(0)
+    modalities = {"series": {"input_dim": 2, "stem": "conv", "stem_dim": 6}, "text": {"vocab_size": 256}}
+    model = PerceiverModel(modalities, 2, **SMALL)
+    before = [buffer.clone() for buffer in model.buffers()]
+    model({"text": torch.full((3, 4, 1), 65.0)}).sum().backward()
+    assert all(torch.equal(buffer, value) for buffer, value in zip(model.buffers(), before, strict=True))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_stem_makes_long_series_cheaper():
     model = PerceiverModel(1, 2, **SMALL, stem="conv", stride=8, stem_dim=6)
     _, (attention,) = model(torch.randn(1, 800, 1), return_attention=True)
@@ -253,6 +264,25 @@ def test_the_figure_of_attention_is_in_steps(monkeypatch, tmp_path):
     weights = np.full((1, 4, 5, 43), 1 / 43)
     adapter.draw_attention(torch.zeros(1, 300, 2), np.ones((1, 300), bool), [weights], ["one"], tmp_path / "a.png")
     assert drawn["shapes"] == ((1, 300, 2), [(1, 4, 5, 300)])
+
+
+def test_images_may_have_the_stem_too(monkeypatch, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 13, 17, 3), np.uint8)
+    adapter = ImageAdapter.fit(images, 4, stem="conv")  # of any size: no patch has to fit
+    assert adapter.features == {"input_dim": 3, "grid_shape": [13, 17], "stem": "conv"}
+    assert from_description(json.loads(json.dumps(describe(adapter)))) == adapter
+    model = PerceiverModel({"image": adapter.features}, 2, **SMALL).eval()
+    tokens = adapter.tokens(images[:2])
+    _, (attention,) = model({"image": tokens}, return_attention=True)
+    drawn = []
+    monkeypatch.setattr(plots, "plot_image_attention", lambda pictures, maps, grid, *_: drawn.append((pictures, grid)))
+    adapter.draw_attention(tokens, None, [attention.detach().numpy()], ["", ""], tmp_path / "a.png")
+    ((pictures, (rows, cols)),) = drawn
+    np.testing.assert_array_equal(pictures, images[:2])
+    assert rows * cols == attention.shape[-1] == 3 * 4
+    for stem in ({"stem": "conv"}, {"stem": "deep", "patch_size": 1}):
+        with pytest.raises(UserError):
+            from_description(describe(ImageAdapter.fit(images[:, :12, :16], 4)) | stem)
 
 
 # --- Augmentation -----------------------------------------------------------------------------------------------------
