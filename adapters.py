@@ -1,13 +1,14 @@
-"""One class a modality, whole: how its items are read, fitted, turned into tokens, measured, and drawn.
+"""One class for each modality: how its items are read, fitted, turned into tokens, measured and drawn.
 
-An adapter turns a raw item into the tokens (L, C) that the model reads, and knows what the model has to be told:
+An adapter turns a raw item into the tokens (L, C) that the model reads, and knows what the model must be told about
+them:
 
     adapter = SeriesAdapter.fit(training_series)          # or TextAdapter(), ImageAdapter(...), TensorAdapter(...)
     adapter(series)                                       # (L, C), float32
     create_perceiver_model({"series": adapter.features}, num_classes=9)
 
 It is plain data, the same in training, evaluation and prediction: `describe` gives what a checkpoint stores,
-`from_description` the adapter again. `UserError` says what is wrong with an item; who calls adds which item it is.
+`from_description` rebuilds the adapter. A `UserError` says what is wrong with an item; the caller adds which item.
 
 To add a modality, write a subclass of `Adapter` and enter it in ADAPTERS.
 """
@@ -43,11 +44,11 @@ LARGEST = FIELDS["image_size"].metadata["at_most"]
 Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
 
-# --- What all modalities have in common -------------------------------------------------------------------------------
+# --- What all modalities have in common ------------------------------------------------------------------------------
 
 
 def each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence[str]) -> list[Any]:
-    """function(value) of each, in threads (files are read and decoded in C); errors say at which places."""
+    """function(value) for each value, in threads, since files are read and decoded in C. Errors name the place."""
 
     def call(value: Any, place: str) -> Any:
         try:
@@ -65,14 +66,14 @@ def each(function: Callable[[Any], Any], values: Sequence[Any], places: Sequence
 def each_of(
     function: Callable[[Any], Any], values: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
 ) -> dict[str, list[Any]]:
-    """`each` of the values of every split, so that the bad ones of all of them are named at once."""
+    """`each` over the values of every split, so that the bad ones of all splits are named at once."""
     pairs = [pair for name in values for pair in zip(values[name], places[name], strict=True)]
     results = iter(each(function, [value for value, _ in pairs], [place for _, place in pairs]))
     return {name: [next(results) for _ in part] for name, part in values.items()}
 
 
 def _ids(ids: Sequence[str] | None, count: int) -> np.ndarray:
-    """The names of a data set's samples; without, their numbers."""
+    """The names of a data set's samples; without names, their numbers."""
     return np.array([str(number) for number in range(count)] if ids is None else ids, object)
 
 
@@ -82,7 +83,7 @@ class SequenceDataset(Dataset):
     Args:
         sequences: N arrays (L, C).
         labels: a label for each, such as its class number.
-        ids: their names; without, their numbers.
+        ids: their names; by default their numbers.
     """
 
     def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[Any], ids: Sequence[str] | None = None):
@@ -139,10 +140,10 @@ class MultimodalDataset(Dataset):
     """Several modalities of the same samples.
 
     Args:
-        parts: for each modality a data set of the samples that have it, and (N,) each sample's number in it, -1 where
-            it lacks the modality.
+        parts: for each modality, a data set of the samples that have it, and (N,) the number of each sample in that
+            data set, -1 if the sample lacks the modality.
         labels: N labels, such as class numbers.
-        ids: names of the samples; without, their numbers.
+        ids: names of the samples; by default their numbers.
     """
 
     def __init__(
@@ -168,13 +169,13 @@ class MultimodalDataset(Dataset):
 
     def __getitem__(self, number: int) -> Item:
         there = {name: (data, numbers[number]) for name, (data, numbers) in self.parts.items() if numbers[number] >= 0}
-        inputs = {name: data[place]["input"] for name, (data, place) in there.items()}
+        inputs = {name: data[own]["input"] for name, (data, own) in there.items()}
         return {"input": inputs, "label": self.labels[number]}
 
 
 @dataclass
 class Source:
-    """The values of one modality as files hand them on, by split, and what is said about them."""
+    """The raw values of one modality by split, as they were read from files, and notes about them."""
 
     values: dict[str, list[Any]]
     places: dict[str, list[str]]  # for messages, see data_files.Items
@@ -185,29 +186,37 @@ class Source:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The base of all adapters. A subclass has `features`, `__call__`, and what else differs from here."""
+    """The base of all adapters. A subclass defines `features` and `__call__`, and overrides what it does differently.
+    """
 
     modality: ClassVar[str]
 
     @property
     def features(self) -> dict[str, Any]:
-        """The arguments of token_features.TokenFeatures."""
+        """What the model is told about a token: arguments of token_features.TokenFeatures."""
         raise NotImplementedError
 
     def __call__(self, raw: Any) -> Tensor:
-        """The tokens of a raw item, float32 (L, C). Raises UserError for what is none."""
+        """The tokens of a raw item, float32 (L, C).
+
+        Raises:
+            UserError: the item cannot be used.
+        """
         raise NotImplementedError
 
     @classmethod
     def fit(cls, raw: Sequence[Any], settings: Settings) -> "Adapter":
-        """The adapter of the raw items of the training split."""
+        """The adapter for the raw items of the training split."""
         raise NotImplementedError
 
     @classmethod
     def read_items(
         cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
     ) -> Items:
-        """The items of a file or folder of this modality; `trained`: the adapter or the items of training, if known."""
+        """The items of a file or folder of this modality.
+
+        trained: the adapter or the items of training, if they are known.
+        """
         raise UserError(f"{path}: {cls.__name__} does not say how files are read")
 
     @classmethod
@@ -219,12 +228,12 @@ class Adapter:
         self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
         settings: Settings, targets: Targets,
     ) -> dict[str, Dataset]:  # fmt: skip
-        """The data set of each split. Bad items of all of them are named at once."""
+        """The data set of each split. The bad items of all splits are named at once."""
         tokens = each_of(self, raw, source.places)
         return {split: SequenceDataset(tokens[split], labels[split], ids[split]) for split in raw}
 
     def length(self, raw: Any) -> int | None:
-        """Steps of a raw item (bytes of a text) before it is cut to max_seq_len; None where nothing is cut."""
+        """Steps of a raw item (bytes of a text) before it is cut to max_seq_len; None if nothing is ever cut."""
         return None
 
     def token_steps(self, length: int) -> np.ndarray:
@@ -233,7 +242,7 @@ class Adapter:
         return np.stack([np.arange(length), np.arange(1, length + 1)], 1)
 
     def about(self, raw: Sequence[Any], source: Source) -> list[str]:
-        """Lines about the training items for the start of a run. Adds notes to those of the source."""
+        """Lines about the training items for the start of a run. May add notes to the source."""
         limit = getattr(self, "max_seq_len", None)
         cut = sum((self.length(item) or 0) > (limit or math.inf) for item in raw)
         if cut:
@@ -247,12 +256,12 @@ class Adapter:
         plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
 
 
-# --- Any tensor -------------------------------------------------------------------------------------------------------
+# --- Any tensor ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TensorAdapter(Adapter):
-    """Tokens that need no preparation: float (L, input_dim), of which the first max_seq_len are taken."""
+    """Tokens that need no preparation: float (L, input_dim), cut to max_seq_len."""
 
     modality = "series"
 
@@ -274,14 +283,14 @@ class TensorAdapter(Adapter):
         return torch.from_numpy(tokens[: self.max_seq_len])
 
 
-# --- Text -------------------------------------------------------------------------------------------------------------
+# --- Text ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextAdapter(Adapter):
     """Text as its UTF-8 bytes, one token each, for the model to embed: no tokenizer, any language.
 
-    As in Perceiver IO (section 4.1). Of a longer text the first max_seq_len bytes are taken.
+    As in Perceiver IO (section 4.1). A longer text is cut to max_seq_len bytes.
     """
 
     modality = "text"
@@ -323,22 +332,22 @@ class TextAdapter(Adapter):
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
 
 
-# --- Series -----------------------------------------------------------------------------------------------------------
+# --- Series ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SeriesAdapter(Adapter):
     """A time series (L, C), standardised per channel with the statistics of the training series.
 
-    A missing value (NaN) becomes 0, the channel's mean; a channel of which the training series lack values has a flag
-    beside it, 1 where the value is missing. Of a longer series the first max_seq_len steps are taken.
+    A missing value (NaN) becomes 0, the channel's mean. A channel that lacks values in the training series gets a flag
+    beside it, 1 where the value is missing. A longer series is cut to max_seq_len steps.
 
     Args:
         mean, std: per channel (C).
         flagged: numbers of the channels with a flag.
-        names: of the columns of the training data, in order; None where they had none. They are those of the channels
-            or, where table_rows is 'series', of the steps.
-        table_rows: what a row of the table of training data was, 'steps' or 'series'; None where they were no table.
+        names: of the columns of the training data, in order; None if they had none. They name the channels or, if
+            table_rows is 'series', the steps.
+        table_rows: what a row was in the table of training data, 'steps' or 'series'; None if it was no table.
         stem: what the encoder reads: None, each step; 'windows' of consecutive steps; 'conv', convolutions over them.
         window: steps of a token of the stem 'windows'.
         stride: steps from a token to the next.
@@ -385,7 +394,7 @@ class SeriesAdapter(Adapter):
         window: int | None = None,
         stride: int | None = None,
     ) -> "SeriesAdapter":
-        """The adapter of training series, float arrays (L, C) each; a constant channel keeps its scale.
+        """The adapter for training series, float arrays (L, C) each. A constant channel keeps its scale.
 
         stride: by default a quarter of the window; of the stem 'conv', the power of two with which half of the series
         have at most STEM_TOKENS tokens.
@@ -403,7 +412,7 @@ class SeriesAdapter(Adapter):
             mean, std = np.nanmean(steps, 0), np.nanstd(steps, 0)
         for channel in np.flatnonzero(~np.isfinite(std)):
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
-        varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # of a constant, std may be a rounding error
+        varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # a constant's std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
         std = np.where(varies, std, 1.0).tolist()
         return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride)
@@ -423,9 +432,9 @@ class SeriesAdapter(Adapter):
         return None if self.table_rows == "series" else self.names
 
     def __call__(self, series: Any) -> Tensor:
-        """(L, C + flags), float32, of an array (L, C), or (L,) of one channel, or the path of a file of one series.
+        """(L, C + flags), float32, for an array (L, C), an array (L,) of one channel, or the path of a series' file.
 
-        Rows of a DataFrame are steps; its columns, and those of a file, are brought into the order of training by name.
+        Rows of a DataFrame are steps; its columns, and those of a file, are put into the training order by name.
         """
         if isinstance(series, (str, Path)):
             series = read_one_series(series, known=self.channels)
@@ -447,25 +456,25 @@ class SeriesAdapter(Adapter):
             scaled = np.where(missing, 0, (values - self.mean) / self.std)
             tokens = np.concatenate([scaled, missing[:, self.flagged]], 1, dtype=np.float32)
         if not np.isfinite(tokens).all():
-            raise UserError("the series holds values too far from those of training for float32; correct them")
+            raise UserError("the series holds values too far from the training values for float32; correct them")
         return torch.from_numpy(tokens)
 
     @classmethod
     def read_items(
         cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
     ) -> Items:
-        """Series whose columns are those of training, see `data_files.read_series`."""
+        """Series with the columns of training, see `data_files.read_series`."""
         options = {"labelled": labelled, "on_error": on_error}
-        names = trained.names if isinstance(trained, SeriesAdapter) else getattr(trained, "features", None)
+        names = trained.names if isinstance(trained, SeriesAdapter) else getattr(trained, "columns", None)
         table_rows = getattr(trained, "table_rows", None)
         if trained is None or (isinstance(trained, SeriesAdapter) and not names and not table_rows):
             return read_series(path, settings, **options)  # also for an older adapter, which knows neither
         if table_rows and settings.table_rows == "auto":
             settings = replace(settings, table_rows=table_rows)
         items = read_series(path, settings, **options, known=names)
-        if names is None and len(items.features or ()) > 1 and items.table_rows == "steps":
+        if names is None and len(items.columns or ()) > 1 and items.table_rows == "steps":
             items.notes.append(f"{path}: the training data name no columns, so these are taken in their order: "
-                               f"{', '.join(items.features)}")
+                               f"{', '.join(items.columns)}")
         return items
 
     @classmethod
@@ -526,7 +535,11 @@ class SeriesAdapter(Adapter):
         plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
 
     def _in_order(self, frame: Any) -> Any:
-        """The columns of a DataFrame in the order of training. Raises UserError for missing ones and others."""
+        """The columns of a DataFrame in the order of training.
+
+        Raises:
+            UserError: a column is missing, or there are others.
+        """
         names = {nfc(str(column)): column for column in frame.columns}
         fault = not_as_trained(list(names), self.channels)
         if twice := repeated(nfc(str(column)) for column in frame.columns):
@@ -567,12 +580,12 @@ def attention_by_step(weights: np.ndarray, steps: np.ndarray, mask: np.ndarray) 
 
 
 def _series_names(files: Sequence[Path]) -> list[str] | None:
-    """The names of the channels of series in files of their own: those of the first table."""
+    """The names of the channels if each series is a file of its own: those of the first table."""
     table = next((file for file in files if file.suffix.lower() in (".csv", ".tsv")), None)
     return read_named_series(table)[1] if table else None
 
 
-# --- Images -----------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -584,9 +597,9 @@ class ImageAdapter(Adapter):
         patch_size: side of a patch, divides H and W [pixels].
         mean, std: per channel, in units of the stored pixels.
         any_size: images of any size and mode become RGB, upright (EXIF), scaled and cropped about the centre to
-            (H, W); without it only arrays of image_shape are taken, as they were stored in training.
-        bits: of the training images' grey where it has more than 8: white is 2**bits - 1, also in arrays of whole
-            numbers wider than 8 bits. None where they had none; grey of 16 bits is then taken to use them all.
+            (H, W). Without it, only arrays of image_shape are taken, stored as in training.
+        bits: in use of grey training images of more than 8 bits: white is 2**bits - 1, also in arrays of integers wider
+            than 8 bits. None if there were no such images; 16-bit grey then counts as using all 16.
         stem: 'conv' for convolutions over the pixels, with patch_size 1; None for the patches themselves.
     """
 
@@ -620,7 +633,7 @@ class ImageAdapter(Adapter):
         bits: int | None = None,
         stem: str | None = None,
     ) -> "ImageAdapter":
-        """The adapter of training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255.
+        """The adapter for training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255.
 
         With the stem 'conv' it is pixels that the stem reads: patch_size is then 1, whatever is given.
         """
@@ -639,7 +652,7 @@ class ImageAdapter(Adapter):
         return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape} | stem
 
     def __call__(self, image: Any) -> Tensor:
-        """(L, C), float32, of a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
+        """(L, C), float32, for a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
         return self.tokens(self.pixels(image)[None])[0]
 
     @classmethod
@@ -686,14 +699,14 @@ class ImageAdapter(Adapter):
         return prepare_images(images, self.mean, self.std, self.patch_size)
 
     def pixels(self, image: Any) -> np.ndarray:
-        """The image as it is kept: uint8 (H, W, channels)."""
+        """The image as it is kept in memory: uint8 (H, W, channels)."""
         image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
             return square_pixels(image, self.image_shape[0], self.bits)
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
 
     def images(self, tokens: Tensor) -> np.ndarray:
-        """The stored images, float (B, H, W, channels), of which `tokens` (B, L, C) were made."""
+        """The stored images, float (B, H, W, channels), from which `tokens` (B, L, C) were made."""
         size = self.patch_size
         patches = tokens.unflatten(1, self.grid_shape).unflatten(3, (size, size, -1)).transpose(2, 3)
         pixels = patches.reshape(len(tokens), *self.image_shape).double().numpy()
@@ -701,10 +714,10 @@ class ImageAdapter(Adapter):
 
 
 def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, margin: int) -> np.ndarray:
-    """Images uint8 (B, H, W, C), mirrored where `flips` (B,) is true and moved over a black ground.
+    """Images uint8 (B, H, W, C), mirrored where `flips` (B,) is true and shifted on a black background.
 
-    offsets: (B, 2), 0..2*margin, row and column of the crop in the image padded by `margin`; (margin, margin) moves
-    nothing.
+    offsets: (B, 2), 0..2*margin, row and column of the crop in the image padded by `margin`; (margin, margin) is no
+    shift.
     """
     num, height, width, channels = images.shape
     pixel = np.dtype((np.void, channels))  # the channels of a pixel, moved as a whole
@@ -717,17 +730,17 @@ def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, m
 
 
 class ImageDataset(Dataset):
-    """Images kept as bytes; a batch of them is augmented and cut into patches as a whole.
+    """Images kept as bytes. A batch is augmented and cut into patches as a whole.
 
     Args:
         images: uint8 (N, H, W, C).
         labels: N labels, such as class numbers.
         adapter: makes the tokens.
-        margin: training images are moved by up to so many pixels (0: not).
-        flip: half of the training images are mirrored.
-        seed: of margin and flip, which are drawn for each epoch.
-        ids: names of the samples; without, their numbers.
-        targets: what the labels are, where they are no classes.
+        margin: images are shifted by up to this many pixels; 0 for none.
+        flip: whether half of the images are mirrored.
+        seed: of shifts and flips, which are drawn for each epoch.
+        ids: names of the samples; by default their numbers.
+        targets: a task (tasks.py), if the labels are not classes.
     """
 
     def __init__(
@@ -751,7 +764,7 @@ class ImageDataset(Dataset):
 
     @property
     def augmentation(self) -> str:
-        """What is done to the images, in words, for the first lines of a run."""
+        """How the images are augmented, in words, for the start of a run."""
         if not (self.margin or self.flip):
             return "neither moved nor mirrored"
         moved = f"moved by up to {self.margin} pixel{'s' * (self.margin > 1)}" if self.margin else "not moved"
@@ -787,7 +800,7 @@ def image_stem(settings: Settings) -> str | None:
 
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
-    """What `ImageDataset` is told to do to the images of a split."""
+    """The arguments of `ImageDataset` for augmenting the images of a split."""
     if split != "train" or not settings.augment:
         return {}
     return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
@@ -796,13 +809,17 @@ def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, An
 def _read_pixels(
     files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
 ) -> dict[str, np.ndarray]:
-    """uint8 (N, size, size, 3) of each split. Raises UserError for more than this machine's memory."""
+    """uint8 (N, size, size, 3) of each split.
+
+    Raises:
+        UserError: images that cannot be read, or more than this machine's memory holds.
+    """
     number = sum(map(len, files.values()))
     check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
     pixels = {name: np.empty((len(paths), size, size, 3), np.uint8) for name, paths in files.items()}
 
-    def read(place: tuple[np.ndarray, int, Path]) -> None:
-        images, number, file = place
+    def read(job: tuple[np.ndarray, int, Path]) -> None:
+        images, number, file = job
         images[number] = square_pixels(file, size, bits)
 
     each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
@@ -810,9 +827,9 @@ def _read_pixels(
 
 
 def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:
-    """The bits in use of the training images' grey, None if it has no more than 8. Adds a note of what is assumed.
+    """The bits in use in grey training images; None if they have no more than 8. Adds a note on what is assumed.
 
-    A camera of 10 or 12 bits stores them in files of 16, where they would be all but black.
+    A camera of 10 or 12 bits stores them in 16-bit files, which would look almost black.
     """
     used = {"grey": [], "colour": []}  # bits of each image
     for found in each(depth, files, places):
@@ -831,7 +848,7 @@ def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, note
 
 
 def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """uint8 (H, W, channels) of an array; without a shape, of any size and 1 to 4 channels."""
+    """uint8 (H, W, channels) from an array of this shape or, without one, of any size and 1 to 4 channels."""
     values = as_numbers(image, "image")
     values = values[..., None] if values.ndim == 2 else values
     if shape is not None and values.shape != shape:
@@ -849,21 +866,22 @@ def _stored_pixels(image: Any, shape: tuple[int, ...] | None = None) -> np.ndarr
 
 
 def _number_kind(array: Any) -> str:
-    """NumPy's letter for the kind of numbers: b (bool), i, u, f; for uint8, which is what pixels are stored as, 8."""
+    """NumPy's letter for the kind of numbers: b (bool), i, u, f; but 8 for uint8, the type in which pixels are stored.
+    """
     if isinstance(array, Tensor):
         return "f" if array.is_floating_point() else {torch.bool: "b", torch.uint8: "8"}.get(array.dtype, "i")
     try:
         dtype = np.asarray(array).dtype
-    except ValueError:  # rows of different lengths; `_numbers` says so
+    except ValueError:  # rows of different lengths, which `as_numbers` refuses
         return "O"
     return "8" if dtype == np.uint8 else dtype.kind
 
 
 def _array_image(array: Any, bits: int | None) -> Image.Image:
-    """A PIL image of an array (H, W) or (H, W, 1 to 4 channels), whose type says what its numbers mean.
+    """A PIL image from an array (H, W) or (H, W, 1 to 4 channels), whose type says what its numbers mean.
 
-    Of bool, True is white. Whole numbers wider than 8 bits reach 2**bits - 1 where the training images had `bits`. All
-    others are 0..255; from 0 to 1 is refused, whatever is between.
+    bool: True is white. Integers wider than 8 bits: white is 2**bits - 1, if the training images had `bits`. Everything
+    else: 0..255; values that all lie between 0 and 1 are refused.
     """
     kind = _number_kind(array)
     if kind == "b":
@@ -875,7 +893,7 @@ def _array_image(array: Any, bits: int | None) -> Image.Image:
 
 
 def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
-    """uint8 (size, size, 3) of an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
+    """uint8 (size, size, 3) from an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
     name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
@@ -886,7 +904,11 @@ def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
 
 
 def check_patch_size(patch_size: int, height: int, width: int) -> None:
-    """Raise UserError if patches of this size (pixels) do not tile the image."""
+    """Check that patches of this size (pixels) tile the image.
+
+    Raises:
+        UserError: they do not.
+    """
     if patch_size < 1 or height % patch_size or width % patch_size:
         valid = [size for size in range(1, height + 1) if not height % size and not width % size]
         raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
@@ -910,7 +932,8 @@ def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[floa
         float32 (B, H/P * W/P, P*P*C). Patches run along the rows of the image; inside a patch the order is row, column,
         channel.
 
-    Raises UserError for another type or shape.
+    Raises:
+        UserError: another type or shape.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -927,7 +950,7 @@ def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[floa
 
 @lru_cache
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pixels: int) -> tuple[Tensor, Tensor]:
-    """(value - mean) / std as value * scale + shift, for all the values of an image, (pixels * C,) each."""
+    """scale and shift with (value - mean) / std = value * scale + shift, for all values of an image, (pixels * C,)."""
     scale = 1 / torch.tensor(std)
     return scale.repeat(pixels), (-torch.tensor(mean) * scale).repeat(pixels)
 
@@ -942,7 +965,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
 
 
-# --- Descriptions -----------------------------------------------------------------------------------------------------
+# --- Descriptions ----------------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter,
@@ -959,7 +982,11 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
-    """The adapter that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    """The adapter that `describe` described.
+
+    Raises:
+        UserError: `describe` never writes this; the message begins with `where`.
+    """
     kind = description.get("kind")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(ADAPTERS)}")

@@ -1,13 +1,13 @@
-"""Items and the batches made of them: tokens, padding, masks, targets; their order, and the shares of processes.
+"""Items and the batches made of them: tokens, padding, masks, targets, their order, and the shares of processes.
 
 An item of a data set is {'input': (L, C), 'label': ...} with an optional 'mask': (L,); every loader yields
 
     {'input': float32 (B, L, C), 'mask': bool (B, L), 'label': ...}
 
 with B samples, L tokens (of the longest sample) and C channels. The mask is True at real tokens and False at padding,
-which is zero. With several modalities, 'input' and 'mask' are dicts of these by modality, in items and in batches; an
-item leaves out a modality that it lacks. What a label is, and how labels are stacked, is the task's (tasks.py): int64
-(B,) for classes. Any `torch.utils.data.Dataset` of such items can be used:
+which is zero. With several modalities, 'input' and 'mask' are dicts by modality, in items and in batches; an item
+leaves out a modality that it lacks. What a label is and how labels are stacked is up to the task (tasks.py): int64 (B,)
+for classes. Any `torch.utils.data.Dataset` of such items can be used:
 
     loader = create_dataloader(my_dataset, batch_size=32, shuffle=True, num_classes=10)
 """
@@ -34,31 +34,39 @@ Device = str | torch.device
 
 
 def random_stream(purpose: str, *key: int) -> np.random.Generator:
-    """Random numbers that depend on the purpose and the key (whole numbers >= 0) alone."""
+    """Random numbers that depend only on the purpose and the key (whole numbers >= 0)."""
     return np.random.default_rng((zlib.crc32(purpose.encode()), *key))
 
 
-# --- Targets ----------------------------------------------------------------------------------------------------------
+# --- Targets ---------------------------------------------------------------------------------------------------------
 
 
 class Targets(Protocol):
-    """What a loader has to know of the labels of its items; every task is one (tasks.py)."""
+    """What a loader must know about the labels of its items; every task is one (tasks.py)."""
 
     def target(self, label: Any, where: str) -> Any:
-        """The label of an item as the loss wants it. Raises UserError that begins with `where`."""
+        """The label of an item as the loss needs it.
+
+        Raises:
+            UserError: the label is impossible; the message begins with `where`.
+        """
 
     def stack(self, targets: Sequence[Any]) -> Tensor:
         """The targets of a batch."""
 
     def check(self, targets: Sequence[Any], for_training: bool) -> None:
-        """Raise UserError that names the first sample whose target cannot be, or says why nothing could be learnt."""
+        """Check all targets of a data set.
+
+        Raises:
+            UserError: names the first sample with an impossible target, or says why nothing could be learnt.
+        """
 
 
 class ClassTargets:
-    """One class an item, a whole number from 0 to num_classes - 1.
+    """One class for each item, a whole number from 0 to num_classes - 1.
 
     Args:
-        num_classes: None for as many as there are.
+        num_classes: None for as many as occur.
     """
 
     def __init__(self, num_classes: int | None = None):
@@ -66,7 +74,7 @@ class ClassTargets:
 
     def target(self, label: Any, where: str) -> int:
         value = np.asarray(label)
-        with np.errstate(invalid="ignore"):  # NaN, infinity and what int64 cannot hold come out different
+        with np.errstate(invalid="ignore"):  # NaN, infinity and numbers too large for int64 change when converted
             whole = value.ndim == 0 and value.dtype.kind in "biuf" and value.astype(np.int64) == value
         if not whole:
             raise UserError(f"{where}: label {label!r} is not a whole number; number the classes 0, 1, 2, ...")
@@ -90,11 +98,15 @@ class ClassTargets:
             raise UserError(f"all {len(labels)} training samples have label {labels[0]}; give at least two classes")
 
 
-# --- Items and batches ------------------------------------------------------------------------------------------------
+# --- Items and batches -----------------------------------------------------------------------------------------------
 
 
 def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
-    """A writable array of its own; NaN where a masked array or a table of pandas has no value."""
+    """The item as a writable array of its own; NaN where a masked array or a pandas table has no value.
+
+    Raises:
+        UserError: it is no array of numbers.
+    """
     try:
         if isinstance(item, Tensor):
             item = item.detach().cpu()
@@ -109,7 +121,7 @@ def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
             array = item.to_numpy(np.float64, na_value=np.nan)
         elif isinstance(array, np.ma.MaskedArray):
             array = array.astype(np.float64).filled(np.nan)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which every adapter refuses
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which every adapter refuses
             return np.require(array, dtype, ["C", "W"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the {what} is not an array of numbers: {error}".splitlines()[0]) from error
@@ -139,20 +151,23 @@ def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> t
     if mask is not None:
         tokens = tokens.masked_fill(~real[:, None], 0)
     if tokens.numel():
-        lowest, highest = tokens.aminmax()  # NaN if one is
+        lowest, highest = tokens.aminmax()  # both NaN if any value is
         if not -math.inf < lowest <= highest < math.inf:
             raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
     return tokens, real
 
 
 Sample = tuple[dict[str, tuple[Tensor, Tensor]], Any]
-ONLY = "input"  # the key of the only modality
+ONLY = "input"  # the key of the modality where there is only one
 
 
 def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: Targets | None = None) -> Sample:
-    """An item, checked: ({modality: (input float32 (L, C), mask bool (L,))}, target or None).
+    """A checked item: ({modality: (input float32 (L, C), mask bool (L,))}, target or None).
 
-    `where` names it in an error. A modality without a real token counts as missing; one at least must have some.
+    A modality without a real token counts as missing; at least one modality must have some.
+
+    Raises:
+        UserError: the item cannot be used; the message begins with `where`.
     """
     if not isinstance(item, dict) or "input" not in item:
         found = list(item) if isinstance(item, dict) else f"a {type(item).__name__}"
@@ -164,8 +179,8 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
         raise UserError(f"{where}: the input is a dict of modalities, so the mask must be one too")
     parts = {}
     for name, tokens in inputs.items():
-        place = where if name == ONLY else f"{where}, {name}"
-        tokens, mask = _to_tokens(tokens, (masks or {}).get(name), place, max_seq_len)
+        part = where if name == ONLY else f"{where}, {name}"
+        tokens, mask = _to_tokens(tokens, (masks or {}).get(name), part, max_seq_len)
         if mask.any():
             parts[name] = tokens, mask
     if not parts:
@@ -177,11 +192,13 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
 def collate(
     items: Sequence[Item] | Batch, max_seq_len: int | None = None, targets: Targets | None = None
 ) -> Batch:
-    """The batch of a list of items; sequences longer than max_seq_len are cut to it.
+    """The batch of a list of items. Sequences longer than max_seq_len are cut.
 
     A batch that the data set assembled itself (`__getitems__`) is passed on. Items without a label give a batch without
-    one. Tokens hidden by an item's mask become zeros, as padding is. A modality that no item has is not in the batch.
-    Raises UserError for an item that cannot be used.
+    one. Tokens hidden by an item's mask become zeros, like padding. A modality that no item has is not in the batch.
+
+    Raises:
+        UserError: an item cannot be used.
     """
     if isinstance(items, dict):
         return items
@@ -207,7 +224,11 @@ def collate(
 def check_items(
     dataset: Dataset, max_seq_len: int | None = None, targets: Targets | None = None
 ) -> tuple[np.ndarray, list[Any]]:
-    """Read every item once. Returns (lengths in tokens int64, targets); raises UserError that names a bad sample."""
+    """Read every item once. Returns (lengths in tokens int64, targets).
+
+    Raises:
+        UserError: names the first bad sample.
+    """
     targets = targets or ClassTargets()
     lengths, labels, widths = [], [], {}
     for number in range(len(dataset)):
@@ -227,7 +248,7 @@ def check_items(
 
 
 def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
-    """Input and mask on the device, for each modality if there are several; no mask where a whole batch is real."""
+    """Input and mask on the device, by modality if there are several. The mask is None if all tokens are real."""
     if isinstance(batch["input"], dict):
         names = batch["input"].keys()
         pairs = [model_inputs({key: batch[key][name] for key in ("input", "mask")}, device) for name in names]
@@ -245,15 +266,15 @@ def mix_inputs(batch: Batch, device: Device) -> dict[str, Any]:
 
 
 def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
-    """`model_inputs` in the precision of the weights; but numbers of tokens stay float32, which keeps them whole."""
+    """`model_inputs` in the precision of the weights, except token numbers (bytes of text), which stay float32."""
     x, mask = model_inputs(batch, device)
     dtype = next((weights.dtype for weights in model.parameters()), torch.float32)
     if dtype == torch.float32:
         return x, mask
-    features = {name for name, tokens in model.modalities.items() if tokens.embedding is None}
+    measured = {name for name, tokens in model.modalities.items() if tokens.embedding is None}  # channels, not numbers
     if isinstance(x, dict):
-        return {name: values.to(dtype) if name in features else values for name, values in x.items()}, mask
-    return x.to(dtype) if features else x, mask
+        return {name: values.to(dtype) if name in measured else values for name, values in x.items()}, mask
+    return x.to(dtype) if measured else x, mask
 
 
 def hide(batch: Batch) -> None:
@@ -312,27 +333,28 @@ class Mixed(Dataset):
         return collate([self.dataset[number] for number in numbers], targets=self.targets)
 
 
-# --- Shares of processes ----------------------------------------------------------------------------------------------
+# --- Shares of processes ---------------------------------------------------------------------------------------------
 
 
 def share_of(batch: list[int], rank: int, size: int) -> list[int]:
-    """The samples of a batch that process `rank` of `size` computes: disjoint parts, equal in size within one."""
+    """The samples of a batch that process `rank` of `size` computes: disjoint parts, whose sizes differ by at most one.
+    """
     return batch[rank::size]
 
 
 def loaded_of(batch: list[int], rank: int, size: int) -> list[int]:
-    """The samples that this process loads: its share. Where a short batch leaves it none, the first sample of the
-    batch, as a dummy of which nothing counts, so that all processes make the same steps."""
+    """The samples that this process loads: its share, or, if a short batch leaves it none, the first sample of the
+    batch as a dummy that does not count, so that all processes make the same steps."""
     return share_of(batch, rank, size) or batch[:1]
 
 
 def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]]) -> dict[str, np.ndarray]:
-    """Results of the shares that the processes computed of `batches`, in the order of the sample numbers.
+    """The results that the processes computed for their shares of `batches`, in the order of the sample numbers.
 
-    parts: of each process, arrays with a row for each sample that it loaded. Rows of dummies are left out.
+    parts: for each process, arrays with a row for each sample that it loaded. Rows of dummies are dropped.
 
-    With 3 processes and batches [0, 1, 2], [3], the processes load 0, 3 and 1, 3 and 2, 3. Of the three rows for
-    sample 3 the first is kept: process 0 computes the first sample of every batch, so that one is no dummy's.
+    Example: with 3 processes and batches [0, 1, 2], [3], the processes load 0, 3 and 1, 3 and 2, 3. Of the three rows
+    for sample 3, the first is kept. It is never a dummy's, since process 0 computes the first sample of every batch.
     """
     ranks, size = range(len(parts)), len(parts)
     loaded = [number for rank in ranks for batch in batches for number in loaded_of(batch, rank, size)]
@@ -340,7 +362,7 @@ def unshared(parts: Sequence[dict[str, np.ndarray]], batches: Sequence[list[int]
     return {name: np.concatenate([part[name] for part in parts])[rows] for name in parts[0]}
 
 
-# --- Loaders ----------------------------------------------------------------------------------------------------------
+# --- Loaders ---------------------------------------------------------------------------------------------------------
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -349,14 +371,14 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 class EpochBatchSampler(Sampler[list[int]]):
-    """Batches of sample numbers, in an order that depends on (seed, epoch) alone.
+    """Batches of sample numbers, in an order that depends only on (seed, epoch).
 
     Args:
         shuffle: a new random order each epoch; without it, the order of the data set.
         lengths: tokens per sample. If given, batches hold samples of similar length: within every POOL batches of the
             epoch's order the samples are sorted by length, and the batches are shuffled.
-        share: (rank, size), to yield of each batch what one of several processes loads, see `loaded_of`; all of them
-            make the same number of steps.
+        share: (rank, size) of one of several processes: yield only the part of each batch that it loads, see
+            `loaded_of`. All processes make the same number of steps.
     """
 
     POOL = 50
@@ -381,7 +403,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Yield the batches of `epoch` from now on, without its first `first_batch` ones."""
+        """Make the next pass that of `epoch`, without its first `first_batch` batches."""
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch {first_batch} is not in 0..{len(self)}, the batches of an epoch")
         self.epoch, self.first_batch = epoch, first_batch
@@ -395,7 +417,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         return iter([loaded_of(batch, *self.share) for batch in batches])
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The sample numbers of every batch of an epoch, those of all processes."""
+        """The sample numbers of every batch of an epoch, for all processes together."""
         rng = random_stream("order", self.seed, epoch)
         order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
         if self.lengths is not None:
@@ -410,10 +432,10 @@ class EpochBatchSampler(Sampler[list[int]]):
 class EpochDataLoader(DataLoader):
     """A DataLoader over an `EpochBatchSampler`: every pass is the next epoch.
 
-    The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes start anew with each
-    pass, so they never hold an older epoch. Iterating takes nothing from torch's global random numbers, and those of
-    the workers depend on (seed, epoch, worker) alone. Batches for a CUDA device that no worker makes are made by a
-    thread, one ahead, while the device computes.
+    The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes are started for each
+    pass, so they never hold an older epoch. Iterating draws nothing from torch's global generator, and the random
+    numbers of a worker depend only on (seed, epoch, worker). For a CUDA device without workers, a thread makes the next
+    batch while the device computes.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -430,7 +452,7 @@ class EpochDataLoader(DataLoader):
 
 
 def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; while one is used, a thread makes and pins the next."""
+    """The same batches. While one is used, a thread makes and pins the next."""
     device = torch.cuda.current_device()  # a new thread starts with device 0
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
         coming = thread.submit(next, iterator, None)
@@ -440,8 +462,8 @@ def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, of workers. A UserError has its own message again, which torch hides in the traceback of the
-    worker; and a worker that died while it handed over a batch is said to have died, as at any other moment."""
+    """The same batches, made by workers. A UserError gets its own message back, which torch buries in the worker's
+    traceback. A worker that dies while handing over a batch is reported as dead, as at any other moment."""
     try:
         yield from batches
     except UserError as error:
@@ -454,9 +476,9 @@ def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def set_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Let the loader's next pass be that of `epoch` (order and augmentation), from batch `first_batch` on.
+    """Make the loader's next pass that of `epoch` (order and augmentation), starting with batch `first_batch`.
 
-    Nothing of the batches before is read. Without this call every pass is the next epoch.
+    The batches before it are not read. Without this call, every pass is the next epoch.
     """
     loader.batch_sampler.set_epoch(epoch, first_batch)
 
@@ -474,26 +496,27 @@ def create_dataloader(
     share: tuple[int, int] = (0, 1),
     targets: Targets | None = None,
 ) -> DataLoader:
-    """A loader of the batches described above; the last one may be short. Same batches for any num_workers.
+    """A loader of the batches described above; the last one may be short. The batches are the same for any num_workers.
 
     Every item is read and checked once, here. A data set with an attribute `lengths` (tokens per sample, or None if
-    they are not known) is taken at its word and not read: for data too large to be read twice. Its items are then
-    checked when their batch is made.
+    they are not known) is trusted and not read, which is for data too large to be read twice; its items are checked
+    when their batch is made.
 
     Args:
-        shuffle: for training: a new order each epoch, and data from which nothing can be learnt is refused.
+        shuffle: for training: a new order each epoch; data from which nothing can be learnt are refused.
         seed: of the order.
         num_classes: labels must be in 0..num_classes-1.
-        targets: what labels are, where they are no classes: a task (tasks.py).
+        targets: a task (tasks.py), if the labels are not classes.
         max_seq_len: longer sequences are cut to this many tokens.
         bucket_by_length: batches of samples of similar length, see `EpochBatchSampler`.
         pin_memory: for fast copies to a CUDA device.
-        share: (rank, size), for one of several processes that share each batch, see `EpochBatchSampler`.
+        share: (rank, size) of one of several processes that share each batch, see `EpochBatchSampler`.
 
-    A data set that draws random numbers of its own should draw them from (seed, epoch, sample number); if it has a
-    method `set_epoch(epoch)`, it is called before each pass.
+    A data set that uses random numbers should derive them from (seed, epoch, sample number). If it has a method
+    `set_epoch(epoch)`, it is called before each pass.
 
-    Raises UserError that names the sample, what is wrong with it and the remedy.
+    Raises:
+        UserError: names the sample, what is wrong with it and the remedy.
     """
     if max_seq_len is not None and max_seq_len < 1:
         raise UserError(f"max_seq_len is {max_seq_len}; it must be at least 1, or None for no limit")

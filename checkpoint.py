@@ -1,14 +1,15 @@
 """The checkpoint file: what is in it, how it is written (atomically), read (safely) and turned back into a model.
 
-A checkpoint is a torch file that holds tensors and plain Python values only, so that it loads with
-``weights_only=True``. Beside what training needs to go on (optimizer, step, random state, ...; see train.py) it has:
+A checkpoint is a torch file that holds only tensors and plain Python values, so that it loads with
+`weights_only=True`. Besides what training needs to continue (optimizer, step, random state, ...; see progress.py), it
+holds:
 
     format, format_version    "perceiver-checkpoint", 3
-    model                     the weights (with --ema_decay their average), without any wrapper's prefix
+    model                     the weights (their average, with --ema_decay), without any wrapper's prefix
     model_args                the arguments of PerceiverModel
     settings                  every setting of the run (config.py)
-    data                      what the data are: class names, adapters (normalisation, patch size, ...; data_utils.py)
-    epoch, step, best         epochs and optimizer steps done; epoch and figures of the best validation
+    data                      what the data are: task, adapters (normalisation, patch size, ...), see data_utils.py
+    epoch, step, best         epochs and optimizer steps done; the log's line of the best epoch
     versions                  of Python and the libraries
 """
 
@@ -34,8 +35,8 @@ from schema import read, shown
 from token_features import TokenFeatures
 
 BEST, LAST = "best_model.pth", LAST_CHECKPOINT
-FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 3  # 3: a task says what is answered; 2 is read as classification
-CLASSES = ("torch ", "torch.", "collections OrderedDict")  # of tensors; torch lets others pass that may take any memory
+FORMAT, FORMAT_VERSION = "perceiver-checkpoint", 3  # 3 has a task; 2 is read as classification
+CLASSES = ("torch ", "torch.", "collections OrderedDict")  # needed for tensors; torch allows more, some of any size
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 
 SCALARS = (bool, int, float, str, type(None))
@@ -50,7 +51,7 @@ def _are_distinct(names: list[str]) -> bool:
 
 
 Repeats = Annotated[int, lambda number: 1 <= number <= 1000, "a whole number from 1 to 1000"]
-Name = Annotated[str, str.isidentifier, "a name"]  # of a modality: it becomes part of a figure's
+Name = Annotated[str, str.isidentifier, "a name"]  # of a modality; it becomes part of a figure's file name
 
 
 class SplitSizes(TypedDict):
@@ -60,7 +61,7 @@ class SplitSizes(TypedDict):
 
 
 class Data(TypedDict):
-    """What a checkpoint knows of the data, see data_utils.load_splits."""
+    """What a checkpoint knows about the data, see data_utils.load_splits."""
 
     task: dict[str, Any]
     num_outputs: int
@@ -75,7 +76,7 @@ class Data(TypedDict):
 
 
 class Contents(TypedDict):
-    """What every checkpoint holds, see above; the rest is read by who needs it (progress.py)."""
+    """What every checkpoint holds, see above; progress.py reads the rest."""
 
     model: dict[str, Any]
     model_args: dict[str, Any]
@@ -87,7 +88,7 @@ class Contents(TypedDict):
 
 
 def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of PerceiverModel that settings and data ask for: the preset's, or what is set instead."""
+    """The arguments of PerceiverModel for these settings and data: those of the preset, unless set otherwise."""
     chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if has_effect(settings, name)}
     return MODEL_SIZES[settings.model_size] | {
         **{name: value for name, value in chosen.items() if value is not None},
@@ -97,9 +98,9 @@ def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
-    """Write a checkpoint so that at every moment the old file or the new one is whole.
+    """Write a checkpoint so that at every moment either the old file or the new one is whole.
 
-    Nothing is left behind by a write that fails.
+    A write that fails leaves nothing behind.
 
     Raises:
         UserError: the file cannot be written; the old one is untouched.
@@ -111,25 +112,25 @@ def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
         with written_whole(path) as file:
             torch.save(contents, file)
     except Exception as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps it in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps an OSError in a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        kept = f"; {path} still holds the one before" if path.exists() else ""
+        kept = f"; {path} still holds the previous one" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {cause.strerror or cause}{kept}; "
-            f"{remedy(cause)} or choose another --checkpoint_dir, then go on with --resume"
+            f"{remedy(cause)} or choose another --checkpoint_dir, then continue with --resume"
         ) from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint on the CPU, wherever it was made, and make sure that it is a whole one of ours.
+    """Read a checkpoint onto the CPU, wherever it was made, and check that it is a whole one of this project.
 
-    Nothing in the file is executed: it is read with ``weights_only=True``, after its checksums were found right. Its
-    parts are of the types of ``Contents``; weights and arguments of the model are compared by ``build_model``.
+    Nothing in the file is executed: its checksums are verified, then it is read with `weights_only=True`. Its parts
+    have the types of `Contents`; `build_model` compares weights and arguments of the model.
 
     Raises:
-        UserError: there is no such file, it is damaged, foreign, or holds other objects than tensors and plain
-            values. A good checkpoint in the same folder is named.
+        UserError: the file is missing, damaged or foreign, or holds objects other than tensors and plain values. A good
+            checkpoint in the same folder is named.
     """
     try:
         return _read(Path(path))
@@ -139,7 +140,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path} is not a file")  # a pipe would be waited for without end
+        raise UserError(f"{path} is not a file")  # reading a pipe would wait forever
     try:
         with open(path, "rb") as file:
             start = file.read(2)
@@ -150,11 +151,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            # A torch file is not compressed: what claims more bytes than the file has would unpack without end
+            # A torch file is not compressed: parts that claim more bytes than the file has would fill the memory
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise zipfile.BadZipFile("its parts are larger than the file")
             damaged = archive.testzip()
-            # torch reads nothing, without a word, from an entry that is marked as a folder
+            # From an entry that is marked as a folder, torch silently reads nothing
             damaged = damaged or next((entry.filename for entry in entries if entry.external_attr), None)
             if damaged:
                 raise zipfile.BadZipFile(f"checksum of {damaged}")
@@ -163,9 +164,9 @@ def _read(path: Path) -> dict[str, Any]:
         if foreign:
             raise UnpicklingError(foreign[0])
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # the checksums are right, so it was made like this
-        raise UserError(f"{path} holds other objects than tensors and plain values; refused, none was run") from error
-    except Exception as error:  # what damaged bytes make zipfile and torch raise has no common class
+    except UnpicklingError as error:  # the checksums are right, so the file was made like this
+        raise UserError(f"{path} holds objects other than tensors and plain values; refused, none was run") from error
+    except Exception as error:  # damaged bytes make zipfile and torch raise many kinds of exception
         raise UserError(f"{path} is truncated or damaged ({error})".splitlines()[0]) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
@@ -180,16 +181,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read(contents, Contents, "")
     except UserError as error:
-        raise UserError(f"{path} is no whole checkpoint: {error}") from error
+        raise UserError(f"{path} is not a whole checkpoint: {error}") from error
 
 
 def _classes(pickled: bytes) -> Iterator[str]:
-    """What the pickle asks for by name, as "module name"."""
+    """The names that the pickle asks for, as "module name"."""
     return (argument for code, argument, _ in pickletools.genops(pickled) if code.name == "GLOBAL")
 
 
 def _upgrade(contents: dict[str, Any]) -> None:
-    """Of format 2, which knew no other task than one class of several."""
+    """Make format 2, whose only task was classification, into format 3."""
     data = contents.get("data")
     if isinstance(data, dict) and "class_names" in data:
         data["task"] = {"kind": "classification", "class_names": data["class_names"], "class_weights": None}
@@ -214,29 +215,33 @@ def _alternative(path: Path) -> str:
 def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
-    It is made without memory, on the meta device, and compared with the weights before any is taken.
+    It is first made on the meta device, without memory, and compared with the weights.
 
     Raises:
-        UserError: weights are missing, not expected, of another shape or no finite numbers, each of which is listed;
-            or the arguments are none of a model.
+        UserError: the arguments are not those of a model; or weights are missing, unexpected, of another shape or not
+            finite, all of which are listed.
     """
     arguments = checkpoint["model_args"]
     try:
         check_model_arguments(arguments)
         with torch.device("meta"):
             model = PerceiverModel(**arguments)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:  # a taken name; sizes whose product is no int64
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:  # also a taken name, or sizes beyond int64
         raise UserError(f"the checkpoint's model arguments are refused: {error}".splitlines()[0]) from error
     told, given = checkpoint["data"]["num_outputs"], arguments["num_classes"]
     if told != given:
         raise UserError(f"the checkpoint's task has {told} outputs, its model {given}")
     weights = check_weights(model, checkpoint["model"])
-    model.to_empty(device="cpu").load_state_dict(weights)  # its first values, which take long to draw, are not needed
+    model.to_empty(device="cpu").load_state_dict(weights)  # without drawing initial values, which would take long
     return model.eval()
 
 
 def check_model_arguments(arguments: dict[str, Any]) -> None:
-    """Raise UserError unless each argument is known, of its declared type and within the limits of its setting."""
+    """Check that each argument is known, of its declared type and within the limits of its setting.
+
+    Raises:
+        UserError: one is not.
+    """
     tokens = get_type_hints(TokenFeatures.__init__)
     model = get_type_hints(PerceiverEncoder.__init__) | tokens
     model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats}
@@ -255,12 +260,20 @@ def read_arguments(arguments: dict[str, Any], kinds: dict[str, Any], where: str 
 
 
 def load_weights(model: PerceiverModel, weights: dict[str, Tensor]) -> None:
-    """Load weights, saved from the plain model or from any nesting of wrappers. Raises UserError as build_model."""
+    """Load weights that were saved from the plain model or from any nesting of wrappers.
+
+    Raises:
+        UserError: they do not fit, see `build_model`.
+    """
     model.load_state_dict(check_weights(model, weights))
 
 
 def check_weights(model: PerceiverModel, weights: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights by the names of the plain model, which may be on the meta device. Raises UserError as build_model."""
+    """The weights by the names of the plain model, which may be on the meta device.
+
+    Raises:
+        UserError: they do not fit, see `build_model`.
+    """
     names = [_unwrapped(name) for name in weights]
     problems = [f"twice {shown(name)}" for name, count in Counter(names).items() if count > 1]
     weights = dict(zip(names, weights.values(), strict=True))
@@ -271,17 +284,17 @@ def check_weights(model: PerceiverModel, weights: dict[str, Any]) -> dict[str, T
 
 
 def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
-    """What keeps the tensors of a file from taking the place of those expected, which may be on the meta device.
+    """Why the tensors of a file cannot replace the expected ones, which may be on the meta device; [] if they can.
 
-    They must be real, finite and of the same shapes. Nothing is computed, and no memory taken, before the file is known
-    to hold as many bytes as they have: a tensor of strides 0, or of one storage many times, may claim any size.
+    They must be real, finite and of the same shapes. Nothing is computed, and no memory is used, before the file is
+    known to hold as many bytes as they claim: tensors with stride 0, or many on one storage, may claim any size.
     """
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {shown(name)}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
         tensor, shape = tensors[name], expected[name].shape
         if not isinstance(tensor, Tensor):
-            problems.append(f"{name} is no tensor")
+            problems.append(f"{name} is not a tensor")
         elif not _is_real(tensor):
             problems.append(f"{name} is {_kind(tensor)}, not real numbers")
         elif tensor.shape != shape:

@@ -1,7 +1,7 @@
 """The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
 
-A value comes from, in rising order: the default, the data set's default, the config file, the flag. On resume
-the checkpoint's settings take the place of both defaults. A new setting is one more line in `Settings`.
+Default < data set's default < config file < flag: each overrides the one before. On resume the checkpoint's settings
+take the place of both defaults. A new setting is one more line in `Settings`.
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
@@ -27,7 +27,7 @@ import torch
 
 from messages import UserError, printable
 
-# Defaults that depend on the data set; its keys are the data sets there are.
+# Defaults that depend on the data set; the keys are the names that --dataset takes.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "synthetic": {"model_size": "tiny", "num_epochs": 20, "learning_rate": 5e-4},
     "cifar10": {"model_size": "base", "num_epochs": 100, "patch_size": 4, "flip": True},
@@ -63,20 +63,20 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
-_LAST = object()  # stands for it until checkpoint_dir is known
-_TOO_LARGE = 2**31  # for every whole number
-_NAMED = 20  # unknown names that get a line each, with the nearest valid one; finding it takes time
+_LAST = object()  # --resume without a path, until checkpoint_dir is known
+_TOO_LARGE = 2**31  # upper bound of every integer setting
+_NAMED = 20  # unknown names that get a line each; finding the nearest valid one takes time
 
 
 def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: str, **rules: Any) -> Any:
     """A field of `Settings`.
 
-    on_resume says what a changed value means to a resumed run: 'free' leaves the training as it was,
-    'inexact' is allowed but no longer gives what an unbroken run gives, 'fixed' is refused.
-    rules: `flag` (where it is not the name), `choices`, the limits `at_least`, `at_most`, `above` and `below`,
-    `applies`: {other setting: its values with which this one has an effect}, and `metavar`, for --help. Sizes have an
-    upper limit, far above what is of use, where a slip of the finger or a forged file would otherwise be computed for
-    hours.
+    on_resume: what happens when a resumed run changes the value. 'free': the training stays the same; 'inexact':
+        allowed, but the result is no longer that of an unbroken run; 'fixed': refused.
+    rules: `flag` (if it differs from the name), `choices`, the limits `at_least`, `at_most`, `above` and `below`,
+        `applies` ({other setting: the values with which this one has an effect}) and `metavar` (for --help). Sizes
+        have an upper limit far above any use, so that a typing error or a forged file is refused and not computed for
+        hours.
     """
     metadata = {"help": help, "unit": unit, "group": group, "on_resume": on_resume, **rules}
     return dataclasses.field(default=default, metadata=metadata)
@@ -114,49 +114,52 @@ class Settings:
     """All settings of a run. Every value is checked, so a `Settings` that exists is valid.
 
     `resolve` applies the data set's defaults; calling the class itself does not.
-    Raises UserError with a line for each wrong value.
+
+    Raises:
+        UserError: a line for each wrong value.
     """
 
     dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
     data_path: str | None = _data(None, "your data, a file or folder", applies=_OWN, on_resume="free")
     test_path: str | None = _data(
-        None, "your test data; none = its test folder, or test_fraction", applies=_OWN, on_resume="free")
+        None, "your test data; none = the folder test/, or test_fraction", applies=_OWN, on_resume="free")
     test_fraction: float = _data(
-        0.2, "of your data, kept for the test where there is no test data", "fraction", above=0, below=1,
+        0.2, "share of your data kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is answered: one class, numbers, or several labels at once",
+        "classification", "what is predicted: one class, numbers, or several labels at once",
         choices=("classification", "regression", "multilabel"), applies=_OWN)
-    id_column: str = _column("id", "column of an item's name in a table", applies=_TABLES)
+    id_column: str = _column("id", "column of an item's name", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column(
-        "label", "column of the label; for regression several: price,weight", applies=_TABLES)
+        "label", "column of the label; several for regression: price,weight", applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
-    ignore_columns: str | None = _column(None, "columns that are no features: time,station", applies=_SERIES)
+    ignore_columns: str | None = _column(None, "columns to leave out of the features: time,station", applies=_SERIES)
     table_rows: str = _column(
-        "auto", "what a row of a table of series is: one of its steps, or a whole series; auto = by its looks",
+        "auto", "what a row of a table is: a step of a series, or a whole series; auto = decided from the table",
         choices=("auto", "steps", "series"), applies=_SERIES)
     delimiter: str | None = _column(
-        None, "what separates the cells of a table, for example ';' or tab; none = by its looks", metavar="CHARACTER",
+        None, "what separates the cells of a table, such as ';' or tab; none = found out", metavar="CHARACTER",
         applies=_TABLES)
     encoding: str | None = _column(
-        None, "of text files, for example cp949; none = UTF-8, or as their first bytes say", metavar="NAME",
+        None, "of text files, such as cp949; none = UTF-8, or what their first bytes say", metavar="NAME",
         applies=_TABLES)
     quoting: str = _column(
-        "auto", "quotes in a table: as Excel writes them, or none = plain text; auto = Excel's, in a file with tabs "
-        "plain text where they make no sense as such", choices=("auto", "excel", "none"), applies=_TABLES)
+        "auto", "quotes in a table: excel = as Excel writes them, none = plain text; auto = excel, except in a file "
+        "with tabs where they make no sense", choices=("auto", "excel", "none"), applies=_TABLES)
     max_unpacking: int = _column(
-        100, "largest .npz, unpacked (256 MiB are always read)", "times its size", at_least=1, applies=_SERIES)
+        100, "how large an unpacked .npz may be (256 MiB are always read)", "times its size", at_least=1,
+        applies=_SERIES)
     group_column: str | None = _data(
-        None, "column of what must not be on both sides of a split: patient, speaker, device", applies=_OWN)
+        None, "column of groups that a split must not divide: patient, speaker, device", applies=_OWN)
     group_pattern: str | None = _data(
-        None, "the same, as a regular expression found in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
+        None, "the same, as a regular expression in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
     num_samples: int = _data(
-        2000, "to generate for training and validation; a fifth as many more are the test set", "sequences",
+        2000, "to generate for training and validation; the test set is a fifth as many", "sequences",
         at_least=1, applies=_SYNTHETIC)
     seq_len_range: tuple[int, int] = _data(
         (50, 200), "shortest and longest sequence", "tokens", at_least=1, applies=_SYNTHETIC)
@@ -168,7 +171,7 @@ class Settings:
         64, "side of the square to which your images are scaled and cropped", "pixels", at_least=1, at_most=16_384,
         applies=_OWN_IMAGES)
     image_bits: int | None = _data(
-        None, "in use of your 16-bit grey images; none = what the training images need: 8, 10, 12, 14 or 16", "bits",
+        None, "bits in use of your 16-bit grey images; none = what the training images need", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1,
         applies=_IMAGES | {"stem": ("auto", "none")})
@@ -185,7 +188,7 @@ class Settings:
     augment: bool = _data(
         True, "change training samples at random, as the next settings say; images are moved, too", on_resume="inexact")
     flip: bool = _data(
-        False, "mirror half of the training images, at random", applies=_IMAGES | {"augment": (True,)},
+        False, "mirror training images at random, half of them", applies=_IMAGES | {"augment": (True,)},
         on_resume="inexact")
     series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
     series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
@@ -239,19 +242,20 @@ class Settings:
     learning_rate: float = _training(3e-4, "highest rate of the schedule", "per step", flag="lr", above=0)
     weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "times the rate", at_least=0)
     warmup_fraction: float = _training(
-        0.1, "steps in which the learning rate rises", "fraction of all steps", at_least=0, below=1, on_resume="fixed")
+        0.1, "steps during which the learning rate rises", "fraction of all steps", at_least=0, below=1,
+        on_resume="fixed")
     label_smoothing: float = _training(
         0.0, "share of the target spread over all classes", "fraction", at_least=0, below=1,
         applies={"task": ("classification",)})
     class_weights: str = _training(
-        "none", "of the classes in the loss; balanced = the rarer the heavier", choices=("none", "balanced"),
+        "none", "weights of the classes in the loss; balanced = rare classes weigh more", choices=("none", "balanced"),
         applies=_CLASSES, on_resume="fixed")
     select_by: str | None = _training(
-        None, "score on validation data that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; last = "
-        "the last epoch, whatever its score; none = the task's own: accuracy, rmse, macro_f1", metavar="SCORE",
+        None, "validation score that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; last = the "
+        "last epoch, whatever its score; none = the task's own: accuracy, rmse, macro_f1", metavar="SCORE",
         on_resume="fixed")
     tune_thresholds: bool = _training(
-        False, "choose on validation data from which probability a label counts as there; else 0.5",
+        False, "choose on validation data from which probability a label is predicted; else 0.5",
         applies={"task": ("multilabel",)}, on_resume="fixed")
     grad_clip: float = _training(1.0, "largest gradient of a step; 0 = no limit", "L2 norm", at_least=0)
     ema_decay: float = _training(
@@ -265,14 +269,14 @@ class Settings:
     device: str = _training(
         "auto", "device to train on; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
     early_stopping_patience: int = _training(
-        0, "stop after so long without a better validation; 0 = never", "epochs",
+        0, "stop after this long without a better validation score; 0 = never", "epochs",
         at_least=0, on_resume="free")
     seed: int = _training(0, "seed of all random numbers", at_least=0, on_resume="fixed")
 
     checkpoint_dir: str = _files("checkpoints", "folder of best_model.pth and last_model.pth")
     log_dir: str = _files("runs", "folder of the logs")
     save_every: int = _files(
-        0, "distance between two saves; 0 = only at the end of an epoch", "optimizer steps", at_least=0)
+        0, "steps between two saves; 0 = only at the end of an epoch", "optimizer steps", at_least=0)
 
     def __post_init__(self) -> None:
         checked, problems = _check(vars(self))
@@ -281,12 +285,16 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types that JSON holds: a tuple becomes a list."""
+        """The settings as JSON types: a tuple becomes a list."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `to_dict` wrote; one that is missing takes its default. Raises UserError."""
+        """The settings that `to_dict` wrote; a missing one takes its default.
+
+        Raises:
+            UserError: a line for each unknown name and each wrong value.
+        """
         return resolve(file=values)[0]
 
 
@@ -294,7 +302,7 @@ FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclass
 MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["group"] == "Model" and name != "model_size"]
 
 
-# -- one value -------------------------------------------------------------------------------------------
+# --- One value -------------------------------------------------------------------------------------------------------
 
 
 def flag_of(name: str) -> str:
@@ -314,7 +322,11 @@ def _kind(field: dataclasses.Field) -> type:
 
 
 def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
-    """`value` as int or float within the limits; a whole float (1e5) will do for an int."""
+    """`value` as int or float within the limits; an int may be written as a whole float (1e5).
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is something else, or out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError
     number = kind(value)
@@ -330,7 +342,11 @@ def _number(kind: type, rules: Mapping[str, Any], value: Any) -> int | float:
 
 
 def _convert(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the declared type; ValueError, TypeError or OverflowError where it is another or out of range."""
+    """`value` in the declared type.
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is of another type, or out of range.
+    """
     kind, rules = _kind(field), field.metadata
     if value is None and _is_optional(field):
         return None
@@ -348,12 +364,12 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
     if not isinstance(value, kind) or value not in rules.get("choices", [value]):
         raise ValueError
     if kind is str and (not value or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)):
-        raise ValueError  # no path, or one that cannot be written as UTF-8
+        raise ValueError  # an empty path, or one that cannot be written as UTF-8
     return value
 
 
 def _from_text(field: dataclasses.Field, text: str) -> Any:
-    """The value that a text means, of whatever type; the text itself where it means none."""
+    """The value that a text stands for in the field's type; the text itself if it stands for none."""
     if text.lower() == "none" and _is_optional(field):
         return None
     readers = {bool: ({"true": True, "false": False}.__getitem__,), str: ()}
@@ -374,7 +390,7 @@ def _text(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A refused value as JSON writes it, cut to a readable length."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the longest
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print very long ones
         return f"a whole number of {value.bit_length()} bits"
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = text if text.isprintable() else json.dumps(value, default=repr)
@@ -396,8 +412,8 @@ def _expected(field: dataclasses.Field, none: str) -> str:
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
-    """The valid word most like `word`, of those that begin with it where there are such."""
-    word = word.lower().lstrip("-")[:80]  # of a long one the comparison would take minutes
+    """The valid word most like `word`; if some begin with it, one of those."""
+    word = word.lower().lstrip("-")[:80]  # comparing a long one would take minutes
     longer = [candidate for candidate in valid if candidate.startswith(word)]
     return difflib.get_close_matches(word, longer or list(valid), n=1, cutoff=0.0)[0]
 
@@ -413,9 +429,10 @@ def _unknown_name(name: str, value: Any) -> str:
 def _check(
     values: Mapping[str, Any], place: Callable[[str], str] = str, none: str = "null"
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the valid values in their declared types, a line for each unknown name and each value refused).
+    """(the valid values in their declared types, a line for each unknown name and each refused value).
 
-    `place(name)` says in a line where the value was given, `none` how None is written there.
+    place: turns a name into the words that say where the value was given.
+    none: how None is written there.
     """
     unknown = [(name, value) for name, value in values.items() if name not in FIELDS]
     checked, problems = {}, [place(_unknown_name(*pair)) for pair in unknown[:_NAMED]]
@@ -439,7 +456,11 @@ def _check(
 
 
 def check_settings(values: Mapping[str, Any], place: Callable[[str], str] = str) -> None:
-    """Raise UserError with a line for each of these settings that is unknown or wrong."""
+    """Check settings by name.
+
+    Raises:
+        UserError: a line for each unknown or wrong one.
+    """
     _refuse(_check(values, place)[1])
 
 
@@ -448,11 +469,15 @@ def _refuse(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-# -- where values come from ------------------------------------------------------------------------------
+# --- Where values come from ------------------------------------------------------------------------------------------
 
 
 def load_json(path: str) -> dict[str, Any]:
-    """The checked settings of a JSON file. Raises UserError that names the file and every problem in it."""
+    """The checked settings of a JSON file.
+
+    Raises:
+        UserError: a line for each problem, with the file's name.
+    """
     repeated = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -487,9 +512,13 @@ def resolve(
 ) -> tuple[Settings, dict[str, str]]:
     """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
 
-    flags, file: the settings given there, by name. base: the settings of the checkpoint to resume from; they
-    take the place of the defaults, and a change to one that is 'fixed' on resume is refused.
-    Raises UserError with a line for each problem.
+    Args:
+        flags, file: the settings given there, by name.
+        base: the settings of the checkpoint to resume from; they take the place of the defaults, and a change to one
+            that is 'fixed' on resume is refused.
+
+    Raises:
+        UserError: a line for each problem.
     """
     flags, file, checkpoint = flags or {}, file or {}, base or {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
@@ -511,13 +540,13 @@ def resolve(
 
 
 def has_effect(settings: Settings, name: str) -> bool:
-    """Whether a setting has an effect in this run: one of synthetic data has none on images."""
+    """Whether a setting has an effect in this run: num_samples, say, has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
     return all(getattr(settings, other) in values for other, values in conditions.items())
 
 
 def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
-    """A line for each setting that the file or a flag gives and that has no effect in this run."""
+    """A line for each setting that was given in the file or as a flag and has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
         if sources[name] in ("file", "flag") and not has_effect(settings, name):
@@ -541,9 +570,12 @@ def changed_settings(base: Mapping[str, Any], settings: Settings) -> dict[str, d
 
 
 def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *signs: str) -> None:
-    """Raise UserError where a checkpoint, which anybody may have written, chooses a folder to be written into.
+    """Check the folder that a checkpoint, which anybody may have written, wants written into.
 
-    It may name one within the current folder, or one that has been in use: it holds a file or folder called as `signs`.
+    It may be one within the current folder, or one that has been in use: it holds a file or folder named in `signs`.
+
+    Raises:
+        UserError: it is neither.
     """
     if sources[name] != "checkpoint" or not has_effect(settings, name):
         return
@@ -567,11 +599,15 @@ def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
     return "\n".join(rows)
 
 
-# -- what "auto" means on this machine -------------------------------------------------------------------
+# --- What "auto" means on this machine -------------------------------------------------------------------------------
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that the setting names; auto is the first there is of cuda, mps, cpu. Raises UserError."""
+    """The device that the setting names; auto is the first available of cuda, mps, cpu.
+
+    Raises:
+        UserError: it is not available here.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name in there if there[name]]
     if device == "auto":
@@ -582,7 +618,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Any device of torch's, such as 'cuda:1'. Raises UserError where there is none of that name, or not here."""
+    """Any device of torch's, such as 'cuda:1'.
+
+    Raises:
+        UserError: there is no such device, or not here.
+    """
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -592,7 +632,11 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def check_memory(needed: float, what: str, device: torch.device | str = "cpu") -> None:
-    """Raise UserError where so many bytes are more than the whole memory of the device, if that can be known."""
+    """Check that so many bytes are no more than the whole memory of the device, if that can be known.
+
+    Raises:
+        UserError: they are more.
+    """
     there = math.inf
     if torch.device(device).type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
@@ -603,16 +647,19 @@ def check_memory(needed: float, what: str, device: torch.device | str = "cpu") -
 
 
 def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for float32 throughout. Raises UserError.
+    """The dtype of autocast, or None for float32 throughout.
 
     auto: bf16 on CUDA cards from compute capability 8.0 on, fp16 on older ones; bf16 on a CPU with matrix units
     for it (AMX; with AVX-512 instructions alone it is slower than float32); float32 elsewhere. fp16 needs a
     gradient scaler and is for CUDA only.
+
+    Raises:
+        UserError: fp16 on another device than CUDA.
     """
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "auto" and device.type == "cpu":
-        # Where PyTorch is too old to tell, the CPU counts as one without.
+        # If PyTorch is too old to tell, the CPU counts as one without matrix units.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         amp = "bf16" if capabilities.get("amx_bf16") else "off"
     if amp == "fp16" and device.type != "cuda":
@@ -620,21 +667,21 @@ def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
-# -- the command line ------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that takes settings. Mistakes are UserErrors; "-" in a flag's name reads as "_".
+    """A command line that takes settings. Mistakes are UserErrors; "-" in a flag's name is read as "_".
 
-    `parse_args` adds to its result `flags`, the settings given as flags, and `file`, the settings in the file
-    that `--config` names, both checked: for `resolve`.
+    `parse_args` adds two things to its result, checked and ready for `resolve`: `flags`, the settings given as flags,
+    and `file`, the settings in the file that `--config` names.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def add_settings(self, names: Iterable[str] = tuple(FIELDS), default: str = "") -> None:
-        """Add the flags of these settings by group; their help names `default`, or else each one's own."""
+        """Add the flags of these settings by group. Their help shows `default` instead of each one's own, if given."""
         groups: dict[str, Any] = {}
         for name in names:
             field, flag, kind = FIELDS[name], flag_of(name), _kind(FIELDS[name])
@@ -663,7 +710,7 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 word = "--" + flag[2:].replace("-", "_") + equals + value
             words.append(word)
-        if len(words) > 2000:  # argparse takes the square of their number
+        if len(words) > 2000:  # argparse takes time that grows with the square of their number
             raise UserError(f"{len(words)} words on the command line; put the settings into a file: --config FILE")
         return super().parse_known_args(words, namespace)
 
@@ -690,7 +737,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _unknown(self, words: list[str]) -> list[str]:
-        """A line for each word that is no flag; a word after an unknown flag is taken for its value."""
+        """A line for each word that is no flag; a word after an unknown flag counts as its value."""
         valid = {option.lstrip("-"): option for option in self._option_string_actions}
         valid |= {name: flag_of(name) for name in FIELDS if flag_of(name) in valid.values()}
         problems, more, is_value = [], 0, False
@@ -745,8 +792,8 @@ def make_parser(description: str) -> Parser:
     """
     usage = "%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]"
     parser = Parser(description=description, usage=usage)
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags go over it")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags override it")
     parser.add_argument("--resume", metavar="FILE", nargs="?", const=_LAST,
-                        help=f"go on from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
+                        help=f"continue from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
     parser.add_settings()
     return parser

@@ -1,19 +1,19 @@
-"""Users' own files: series, texts and tables of them, read into raw items. Images: image_files.py.
+"""Users' own files of series and texts, and tables that name files, read into raw items. Images: image_files.py.
 
     read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .txt    float64 (L, C), NaN where a value is missing
     read_texts      .csv, .tsv, .jsonl, .txt                    str
     read_manifest   .csv, .tsv, .jsonl that names files         {'image': Path, 'text': str, 'series': Path}
 
-L is the steps of a series, C its channels. Three arguments are the same everywhere:
+Letters: L steps of a series, C channels. Three arguments are the same everywhere:
 
-    settings    the columns, encoding, delimiter, ... (see config.py); by default its defaults
-    labelled    True: each item needs a label, which is handed on as it stands; labels.py makes classes of them.
-                False: labels may be missing and are not looked at.
+    settings    the columns, encoding, delimiter, ... (see config.py); by default, the default settings
+    labelled    True: each item needs a label, which is passed on as it stands; tasks.py makes targets of them.
+                False: labels may be missing and are ignored.
     on_error    called with the UserError of an item that cannot be used; if it returns, the item is left out.
-                By default it raises. What is wrong with the file as a whole always raises UserError.
+                By default it raises. A fault of the file as a whole always raises UserError.
 
-A message names the file and line (or row) as the user gave it, the value and the remedy. What had to be guessed is in
-`notes`, with the flag that overrides it. Nothing is unpickled.
+A message names the file and line (or row) as the user gave it, the value and the remedy. Guesses are in `notes`, with
+the flag that overrides them. Nothing is unpickled.
 """
 
 import os
@@ -43,26 +43,26 @@ from tables import DEFAULTS, FileFinder, Table, extension_of, label_cells, liste
 class Items:
     """Raw items of a file or folder, in its order."""
 
-    ids: list[str]  # what predictions call them: row number from 1, series id, or file name relative to the folder
+    ids: list[str]  # their names in predictions: row number from 1, series id, or file name relative to the folder
     places: list[str]  # for error messages: "train.csv, line 12" or "pets/cats/7.png"
     values: list[Any]
-    labels: list[Any] | None  # one for each, as it stands in the file; None where they were not asked for
-    features: list[str] | None = None  # names of the columns of features, where the file has them
-    notes: list[str] = field(default_factory=list)  # what was guessed or left out and is no mistake, to be shown
-    groups: list[str] | None = None  # what each belongs to (a patient, a device), where the file says it
+    labels: list[Any] | None  # one for each, as it stands in the file; None if they were not asked for
+    columns: list[str] | None = None  # names of the feature columns, if the file has them
+    notes: list[str] = field(default_factory=list)  # for the user: what was guessed or left out without being wrong
+    groups: list[str] | None = None  # what each item belongs to (a patient, a device), if the file says it
     table_rows: str | None = None  # what a row of a table of series is: 'steps' or 'series'
 
     def subset(self, numbers: Iterable[int]) -> "Items":
         """The items of these numbers, in their order."""
         columns = (self.ids, self.places, self.values, self.labels, self.groups)
         *chosen, groups = ([column[i] for i in numbers] if column else column for column in columns)
-        return Items(*chosen, self.features, self.notes, groups, self.table_rows)
+        return Items(*chosen, self.columns, self.notes, groups, self.table_rows)
 
 
 OnError = Callable[[UserError], None]
 
 
-def stop(error: UserError) -> None:
+def raise_it(error: UserError) -> None:
     """The default on_error."""
     raise error
 
@@ -111,40 +111,40 @@ _OF_FORMATS[".tsv"] = _OF_FORMATS[".csv"]
 
 
 def without_effect(paths: Iterable[Path], given: Iterable[str]) -> list[str]:
-    """A note for each of the given settings that says nothing to files of these kinds, but would to others."""
+    """A note for each of the given settings that means nothing for files of these kinds, but does for others."""
     kinds = sorted({path.suffix.lower() for path in paths})
     if not all(kind in _OF_FORMATS for kind in kinds):
         return []
     used = set().union(*(_OF_FORMATS[kind] for kind in kinds))
     known = set().union(*_OF_FORMATS.values())
-    return [f"{name} has no effect: {' and '.join(kinds)} files have no such thing"
+    return [f"{name} has no effect on {' and '.join(kinds)} files"
             for name in given if name in known and name not in used]
 
 
-# -- series ---------------------------------------------------------------------------------------------------
+# --- Series ----------------------------------------------------------------------------------------------------------
 
 
 def read_series(
     path: str | Path,
     settings: Settings = DEFAULTS,
     labelled: bool = True,
-    on_error: OnError = stop,
+    on_error: OnError = raise_it,
     known: Sequence[str] | None = None,
 ) -> Items:
     """Series, float64 (L, C), NaN where a value is missing.
 
-    Steps at the end at which every channel is missing are padding and are cut off. A series without a step, one whose
+    Steps at the end in which every channel is missing are padding and are cut off. A series without a step, one whose
     values are all missing, and infinity are refused. The formats:
 
     .ts         as in the UEA and UCR archives: a header of @tags, then a line per series, dimensions separated by ':',
-                values by ',', the label last; missing: ? or NaN. What the header says must be true (@missing apart).
-    .arff       as there: a row per series, of numeric attributes and a nominal label; or a relational attribute, of
-                which each line is a channel, and a label.
+                values by ',', the label last; missing: ? or NaN. The header must be true (except @missing).
+    .arff       as in these archives: a row per series with numeric attributes and a nominal label, or with a relational
+                attribute, a line for each channel, and a label.
     .tsv, .txt  without a header, as in the UCR archive: a line per series, its label first.
     .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional; the groups
                 (N,), numbers or text, under the name settings.group_column, optional.
-                lengths: (N,) optional: with x (N, L, C) the steps that count of each series; with x (T, C) the
-                series lie one after the other and their lengths sum to T.
+                lengths: (N,) optional: with x (N, L, C), how many steps of each series count; with x (T, C), the series
+                follow one another and their lengths sum to T.
     .npy        one series (L, C) or (L,), without label.
     .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
                 series are in file order and may lie between those of others; its label and group are the same in all
@@ -154,8 +154,8 @@ def read_series(
                 Or a line per series, of one channel: columns of label and steps, and one of ids if there is one.
 
     Args:
-        known: names of the columns of features of the training data. They are brought into this order, and missing
-            ones and others are refused; a file without names is taken by place.
+        known: names of the feature columns of the training data. Columns are put into this order; missing ones and
+            others are refused. A file without names is taken in its own order.
     """
     path = Path(path)
     extension = extension_of(path, [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt"], labelled, ".npy")
@@ -168,19 +168,19 @@ def read_series(
         found = read(path, settings, labelled)
     if known and found.names is None:
         found.notes.append(f"{path}: names no columns, so they are taken in the order of training: {listed(known)}")
-    about = {"features": found.names, "notes": found.notes, "table_rows": found.table_rows}
+    about = {"columns": found.names, "notes": found.notes, "table_rows": found.table_rows}
     return _gather(found.parts, labelled, on_error, **about)
 
 
-# -- texts ----------------------------------------------------------------------------------------------------
+# --- Texts -----------------------------------------------------------------------------------------------------------
 
 
 def read_texts(
-    path: str | Path, settings: Settings = DEFAULTS, labelled: bool = True, on_error: OnError = stop
+    path: str | Path, settings: Settings = DEFAULTS, labelled: bool = True, on_error: OnError = raise_it
 ) -> Items:
-    """Texts, as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
+    """Texts as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
 
-    Their ids are in the column of ids, if there is one, else the numbers of the rows.
+    Their ids come from the column of ids, if there is one, otherwise they are the numbers of the rows.
     """
     path = Path(path)
     if extension_of(path, [".csv", ".tsv", ".jsonl"], labelled, ".txt") == ".txt":
@@ -200,7 +200,7 @@ def read_texts(
 def _rows_of(
     table: Table, value_of: Callable[[int], Any], settings: Settings, labelled: bool, on_error: OnError
 ) -> Items:
-    """The items of a table with one row each; `value_of` is given the row's index."""
+    """The items of a table, one per row; `value_of` gets the row's index."""
     labels = label_cells(table, settings) if labelled else None
     groups = groups_of(table, settings)
     named = table.has(settings.id_column)
@@ -215,7 +215,7 @@ def _rows_of(
     return _gather(parts, labelled, on_error, notes=table.notes)
 
 
-# -- tables that name files -----------------------------------------------------------------------------------
+# --- Tables that name files ------------------------------------------------------------------------------------------
 
 
 def read_manifest(
@@ -223,15 +223,15 @@ def read_manifest(
     columns: dict[str, str],
     settings: Settings = DEFAULTS,
     labelled: bool = True,
-    on_error: OnError = stop,
+    on_error: OnError = raise_it,
 ) -> Items:
     """Items of several modalities, one per row of a .csv, .tsv or .jsonl: {'image': Path, 'text': str, 'series': Path}.
 
     Args:
-        columns: the column of each modality. Those that the file does not have are left out; it must have one.
+        columns: the column of each modality. The file must have at least one of them.
 
-    A path is relative to the folder of the manifest. A blank cell or null is a modality that the item lacks; an item
-    without any is refused, and so is a file that does not exist.
+    A path is relative to the folder of the manifest. An empty cell or null means that the item lacks the modality. An
+    item without any modality is refused, and so is a file that does not exist.
     """
     table, find = read_table(path, settings), FileFinder()
     there = {modality: table.column(name) for modality, name in columns.items() if table.has(name)}

@@ -90,8 +90,8 @@ def grouped_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `stratified_split`, but the samples of a group are all kept or all held out.
 
-    Of some random choices of groups the one whose shares of the classes are nearest to the fraction. Of each class that
-    is in several groups, at least one is held out, and at least one is kept.
+    Several random choices of groups are tried; the one that comes nearest to the fraction in every class is taken. Of a
+    class that is in several groups, at least one group is held out and at least one is kept.
     """
     names, group = np.unique(groups, return_inverse=True)
     classes, label = np.unique(labels, return_inverse=True)
@@ -110,7 +110,7 @@ def grouped_split(
 
 
 def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndarray:
-    """Which groups to hold out, bool (groups,): in this order, those that bring the classes nearer to the fraction."""
+    """Which groups to hold out, bool (groups,): in this order, each that brings the classes nearer to the fraction."""
     there = shares > 0
     held, left = np.zeros(len(shares), bool), there.sum(0)  # left: of each class, the groups that are kept
     missing = np.full(shares.shape[1], fraction)
@@ -127,7 +127,7 @@ def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndar
         if np.square(missing - shares[one]).sum() < np.square(missing).sum():
             hold_out(one)
     smallest = order[np.argsort(shares[order].sum(1), kind="stable")]
-    for number in range(len(missing)):  # a class that has none held out gives the smallest group that can go
+    for number in range(len(missing)):  # a class with nothing held out yet gives its smallest group that may go
         if not there[held, number].any():
             any(hold_out(one) for one in smallest if there[one, number])
     return held
@@ -141,7 +141,7 @@ def _split_off_validation(labels: np.ndarray, settings: Settings) -> tuple[np.nd
 
 
 def known_adapters(info: Info | None) -> dict[str, Adapter]:
-    """The adapters of a description made in training; none without one."""
+    """The adapters of a description made in training; {} without one."""
     if not info:
         return {}
     return {
@@ -150,7 +150,11 @@ def known_adapters(info: Info | None) -> dict[str, Adapter]:
 
 
 def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
-    """The adapter of data of one modality; None without a description. Raises UserError where it is of other data."""
+    """The trained adapter of data of one modality; None without a description.
+
+    Raises:
+        UserError: the adapter is for other data.
+    """
     if not info:
         return None
     known = known_adapters(info)
@@ -167,14 +171,14 @@ def known_task(info: Info | None) -> Task | None:
 
 
 def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] = (), **more: Any) -> Info:
-    """What a checkpoint stores of data: task and adapters, and what the model is told of them."""
+    """What a checkpoint stores about data: task, adapters, and what the model is told about them."""
     return {
         "task": tasks.describe(task),
         "num_outputs": task.num_outputs,
         **({"class_names": list(task.class_names)} if hasattr(task, "class_names") else {}),
         "features": {name: adapter.features for name, adapter in adapters.items()},
         "adapters": {name: describe(adapter) for name, adapter in adapters.items()},
-        "notes": list(notes),
+        "notes": [as_utf8(note) for note in notes],
         **more,
     }
 
@@ -194,15 +198,15 @@ LAG = 6.0  # tokens between a pattern's arrival at the first and at the last cha
 
 
 def make_synthetic(settings: Settings, split: str, num_samples: int) -> SequenceDataset:
-    """Sequences in which the class is a temporal pattern, each a function of (seed, split, number) alone.
+    """Sequences whose class is a temporal pattern. Each one depends only on (seed, split, number).
 
-    Class c is a pattern of `PATTERNS` at a rate of its own (0.03 to 0.25 cycles per token). It passes the channels one
+    Class c is a pattern of `PATTERNS` at its own rate (0.03 to 0.25 cycles per token). It reaches the channels one
     after another, within LAG tokens; phase, amplitude, gains of the channels, offsets, noise and length are random.
-    Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither these nor the
-    length tell the class.
+    Every channel of the pattern is scaled to mean 0 and variance 1 over the sequence, so that neither mean, variance
+    nor length gives the class away.
     """
     shortest, longest = settings.seq_len_range
-    tokens = num_samples * (shortest + longest) / 2 + 16 * longest  # those kept, and the float64s while one is made
+    tokens = num_samples * (shortest + longest) / 2 + 16 * longest  # kept ones, and float64 copies while one is made
     check_memory(
         4 * settings.feature_dim * tokens,
         f"{num_samples:,} sequences of {shortest:,} to {longest:,} tokens of {settings.feature_dim:,} features",
@@ -226,7 +230,7 @@ def _synthetic_sequence(settings: Settings, split: str, number: int) -> np.ndarr
 
 
 def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
-    """Validation comes out of num_samples sequences; a fifth as many more are the test set."""
+    """num_samples sequences for training and validation, and a fifth as many for the test set."""
     data = make_synthetic(settings, "train", settings.num_samples)
     test = make_synthetic(settings, "test", math.ceil(settings.num_samples / 5))
     train, val = _split_off_validation(data.labels, settings)
@@ -279,7 +283,7 @@ def _image_splits(
     info: Info | None,
     margin: int,
 ) -> tuple[Splits, Info]:
-    """The splits of built-in images {'train': ..., 'test': ...}; validation comes out of 'train'."""
+    """The splits of built-in images {'train': ..., 'test': ...}; the validation images are taken from 'train'."""
     kept, held_out = _split_off_validation(labels["train"], settings)
     parts = {"train": ("train", kept), "val": ("train", held_out), "test": ("test", slice(None))}
     images, labels, ids = (
@@ -324,7 +328,7 @@ CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, a
 
 
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
-    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if not there."""
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if missing."""
     check_patches(settings, 32, 32)
     train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
@@ -333,9 +337,10 @@ def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[S
 
 
 def _open_cifar10(folder: Path) -> tuple[Any, Any]:
-    """torchvision's (training set, test set), every file verified; no network access if they are in the folder.
+    """torchvision's (training set, test set), every file verified. There is no network access if the folder has them.
 
-    Raises UserError if the archive is damaged or cannot be had; no part of a download stays behind.
+    Raises:
+        UserError: the archive is damaged, or cannot be downloaded; no part of a download stays behind.
     """
     from torchvision.datasets import CIFAR10
 
@@ -352,7 +357,7 @@ def _open_cifar10(folder: Path) -> tuple[Any, Any]:
             _download(CIFAR10.url, archive, CIFAR10.tgz_md5)
         if _md5(archive) != CIFAR10.tgz_md5:
             raise UserError(
-                f"{archive} is incomplete or damaged ({archive.stat().st_size} bytes); delete it to download it anew, "
+                f"{archive} is incomplete or damaged ({archive.stat().st_size} bytes); delete it to download it again, "
                 f"or {remedy}"
             )
         return CIFAR10(folder, train=True, download=True), CIFAR10(folder, train=False)
@@ -361,7 +366,11 @@ def _open_cifar10(folder: Path) -> tuple[Any, Any]:
 
 
 def _download(url: str, path: Path, md5: str) -> None:
-    """Download to a file that appears when it is complete and verified. Raises OSError or HTTPException."""
+    """Download to a file that appears only when it is complete and verified.
+
+    Raises:
+        OSError, HTTPException: the download failed, or its checksum is wrong.
+    """
     partial_file = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(partial_file, "wb") as file:
@@ -420,14 +429,14 @@ def read_items(
     known: dict[str, Adapter] | None = None,
     trained: Items | None = None,
 ) -> Items:
-    """The items of a file or folder of the user's, whose values are dicts by modality.
+    """The items of a user's file or folder; their values are dicts by modality.
 
-    It is what settings.dataset_type says; or, for a model of several modalities and without labels, also one image,
+    It is read as settings.dataset_type says. Without labels, a model of several modalities also takes a single image,
     text or series.
 
     Args:
         known: the adapters of a checkpoint.
-        trained: else the items of training, where they have been read.
+        trained: without a checkpoint, the training items, once they have been read.
     """
     known = known or {}
     modality = MODALITY_OF.get(settings.dataset_type)
@@ -449,22 +458,22 @@ def read_items(
 def load_own_splits(settings: Settings, info: Info | None = None, only: str | None = None) -> tuple[Splits, Info]:
     """The user's images, series, texts, or several of these at once (a manifest).
 
-    What data_path does not say itself (test_path, or the folders train, val and test of images) is split off, the same
-    test set for every seed. Where `only` one split is asked for and needs no other, it is read alone.
+    Splits that are not given (by test_path, or by the folders train, val and test of images) are split off, the test
+    set the same for every seed. If `only` one split is asked for and needs no other, it alone is read.
     """
     if settings.dataset_type in ("images", "multimodal"):
         check_patches(settings, settings.image_size, settings.image_size)
     known = known_adapters(info)
     if info and settings.dataset_type in MODALITY_OF:
         _known_adapter(info, MODALITIES[MODALITY_OF[settings.dataset_type]])
-    places, notes = _places(settings, info, only)
+    paths, notes = _paths(settings, info, only)
     errors: list[UserError] = []
     items: dict[str, Items] = {}
-    for name, place in places.items():
-        items[name] = read_items(place, settings, True, errors.append, known, items.get("train"))
+    for name, path in paths.items():
+        items[name] = read_items(path, settings, True, errors.append, known, items.get("train"))
     notes += [note for found in items.values() for note in found.notes]
     given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
-    notes += without_effect(places.values(), given)
+    notes += without_effect(paths.values(), given)
 
     task, targets, more = _targets(items, known_task(info), settings, errors)
     notes += more
@@ -483,7 +492,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         source = Source(
             {name: [items[name].values[i][modality] for i in numbers] for name, numbers in there.items()},
             {name: [items[name].places[i] for i in numbers] for name, numbers in there.items()},
-            train and train.features,
+            train and train.columns,
             train and train.table_rows,
         )
         adapter, raw = MODALITIES[modality].load(source, settings, known.get(modality))
@@ -514,7 +523,8 @@ def _targets(
 ) -> tuple[Task, dict[str, np.ndarray], list[str]]:
     """(the task, the targets of each split, notes on labels).
 
-    Raises UserError for the `errors` of reading and for labels that cannot be, together.
+    Raises:
+        UserError: the `errors` of reading and those of impossible labels, together.
     """
     task, notes = known, []
     if task is None:
@@ -533,7 +543,7 @@ def _targets(
 def _modalities(
     items: dict[str, Items], known: dict[str, Adapter], settings: Settings, notes: list[str]
 ) -> list[str]:
-    """The modalities of the training items, in their order. Adds a note on those that they lack and others have."""
+    """The modalities of the training items, in their order. Adds a note on modalities that only other items have."""
     there = {name for item in items["train"].values for name in item} if not known else set(known)
     if not known and settings.dataset_type == "multimodal":
         for name in MODALITIES:
@@ -550,41 +560,41 @@ def _modalities(
     return modalities
 
 
-def _places(settings: Settings, info: Info | None, only: str | None) -> tuple[dict[str, Path], list[str]]:
+def _paths(settings: Settings, info: Info | None, only: str | None) -> tuple[dict[str, Path], list[str]]:
     """({split: the file or folder that holds it}, notes)."""
     if settings.data_path is None:
-        raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, the place of your data")
-    find, places, notes = FileFinder(), {}, []
+        raise UserError(f"data_path: the data set {settings.dataset_type} needs --data_path, your file or folder")
+    find, paths, notes = FileFinder(), {}, []
     path = find(Path(settings.data_path))
     if settings.test_path is not None:
-        places["test"] = find(Path(settings.test_path))
-        if places["test"].resolve() == path.resolve():
+        paths["test"] = find(Path(settings.test_path))
+        if paths["test"].resolve() == path.resolve():
             raise UserError(f"test_path: {path} is the training data itself; leave it out to set a part of them aside")
         if settings.dataset_type == "images":
-            splits, notes = find_splits(places["test"])
+            splits, notes = find_splits(paths["test"])
             if len(splits) > 1:
                 shown = ", ".join(map(str, splits.values()))
-                raise UserError(f"test_path: {places['test']} holds several splits; name one of {shown}")
-            places["test"] = splits["train"]
+                raise UserError(f"test_path: {paths['test']} holds several splits; name one of {shown}")
+            paths["test"] = splits["train"]
         if info and only == "test":
-            return places, notes
+            return paths, notes
     if info and not path.exists():
-        raise UserError(f"{path}: the data of training are not there; say with --data_path where they are now, or "
+        raise UserError(f"{path}: the training data are not there; say with --data_path where they are now, or "
                         "evaluate another labelled set with --test_path")  # fmt: skip
     if settings.dataset_type == "images":
         splits, more = find_splits(path)
-        places, notes = splits | places, notes + more
+        paths, notes = splits | paths, notes + more
     else:
-        places = {"train": path} | places
-    if info and only in places and only != "train":
-        places = {only: places[only]}
-    return places, notes
+        paths = {"train": path} | paths
+    if info and only in paths and only != "train":
+        paths = {only: paths[only]}
+    return paths, notes
 
 
 def _split_off(
     items: dict[str, Items], targets: dict[str, np.ndarray], task: Task, settings: Settings
 ) -> list[str]:
-    """Take the test and validation items that there are not yet out of those of training. Returns notes."""
+    """Take missing test and validation items out of the training items. Returns notes."""
     for found in items.values():
         found.groups = _group_names(found, settings)
     _refuse_shared_groups(items)
@@ -595,7 +605,7 @@ def _split_off(
     notes, shares = [], []
     for name, (fraction, rng) in streams.items():
         if name in items:
-            given = name == "test" and settings.test_path  # of which unused_settings tells
+            given = name == "test" and settings.test_path  # unused_settings has a note on that
             if fraction != FIELDS[f"{name}_fraction"].default and not given:
                 notes.append(f"{name}_fraction has no effect: there is a folder for {PURPOSES[name]}")
             continue
@@ -616,10 +626,13 @@ def _split_off(
 
 
 def _group_names(found: Items, settings: Settings) -> list[str] | None:
-    """The group of each item, by the settings; None where they name none. Raises UserError for items without.
+    """The group of each item, as the settings say; None if they name no groups.
 
-    Names that look the same to a person are one group: 7 and 7.0, P7 and p7. To part what belongs together would be
-    worse than to join what does not.
+    Names that look the same to a person are one group: 7 and 7.0, P7 and p7. Separating what belongs together would be
+    worse than joining what does not.
+
+    Raises:
+        UserError: some items have no group, or the settings are wrong.
     """
     column, pattern = settings.group_column, settings.group_pattern
     if column and pattern:
@@ -657,13 +670,13 @@ def _refuse_shared_groups(items: dict[str, Items]) -> None:
 
 
 def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: Info | None) -> dict[str, str]:
-    """A checksum of the samples of each split in their order: ids, labels, texts, series, names of files.
+    """A checksum of the samples of each split in their order: ids, labels, texts, series, file names.
 
-    Where there are files, one of all their bytes follows after a "-". They were read a moment ago, for their pixels, so
-    the system still has them in memory: it costs little beside decoding them. Names may be in another normal form of
-    Unicode than those of the checkpoint: data may have moved between systems.
+    If there are files, a checksum of all their bytes follows after a "-". They were read a moment ago, so the system
+    still has them in memory, and this costs little compared with decoding them. Names may be in another normal form of
+    Unicode than in the checkpoint, since data may have moved between systems.
     """
-    known = info["fingerprints"] if info else {}
+    known = (info or {}).get("fingerprints", {})
 
     def of_names(found: Items, texts: list[str], in_form: Callable[[str], str]) -> str:
         result = 0
@@ -719,24 +732,25 @@ DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
 def load_splits(settings: Settings, info: Info | None = None, only: str | None = None) -> tuple[Splits, Info]:
     """The data sets {'train', 'val', 'test'} of settings.dataset_type and their description.
 
-    The description holds plain values that a checkpoint can store: dataset_type, the task (see tasks.py) with
-    num_outputs and, if it has classes, class_names; for each modality the adapter (see adapters.py) and the features
-    that the model is told of; split_sizes, split_seed, notes for the user, of images what is done to those of training
-    (augmentation), and of the user's own data a fingerprint of the samples of each split.
+    The description holds plain values that a checkpoint can store: dataset_type; the task (see tasks.py) with
+    num_outputs and, if it has classes, class_names; for each modality the adapter (see adapters.py) and its features,
+    which the model is told; split_sizes, split_seed and notes for the user; for images, how the training images are
+    augmented; for the user's own data, a fingerprint of the samples of each split.
 
-    info: a description made in training. Its adapters and its task are then used.
-    only: the split that is asked for. Of the user's own data it alone is read if it is not a part of another one.
+    Args:
+        info: a description made in training; its adapters and its task are then used.
+        only: the split that is asked for. Of the user's own data, it alone is read unless it is part of another one.
     """
     asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
     splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
-    prints, known = specific.get("fingerprints", {}), info["fingerprints"] if info else {}
-    # Earlier versions looked at the names of files alone: where these are the same, no more can be told
+    prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
+    # Earlier versions used file names only: if these are the same, nothing more can be said
     prints = {name: known[name] if text.partition("-")[0] == known.get(name) else text for name, text in prints.items()}
     return splits, {
         "dataset_type": settings.dataset_type,
         **specific,
         "fingerprints": prints,
-        "split_sizes": (info["split_sizes"] if info else {}) | sizes,
+        "split_sizes": (info or {}).get("split_sizes", {}) | sizes,
         "split_seed": settings.seed,
     }

@@ -1,7 +1,7 @@
-"""The processes that train one model together, on torch.distributed. In a single process nothing here does anything.
+"""The processes that train one model together, on torch.distributed. In a single process, nothing here does anything.
 
-torchrun starts the processes and tells each in its environment which one of how many it is: its rank of the size. They
-talk through gloo on a CPU and nccl on CUDA. The first process (rank 0) is the one that prints and writes files.
+torchrun starts the processes and tells each one, in its environment, its rank and their number. They communicate
+through gloo on a CPU and nccl on CUDA. Only the first process (rank 0) prints and writes files.
 """
 
 import os
@@ -19,19 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from messages import UserError
 
-LONGEST_WAIT = timedelta(minutes=30)  # for another process: longer than any step, validation or save takes
+LONGEST_WAIT = timedelta(minutes=30)  # for another process; longer than any step, validation or save
 LONGEST_DOWNLOAD = timedelta(days=1)
-# What makes one group of the processes that a cluster starts, one on each machine, with these variables set
+# Joins the processes that a cluster starts, one on each machine with these variables set, into one group
 AS_TORCHRUN = (
     "torchrun --nnodes=$WORLD_SIZE --node_rank=$RANK --nproc_per_node=1 --master_addr=$MASTER_ADDR "
     "--master_port=$MASTER_PORT"
 )
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, nccl
 
-_store: dist.Store | None = None  # torchrun's own: what is written there outlives the processes that it starts anew
+_store: dist.Store | None = None  # torchrun's own: what is written there outlives a restart of the processes
 
 
-# --- The group of processes -------------------------------------------------------------------------------------------
+# --- The group of processes ------------------------------------------------------------------------------------------
 
 
 def size() -> int:
@@ -48,10 +48,10 @@ def is_first() -> bool:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Within the block, this is one of the processes that torchrun started, if it did.
+    """Join the processes that torchrun started, if it did, for the length of the block.
 
-    Only the first process prints. An exception ends all of them; it is raised, to be reported, in the process that met
-    it first, and not in the others, where the same one or a lost connection follows.
+    Only the first process prints. An exception in one process ends all of them. It is raised in that process only: in
+    the others, which then fail with the same error or a lost connection, it is not reported again.
     """
     global _store
     if not (dist.is_available() and dist.is_torchelastic_launched()):
@@ -67,12 +67,12 @@ def processes() -> Iterator[None]:
             yield
     except Exception as error:
         if _reported_elsewhere():
-            time.sleep(1)  # torchrun ends all processes as soon as one has ended; the report comes first
+            time.sleep(1)  # time for the report: torchrun kills all processes as soon as one has ended
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         if any(words in str(error) for words in LOST):
             raise UserError(
-                "lost another process of the run, which was killed or lost its connection; go on with --resume, or let "
-                "torchrun do so: --max-restarts=3"
+                "lost another process of the run, which was killed or lost its connection; continue with --resume, or "
+                "let torchrun do so: --max-restarts=3"
             ) from error
         raise
     if ours:  # not after an exception: this may wait for the others
@@ -80,10 +80,13 @@ def processes() -> Iterator[None]:
 
 
 def refuse_processes(remedy: str) -> None:
-    """Raise UserError where the environment says that this is one of several processes.
+    """Refuse to be one of several processes that know nothing of each other.
 
-    Clusters set RANK and WORLD_SIZE and start a plain `python train.py` on each machine: without torchrun each of them
-    would do the whole work by itself.
+    Some clusters set RANK and WORLD_SIZE and start a plain `python train.py` on each machine. Without torchrun, each of
+    them would do the whole work by itself.
+
+    Raises:
+        UserError: the environment says that this is one of several processes.
     """
     count, number = _from_environment("WORLD_SIZE"), _from_environment("RANK")
     if (count or 1) > 1 or (number or 0) >= (count or 1):
@@ -101,12 +104,12 @@ def _from_environment(name: str) -> int | None:
 
 
 def _join() -> dist.Store:
-    """Join the group of processes that the environment describes; returns torchrun's store."""
+    """Join the group of processes that the environment describes. Returns torchrun's store."""
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=number == 0 and not served, multi_tenant=True)
-    # Processes that are started anew must not find the addresses of those before, which torch left under the same names
+    # Restarted processes must not find the addresses of those before, which torch left under the same names
     names = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {count}", store)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -115,8 +118,8 @@ def _join() -> dist.Store:
 
 
 def _reported_elsewhere() -> bool:
-    """Whether another process of this start was here first."""
-    if _store is None:  # the group was made by whoever called
+    """Whether another process of this start has met an error before."""
+    if _store is None:  # the caller made the group
         return False
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
     try:
@@ -126,7 +129,11 @@ def _reported_elsewhere() -> bool:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: on CUDA each one has a card of its own. Raises UserError where there are too few."""
+    """The device of this process: on CUDA, each one has a card of its own.
+
+    Raises:
+        UserError: there are too few cards, or the device is neither CUDA nor a CPU.
+    """
     if size() == 1 or device.type == "cpu":
         return device
     if device.type != "cuda":
@@ -141,7 +148,7 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
-# --- Waiting for each other -------------------------------------------------------------------------------------------
+# --- Waiting for each other ------------------------------------------------------------------------------------------
 
 
 def barrier() -> None:
@@ -151,10 +158,10 @@ def barrier() -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Runs the block in the first process, then in the first one of every other machine, then in all others.
+    """Run the block in the first process, then in the first one of every other machine, then in all others.
 
-    So the others find the files that the block downloads, on a shared disk and on a disk of each machine. They wait up
-    to LONGEST_DOWNLOAD.
+    So the later ones find the files that the block downloads, whether the disk is shared or each machine has its own.
+    They wait up to LONGEST_DOWNLOAD.
     """
     if size() == 1:
         yield
@@ -168,27 +175,27 @@ def first_process_first() -> Iterator[None]:
         dist.barrier(patient)
 
 
-# --- Exchange ---------------------------------------------------------------------------------------------------------
+# --- Exchange --------------------------------------------------------------------------------------------------------
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The model for training: its backward pass leaves the mean of the gradients of all processes."""
+    """The model for training: its backward pass averages the gradients over all processes."""
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if size() > 1 else model
 
 
 def no_sync(model: nn.Module) -> Any:
-    """Within the block a model of `replicate` sums gradients in this process and does not exchange them yet."""
+    """Within the block, a model from `replicate` adds up gradients in this process without exchanging them."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def all_reduce(values: Tensor) -> None:
-    """Replace the values by their sum over the processes; on CUDA without waiting for it."""
+    """Replace the values by their sum over the processes; on CUDA, without waiting for the result."""
     if size() > 1:
         dist.all_reduce(values)
 
 
 def gather(value: Any) -> list[Any]:
-    """In the first process the values of all, in the order of their ranks; in the others []."""
+    """In the first process, the values of all processes in the order of their ranks; in the others, []."""
     if size() == 1:
         return [value]
     values = [None] * size() if is_first() else None
@@ -197,7 +204,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(function: Callable[..., Any], *args: Any) -> Any:
-    """Call the function in the first process only; all processes get what it returns."""
+    """Call the function in the first process; all processes get what it returns."""
     if size() == 1:
         return function(*args)
     result = [function(*args) if is_first() else None]
@@ -205,27 +212,27 @@ def broadcast(function: Callable[..., Any], *args: Any) -> Any:
     return result[0]
 
 
-# --- Restarts ---------------------------------------------------------------------------------------------------------
+# --- Restarts --------------------------------------------------------------------------------------------------------
 
 
 def remember(name: str, text: str) -> None:
-    """Keep a text for the processes that torchrun starts in the place of these if one of them fails."""
+    """Keep a text for the processes that torchrun starts instead of these if one of them fails."""
     if _store:
         _store.set(name, text)
 
 
 def recall(name: str) -> str | None:
-    """What the processes of an earlier start of this same launch remembered."""
+    """What the processes of an earlier start of this launch remembered."""
     return _store.get(name).decode() if _store and _store.check([name]) else None
 
 
 def is_started_again() -> bool:
-    """Whether torchrun would start the processes anew if they ended with another status than 0."""
+    """Whether torchrun would restart the processes if they ended with a status other than 0."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and dist.is_torchelastic_launched()
 
 
 def launcher() -> str:
-    """The command, up to the script, that starts as many processes as there are."""
+    """The command, up to the script, that starts as many processes as are running now."""
     if size() == 1:
         return "python"
     several = int(os.environ["LOCAL_WORLD_SIZE"]) < size()

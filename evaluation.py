@@ -21,17 +21,17 @@ from batches import Batch, Device, inputs_for, token_counts
 from files import PathLike, written_whole
 from messages import as_utf8, memory_advice, spreadsheet_cell
 
-WAITING = 2**22  # outputs that may wait on the device, in numbers
+WAITING = 2**22  # how many numbers of outputs may wait on the device before they are read
 
-# --- One pass over the data -------------------------------------------------------------------------------------------
+# --- One pass over the data ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in before.
+    """Evaluation mode without gradients; afterwards each module is back in its own mode.
 
-    Nothing of a model in evaluation mode is changed, so any number of threads may use it at once. One that trains is
-    switched over, which its other users see: give threads what `in_evaluation_mode` makes of it.
+    A model that is already in evaluation mode is not touched, so any number of threads may use it at once. A model in
+    training mode is switched, which its other users see: give threads the result of `in_evaluation_mode` instead.
     """
     switched = [module for module in model.modules() if module.training]
     if switched:
@@ -46,7 +46,7 @@ def evaluating(model: nn.Module, device: Device, amp_dtype: torch.dtype | None) 
 
 
 def in_evaluation_mode(model: nn.Module) -> nn.Module:
-    """The model, or, where a part of it trains, a copy in evaluation mode that has the same weights in common."""
+    """The model itself, or, if a part of it is in training mode, a copy in evaluation mode that shares its weights."""
     if not any(module.training for module in model.modules()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -58,8 +58,12 @@ def collect(
 ) -> dict[str, np.ndarray]:
     """Run the model, which is on `device`, once over `loader`.
 
-    Returns, in the loader's order, what the task keeps of each sample (`Task.rows`), and `tokens` (N,) int64, the
-    numbers of real tokens. Raises ValueError where the loader yields nothing.
+    Returns:
+        in the loader's order, what the task keeps of each sample (`Task.rows`), and `tokens` (N,) int64, the number of
+        real tokens of each.
+
+    Raises:
+        ValueError: the loader yields nothing.
     """
     parts: list[dict[str, np.ndarray]] = []
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # read a few at a time, since reading waits for the device
@@ -72,7 +76,7 @@ def collect(
     with evaluating(model, device, amp_dtype):
         for batch in loader:
             outputs = model(*inputs_for(model, batch, device)).float()
-            # A copy: what a worker sent holds a file descriptor as long as it is kept
+            # A copy, since a tensor from a worker holds a file descriptor as long as it is kept
             waiting.append((outputs, batch["label"].clone(), token_counts(batch)))
             if sum(outputs.numel() for outputs, *_ in waiting) > WAITING:
                 read()
@@ -98,15 +102,15 @@ def collect_attention(model: nn.Module, batch: Batch, device: Device = "cpu") ->
     return [weights.float().cpu().numpy() for weights in maps]
 
 
-# --- Metrics of classes -----------------------------------------------------------------------------------------------
+# --- Metrics of classes ----------------------------------------------------------------------------------------------
 
 
 def class_rows(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """What the metrics need of each sample, of logits float (N, C) and labels (N,); probabilities in float64.
+    """What the metrics need of each sample, from logits float (N, C) and labels (N,); probabilities in float64.
 
-    `finite`, whether the logits are; `label` and `predicted`, class numbers; `confidence`, the probability of the
-    predicted class, and `probability_of_true`; `ahead`, how many classes have a higher logit than the true one (of
-    equal ones the lower number is ahead); the sample's terms of `negative_log_likelihood` and `brier_score`.
+    `finite`: whether the logits are; `label` and `predicted`: class numbers; `confidence`: the probability of the
+    predicted class; `probability_of_true`; `ahead`: how many classes have a higher logit than the true one (of equal
+    logits, the lower class number comes first); the sample's terms of `negative_log_likelihood` and `brier_score`.
     """
     every, labels = np.arange(len(labels)), np.asarray(labels)
     with np.errstate(invalid="ignore"):
@@ -180,7 +184,8 @@ def compute_metrics(
 ) -> dict[str, Any]:
     """`class_metrics` of logits (N, C) against labels (N,).
 
-    Raises ValueError for shapes that do not fit, labels outside 0..C-1 and logits that are not finite.
+    Raises:
+        ValueError: shapes that do not fit, labels outside 0..C-1, or logits that are not finite.
     """
     logits, labels, classes = np.asarray(logits), np.asarray(labels), len(class_names)
     if labels.ndim != 1 or len(labels) == 0 or logits.shape != (len(labels), classes):
@@ -197,7 +202,7 @@ def compute_metrics(
 
 
 def reliability_table(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> list[dict]:
-    """Rows `low, high, count, confidence, accuracy` of equal bins (low, high]; an empty bin has None."""
+    """Rows `low, high, count, confidence, accuracy` of equally wide bins (low, high]; an empty bin has None."""
     index = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     rows = []
     for i in range(num_bins):
@@ -215,9 +220,9 @@ def calibration_error(rows: Sequence[dict]) -> float:
 
 
 def by_length(lengths: np.ndarray, num_bins: int = 8, **values: np.ndarray) -> list[dict]:
-    """Rows `shortest, longest, count` and the mean of each of `values` (N,), by name, of bins of about equal count.
+    """Rows `shortest, longest, count` and the mean of each of `values` (N,) in bins of about equal count.
 
-    [] if there is one length.
+    [] if all lengths are the same.
     """
     if lengths.min() == lengths.max():
         return []
@@ -231,7 +236,7 @@ def by_length(lengths: np.ndarray, num_bins: int = 8, **values: np.ndarray) -> l
     return plain(rows)
 
 
-# --- Metrics of numbers -----------------------------------------------------------------------------------------------
+# --- Metrics of numbers ----------------------------------------------------------------------------------------------
 
 
 def regression_metrics(
@@ -239,11 +244,11 @@ def regression_metrics(
 ) -> dict[str, Any]:
     """Metrics of numbers (N, K), in float64 and in their own units, as plain data; what is undefined is None.
 
-    For each number: `mae`, `rmse`, `median_absolute_error` and `r2` (against the mean of `true`), and as `baseline_...`
-    the same of always answering `mean`, that of training.
+    For each number: `mae`, `rmse`, `median_absolute_error` and `r2` (against the mean of `true`), and, as
+    `baseline_...`, the same for always answering the training mean `mean`.
 
-    Of one number these are the metrics. Of several, `mae` and `rmse` are in units of their deviations `std` in
-    training (mean and root mean square over the numbers), where the baseline is about 1, and `r2` is the mean.
+    With one number, these are the totals too. With several, the total `mae` and `rmse` are in units of the training
+    deviations `std` (mean and root mean square over the numbers), so that the baseline is about 1; `r2` is the mean.
     """
     true, predicted, mean, std = (np.asarray(values, np.float64) for values in (true, predicted, mean, std))
     sides = {"": predicted, "baseline_": np.broadcast_to(mean, true.shape)}
@@ -271,7 +276,7 @@ def regression_metrics(
 
 
 def _errors(true: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics of each number, (K,), of answers (N, K)."""
+    """The metrics (K,) of answers (N, K), one for each number."""
     error, spread = answers - true, np.square(true - true.mean(0)).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
@@ -282,7 +287,7 @@ def _errors(true: np.ndarray, answers: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
-# --- Metrics of several labels ----------------------------------------------------------------------------------------
+# --- Metrics of several labels ---------------------------------------------------------------------------------------
 
 
 def multilabel_metrics(
@@ -290,32 +295,34 @@ def multilabel_metrics(
 ) -> dict[str, Any]:
     """Metrics of logits float64 (N, C) against labels bool (N, C), as plain data; what is undefined is None.
 
-    A label is predicted where its probability reaches its threshold. Means over the labels leave out those that are
-    on no sample (`macro_f1`: neither there nor predicted). `average_precision` looks at no threshold.
+    A label is predicted if its probability reaches its threshold. Means over the labels leave out those that are on no
+    sample (for `macro_f1`: neither on a sample nor predicted). `average_precision` does not depend on the threshold.
     """
-    from sklearn.metrics import average_precision_score, f1_score, hamming_loss, precision_recall_fscore_support
+    from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
     probabilities = torch.from_numpy(logits).sigmoid().numpy()
-    predicted = probabilities >= thresholds
-    per_class = precision_recall_fscore_support(true, predicted, average=None, zero_division=np.nan)
-    support = per_class[3]
-    precision = [
-        average_precision_score(true[:, i], probabilities[:, i]) if support[i] else np.nan for i in range(true.shape[1])
+    predicted, support = probabilities >= thresholds, true.sum(0)
+    columns = list(zip(true.T, predicted.T, strict=True))  # one at a time: scikit-learn takes a single one for classes
+    options = {"average": "binary", "zero_division": np.nan}
+    per_class = [precision_recall_fscore_support(*column, **options)[:3] for column in columns]
+    average_precision = [
+        average_precision_score(there, p) if there.any() else np.nan
+        for there, p in zip(true.T, probabilities.T, strict=True)
     ]
     columns = {
-        "class": class_names, **dict(zip(("precision", "recall", "f1"), per_class, strict=False)),
-        "average_precision": precision, "support": support, "threshold": thresholds,
+        "class": class_names, **dict(zip(("precision", "recall", "f1"), zip(*per_class, strict=True), strict=True)),
+        "average_precision": average_precision, "support": support, "threshold": thresholds,
     }  # fmt: skip
     loss = np.logaddexp(0, logits) - logits * true
     return plain(
         {
             "num_samples": len(true),
             "num_classes": len(class_names),
-            "macro_f1": _mean(per_class[2]),
-            "micro_f1": f1_score(true, predicted, average="micro", zero_division=np.nan),
-            "mean_average_precision": _mean(precision),
+            "macro_f1": _mean(columns["f1"]),
+            "micro_f1": f1_score(true.ravel(), predicted.ravel(), zero_division=np.nan),
+            "mean_average_precision": _mean(average_precision),
             "subset_accuracy": (predicted == true).all(1).mean(),
-            "hamming_loss": hamming_loss(true, predicted),
+            "hamming_loss": (predicted != true).mean(),
             "baseline_hamming_loss": np.minimum(true.mean(0), 1 - true.mean(0)).mean(),
             "binary_cross_entropy": loss.mean(),
             "per_class": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
@@ -324,16 +331,16 @@ def multilabel_metrics(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are defined."""
+    """The mean of the defined values."""
     values = np.asarray(values, np.float64)
     return np.nan if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def best_thresholds(probabilities: np.ndarray, true: np.ndarray) -> list[float]:
-    """For each label the threshold of the highest F1 of probabilities (N, C); 0.5 where the label is on no sample.
+    """For each label, the threshold on its probabilities (N, C) that gives the highest F1; 0.5 if no sample has it.
 
-    It lies half-way between two probabilities, or at 0.5 if that is between them; of several alike it is the one
-    nearest to 0.5.
+    It lies half-way between two probabilities, or at 0.5 if that is between them; of several equally good ones, it is
+    the one nearest to 0.5.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -351,11 +358,11 @@ def best_thresholds(probabilities: np.ndarray, true: np.ndarray) -> list[float]:
     return thresholds
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
-    """The same in the types of JSON: arrays become lists, NumPy scalars numbers, NaN and infinity None."""
+    """The value in JSON types: arrays become lists, NumPy scalars numbers, NaN and infinity None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -368,21 +375,21 @@ def plain(value: Any) -> Any:
 def item_rows(
     ids: Sequence[Any], split: str, columns: Mapping[str, Sequence[Any]], tokens: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The rows of items.csv, in the order of the items: id, split, what the task says of each, length in tokens."""
+    """The rows of items.csv, in the order of the items: id, split, the task's columns, length in tokens."""
     columns = {"id": [as_utf8(str(id)) for id in ids], "split": [split] * len(ids), **columns, "tokens": tokens}
     rows = zip(*(plain(list(column)) for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def write_results(path: PathLike, results: Mapping[str, Any]) -> None:
-    """Write strict JSON, the whole file or none; numbers stay numbers, NaN and infinity become null."""
+    """Write strict JSON, the whole file or nothing; NaN and infinity become null."""
     text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\n *", " ", row[0]), text)  # matrix rows
     write_file(path, f"{text}\n".encode())
 
 
 def write_file(path: PathLike, data: bytes) -> None:
-    """Write a file, with its folders, so that the old one or the whole new one is there at every moment."""
+    """Write a file and its folders. At every moment, either the old file or the whole new one is there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, "wb") as file:
@@ -390,10 +397,10 @@ def write_file(path: PathLike, data: bytes) -> None:
 
 
 def write_rows(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a .csv file that names its columns, the whole of it or nothing, for spreadsheets and for `read_table`.
+    """Write a .csv file with a header, the whole file or nothing, for spreadsheets and for `read_table`.
 
-    Beyond ASCII it begins with a byte order mark, without which Excel takes another encoding. What a spreadsheet would
-    run as a formula gets an apostrophe before it, which `tables.read_table` takes off. Numbers are exact.
+    If it is not all ASCII, it begins with a byte order mark, without which Excel assumes another encoding. A cell that
+    a spreadsheet would run as a formula gets an apostrophe, which `tables.read_table` removes. Numbers are exact.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -410,8 +417,11 @@ def save_evaluation(
 ) -> None:
     """Write results.json and items.csv, then draw each figure (file name -> function of its path) into `output_dir`.
 
-    A figure that fails costs neither the results nor the other figures. It leaves no picture, not even one of
-    an earlier run, and at the end an ExceptionGroup names those that failed and holds their exceptions.
+    A figure that fails costs neither the results nor the other figures. Its file is removed, even one from an earlier
+    run.
+
+    Raises:
+        ExceptionGroup: names the figures that failed and holds their exceptions; everything else has been written.
     """
     output_dir = Path(output_dir)
     write_results(output_dir / "results.json", results)

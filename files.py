@@ -27,21 +27,24 @@ except ImportError:  # Windows
 
 PathLike = str | os.PathLike
 LOCK = "run.lock"
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the system says of a lock that another process has
-PATIENCE = 5  # seconds, for a file that another program holds
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # how the system reports a lock that another process holds
+PATIENCE = 5  # seconds to wait for a file that another program holds open
 
-_owners: dict[Path, object] = {}  # of this process's runs, since a process is not stopped by its own locks
+_owners: dict[Path, object] = {}  # folders of this process's runs, since a process is not stopped by its own locks
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
+# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def written_whole(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """A file to write, which takes the place of `path` at the end of the block: complete, and forced to the disk.
+    """A file to write, which replaces `path` at the end of the block: complete, and flushed to the disk.
 
     Until then it lies beside `path`, under a name that no other process or thread uses. It is removed if the block
-    raises. `options` are those of open(). Raises OSError; the old file is then untouched.
+    raises. `options` are those of open().
+
+    Raises:
+        OSError: it cannot be written; the old file is then untouched.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
@@ -58,10 +61,10 @@ def written_whole(path: PathLike, mode: str = "wb", **options: Any) -> Iterator[
 
 
 def replace(source: Path, target: Path) -> None:
-    """Move a file, over another one if there is one.
+    """Move a file, replacing an existing one.
 
-    On Windows that fails while a virus scanner, an editor or a backup holds the file, usually for a moment: it is
-    tried again for PATIENCE seconds.
+    On Windows that fails while a virus scanner, an editor or a backup holds the file, usually for a moment, so it is
+    tried for PATIENCE seconds.
     """
     wait = 0.05
     until = time.monotonic() + PATIENCE
@@ -89,23 +92,27 @@ def remedy(error: OSError) -> str:
 
 @contextmanager
 def disk_advice(path: PathLike = "a log") -> Iterator[None]:
-    """Turn a file that cannot be written (`path`, where the error names none) into a UserError with the remedy;
-    checkpoint.py does so for its own."""
+    """Turn a file that cannot be written (`path`, if the error names none) into a UserError with the remedy. (The
+    checkpoint's own errors are handled in checkpoint.py.)"""
     try:
         yield
     except OSError as error:
         name = os.fsdecode(error.filename or path)
         raise UserError(
-            f"cannot write {name}: {error.strerror or error}; {remedy(error)}, then go on with --resume; "
+            f"cannot write {name}: {error.strerror or error}; {remedy(error)}, then continue with --resume; "
             "the last checkpoint is whole"
         ) from error
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------------
+# --- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def make_folder(path: PathLike) -> Path:
-    """The folder, made if need be. Raises UserError where nothing can be written into it."""
+    """The folder, created if necessary.
+
+    Raises:
+        UserError: nothing can be written into it.
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -115,7 +122,7 @@ def make_folder(path: PathLike) -> Path:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """A new folder of this name, with a number after it where there is one already."""
+    """A new folder of this name, with a number after it if the name is taken."""
     for number in count(1):
         folder = parent / (name if number == 1 else f"{name}_{number}")
         with disk_advice(), suppress(FileExistsError):
@@ -125,7 +132,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 @contextmanager
 def owned(folder: PathLike) -> Iterator[None]:
-    """Within the block the folder, made if need be, belongs to this run.
+    """Own the folder, created if necessary, for the length of the block.
 
     The lock is the operating system's, on a file in the folder, so it ends with the process, however that ends. Child
     processes do not inherit it: a loader's workers, which outlive a killed run for a moment, do not hold it.
@@ -134,18 +141,18 @@ def owned(folder: PathLike) -> Iterator[None]:
         UserError: another run owns the folder, or it cannot be written into.
     """
     folder, run = Path(folder), object()
-    place = folder.resolve()
-    if _owners.setdefault(place, run) is not run:
+    real = folder.resolve()
+    if _owners.setdefault(real, run) is not run:
         raise _in_use(folder, f"process {os.getpid()}, this one")
-    missing = [each for each in (place, *place.parents) if not os.path.exists(each)]
+    missing = [each for each in (real, *real.parents) if not os.path.exists(each)]
     try:
         with _locked(folder):
             yield
     finally:
-        for each in missing:  # those in which nothing was written
+        for each in missing:  # removed again if nothing was written into it
             with suppress(OSError):
                 each.rmdir()
-        del _owners[place]
+        del _owners[real]
 
 
 @contextmanager
@@ -154,10 +161,10 @@ def _locked(folder: Path) -> Iterator[None]:
     for attempt in count():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab+", buffering=0)  # noqa: SIM115 (the lock lasts as long as it is open)
+            file = open(path, "ab+", buffering=0)  # noqa: SIM115 (the lock lasts as long as the file is open)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempt < 10:
-                continue  # a run that left nothing here has just removed the folder
+                continue  # another run, which left nothing here, has just removed the folder
             raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
         try:
             _lock(file)
@@ -171,7 +178,7 @@ def _locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        file.close()  # the run that owned it has removed it since it was opened
+        file.close()  # the previous owner has removed the file since it was opened
     owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     try:
         with suppress(OSError):  # a full disk
@@ -179,7 +186,7 @@ def _locked(folder: Path) -> Iterator[None]:
             file.write(owner.encode())
         yield
     finally:
-        with suppress(OSError):  # Windows does not remove an open file: there it stays, without a lock
+        with suppress(OSError):  # Windows does not remove an open file; there it stays, without a lock
             path.unlink()
         file.close()
 
@@ -188,7 +195,7 @@ def _lock(file: IO) -> None:
     if fcntl:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
-        file.seek(2**30)  # far behind the text, which others could not read otherwise
+        file.seek(2**30)  # far beyond the text: nobody else can read what is locked
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 

@@ -1,12 +1,12 @@
 """Users' images: folders of them into raw items, files into pixels.
 
-    find_splits    a folder of class folders, or of train, val and test above those, however they are called
+    find_splits    a folder of class folders, or of train, val and test folders (or the like) above those
     read_images    a folder of class folders, of images at any depth, or one image  ->  Items of Paths
     open_image     a file  ->  an image, upright
     to_rgb         an image of any mode  ->  8-bit RGB
 
-Every format that Pillow reads, and HEIC photos where the package pillow-heif is installed. What is wrong raises
-UserError with the file and the remedy.
+Every format that Pillow reads, and HEIC photos if the package pillow-heif is installed. Mistakes raise UserError with
+the file and the remedy.
 """
 
 import os
@@ -28,10 +28,10 @@ with suppress(ImportError):
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
-# EPS runs another program, Ghostscript; the others are recognised by Pillow but not read without one more.
+# EPS would run another program, Ghostscript; Pillow recognises the others but needs more software to read them.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 EXTENSIONS = {extension for extension, format in Image.registered_extensions().items() if format in FORMATS}
-# Photos that not every installation reads: their extensions, what stands at byte 8 of the file, the remedy
+# Photos that not every installation reads: their extensions, the possible bytes 8 to 11 of the file, the remedy
 PHOTOS = {
     "HEIC": (
         {".heic", ".heif", ".hif"},
@@ -52,7 +52,7 @@ SPLITS = {
 PURPOSES = {"train": "training", "val": "validation", "test": "the test"}
 
 
-# -- folders --------------------------------------------------------------------------------------------------
+# --- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def _error(path: str | Path, what: str) -> UserError:
@@ -64,7 +64,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _entries(folder: Path, folders_only: bool = False) -> list[Path]:
-    """What a folder holds, by name, without what is hidden and the folder that macOS adds to archives."""
+    """The contents of a folder by name, without hidden entries and the folder that macOS adds to archives."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if not folders_only or _is_folder(entry)]
@@ -74,7 +74,7 @@ def _entries(folder: Path, folders_only: bool = False) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may point to itself
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -93,8 +93,8 @@ def _names(folders: list[Path]) -> str:
 class _Walk:
     """The files below class folders, each of them once, whatever links there are.
 
-    A link that leads back into the data, or to a folder above, would put images of one class into another: it is left
-    out. A link to another place is followed. Both are told in `notes`.
+    A link that leads back into the data, or to a folder above them, would put images of one class into another: it is
+    left out. A link to somewhere else is followed. `notes` mentions both.
     """
 
     def __init__(self, root: Path):
@@ -104,7 +104,11 @@ class _Walk:
         self.left_out: list[Path] = []
 
     def files(self, folder: Path) -> list[Path]:
-        """The files of a class folder at any depth, in the order of their names. Raises UserError."""
+        """The files of a class folder at any depth, in the order of their names.
+
+        Raises:
+            UserError: a link puts a file into two classes, or the folder cannot be read.
+        """
         linked = folder.is_symlink()
         if linked and folder != self.root:
             if self._leads_back(folder):
@@ -114,7 +118,7 @@ class _Walk:
         pending = [(entry, linked) for entry in reversed(_entries(folder))]
         while pending:
             path, linked = pending.pop()  # linked: reached through a link
-            is_link = path.is_symlink() and path.exists()  # a broken one is an image that cannot be read
+            is_link = path.is_symlink() and path.exists()  # a broken link counts as an unreadable image
             linked = linked or is_link
             if (is_link and self._leads_back(path)) or (linked and not self._is_new(path, folder, entered)):
                 self.left_out.append(path)
@@ -132,7 +136,11 @@ class _Walk:
         return target.is_relative_to(root) or root.is_relative_to(target)
 
     def _is_new(self, path: Path, folder: Path, entered: set[str]) -> bool:
-        """Whether what a link led to was not read yet. Raises UserError for a file read in another class."""
+        """Whether the target of a link has not been read yet.
+
+        Raises:
+            UserError: the file was read in another class.
+        """
         real = os.path.realpath(path)
         if path.is_dir():
             new = real not in entered
@@ -146,7 +154,7 @@ class _Walk:
     def notes(self) -> list[str]:
         parts = (
             (self.followed, "lead to other places and were followed"),
-            (self.left_out, "lead to what is read anyway and were left out"),
+            (self.left_out, "lead to files that are read anyway and were left out"),
         )
         return [
             f"{self.root}: links that {what}: {len(links)}, first {links[0]} -> {os.path.realpath(links[0])}"
@@ -156,18 +164,20 @@ class _Walk:
 
 
 def read_images(path: str | Path, labelled: bool = True) -> Items:
-    """Paths of images, in the order of their names: of a folder with a sub-folder per class, which may have more.
+    """Paths of images, in the order of their names: of a folder with a sub-folder (of any depth) for each class or,
+    without labels, of any folder or one image file.
 
-    Without labels, of any folder, or of one image file. Their ids are the paths within the folder, in which bytes that
-    are not UTF-8 are escaped. Hidden files and folders are skipped. Files that are not images by their extension, and
-    links, are counted in `notes`. The images are not opened here.
+    Their ids are the paths within the folder, with bytes that are not UTF-8 escaped. Hidden files and folders are
+    skipped. Files whose extension is not an image's, and links, are counted in `notes`. The images are not opened here.
 
-    Raises UserError, also where the sub-folders are splits and not classes, see `find_splits`.
+    Raises:
+        UserError: a class has no image, an image lies outside the classes, or the sub-folders are splits and not
+            classes (see `find_splits`).
     """
     path = Path(path)
     if not labelled and path.is_file():
         if not _is_image(path):
-            raise _error(path, f"{path.suffix!r} is no image's extension; use .png, .jpg or another Pillow reads")
+            raise _error(path, f"{path.suffix!r} is not an image's extension; use .png, .jpg or another Pillow reads")
         return Items([as_utf8(path.name)], [printable(str(path))], [path], None)
     folders = _folders(path) if labelled else [path]
     if not folders:
@@ -194,22 +204,23 @@ def read_images(path: str | Path, labelled: bool = True) -> Items:
     return Items(ids, [printable(str(file)) for file in values], values, labels, notes=notes + walk.notes())
 
 
-# -- splits ---------------------------------------------------------------------------------------------------
+# --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def find_splits(path: str | Path) -> tuple[dict[str, Path], list[str]]:
-    """({'train': ..., 'val': ..., 'test': ...}, notes): the folders of class folders, the last two if there.
+    """({'train': ..., 'val': ..., 'test': ...}, notes): the folders of class folders, the last two if they exist.
 
-    `path` holds class folders, or above these folders called train, val and test, or alike (Training, valid, seg_test).
-    A folder that holds nothing but one of these kinds is looked into. A guess is told in the notes.
+    `path` holds class folders, or folders of these called train, val and test or the like (Training, valid, seg_test).
+    Folders around them, each with nothing else in it, are looked into. Guesses are mentioned in the notes.
 
-    Raises UserError where a folder beside train is not called so, or two are called the same.
+    Raises:
+        UserError: a folder beside train has no such name, or two mean the same split.
     """
     path = Path(path)
     top = _without_wrappers(path)
     called = {folder: _split_of(folder) for folder in _folders(top)}
     train = [folder for folder, split in called.items() if split == "train"]
-    if not any(map(_folders, train)):  # a class may be called so
+    if not any(map(_folders, train)):  # a class may be called "train"
         return {"train": top}, [f"{path}: the classes are the folders in {top}"] if top != path else []
     splits: dict[str, Path] = {}
     for folder, split in called.items():
@@ -232,7 +243,7 @@ def _split_of(folder: Path) -> str | None:
 
 
 def _without_wrappers(path: Path) -> Path:
-    """The folder, or the one below it that holds more than one single folder of folders."""
+    """The folder itself or, while it holds nothing but one folder of folders, that folder."""
     while len(inner := _folders(path)) == 1 and not _holds_images(path):
         if _holds_images(inner[0]) or not _folders(inner[0]):  # the only class
             break
@@ -241,7 +252,11 @@ def _without_wrappers(path: Path) -> Path:
 
 
 def _refuse_splits(path: Path, folders: list[Path]) -> None:
-    """Raise UserError if the folders in `path` seem to be splits, or other parts of the data, and not classes."""
+    """Check that the folders in `path` are classes.
+
+    Raises:
+        UserError: they seem to be splits, or other parts of the data.
+    """
     called = {folder: _split_of(folder) for folder in folders}
     splits = set(called.values()) - {None}
     if "train" in splits and any(_folders(folder) for folder in folders if called[folder] == "train"):
@@ -249,7 +264,7 @@ def _refuse_splits(path: Path, folders: list[Path]) -> None:
     if len(splits) > 1 and None not in called.values():
         raise _error(path, f"{_names(folders)} seem to be splits, but there is no train folder with a folder for each "
                            "class in it; make one, or rename them if they are classes")  # fmt: skip
-    counts = Counter()  # of the names of the folders within, where nothing else lies beside them
+    counts = Counter()  # how often each name of an inner folder occurs
     for folder in folders:
         inner = {each.name.lower() for each in _folders(folder)}
         if not inner or _holds_images(folder):
@@ -265,9 +280,9 @@ def _refuse_splits(path: Path, folders: list[Path]) -> None:
                            "multimodal")  # fmt: skip
 
 
-# -- pixels ---------------------------------------------------------------------------------------------------
+# --- Pixels ----------------------------------------------------------------------------------------------------------
 
-_ORIENTATION = 0x0112  # the tag of EXIF
+_ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -276,11 +291,13 @@ _TURNS = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image (of several frames the first), decoded and upright. Raises UserError.
+    """The image (the first of several frames), decoded and upright.
 
-    More pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million) are refused before they are decoded.
+    Raises:
+        UserError: the file is missing or damaged, or has more pixels than Pillow's limit
+            (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million), which is checked before decoding.
     """
-    if not os.path.isfile(path):  # a pipe would wait for ever
+    if not os.path.isfile(path):  # reading a pipe would wait forever
         what = "no regular file" if os.path.exists(path) else "there is no such file"
         raise _error(path, f"{what}; correct the path, or remove it")
     try:
@@ -290,14 +307,14 @@ def open_image(path: str | Path) -> Image.Image:
             return upright(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _error(path, f"more than {Image.MAX_IMAGE_PIXELS} pixels; make the image smaller") from error
-    except Exception as error:  # damaged bytes come out as a dozen kinds
+    except Exception as error:  # damaged bytes raise a dozen kinds of exception
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         what = _remedy(path) or f"not an image that can be read ({what}); replace or remove it"
         raise _error(path, what) from error
 
 
 def _remedy(path: str | Path) -> str | None:
-    """What helps with a photo of a kind that is not read here, whatever its extension says; None for other files."""
+    """The remedy for a photo in a format that is not read here, whatever its extension says; None for other files."""
     start = b""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(12)
@@ -308,20 +325,22 @@ def _remedy(path: str | Path) -> str | None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image, decoded and turned as its EXIF says; as it is stored where that cannot be read."""
+    """The image, decoded and turned as its EXIF says; as it is stored if the EXIF cannot be read."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    except Exception:  # what damaged EXIF raises has no common class, and depends on the version of Pillow
+    except Exception:  # damaged EXIF raises many kinds of exception, depending on the version of Pillow
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image, name: str = "the image", bits: int = 16) -> Image.Image:
-    """The image as 8-bit RGB, whatever its mode; what is transparent lies over white.
+    """The image as 8-bit RGB, whatever its mode; transparent parts are put on white.
 
-    Grey of more than 8 bits is scaled so that 2**bits - 1 is white, floating-point grey so that 1 is. Values outside
-    raise UserError with this name.
+    Grey of more than 8 bits is scaled so that 2**bits - 1 is white, floating-point grey so that 1 is white.
+
+    Raises:
+        UserError: values outside that range; `name` is the image's in the message.
     """
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow itself would clip at 255
         values = np.asarray(image)
@@ -340,7 +359,11 @@ def to_rgb(image: Image.Image, name: str = "the image", bits: int = 16) -> Image
 
 
 def to_bytes(values: np.ndarray, white: int, name: str) -> np.ndarray:
-    """Values 0..white as uint8 0..255, rounded. Raises UserError with this name for values outside."""
+    """Values 0..white as uint8 0..255, rounded.
+
+    Raises:
+        UserError: values outside that range; `name` is the image's in the message.
+    """
     if not ((values >= 0) & (values <= white)).all():
         more = f", the {white.bit_length()} bits of the training images (--image_bits)" if white > 1 else ""
         raise UserError(f"{name} with values {values.min()} to {values.max()}; they must be in 0..{white}{more}: "
@@ -349,9 +372,9 @@ def to_bytes(values: np.ndarray, white: int, name: str) -> np.ndarray:
 
 
 def depth(path: str | Path) -> tuple[str, int] | None:
-    """('grey' or 'colour', bits that the largest value needs) of a file of 16 bits; None of 8, or where it is damaged.
+    """('grey' or 'colour', bits that the largest value needs) for a 16-bit file; None for an 8-bit or damaged one.
 
-    Of 16-bit colours Pillow gives the upper 8 bits only.
+    Of 16-bit colours, Pillow gives only the upper 8 bits.
     """
     with suppress(Exception):
         with Image.open(path, formats=FORMATS) as image:

@@ -1,15 +1,16 @@
-"""Evaluate a checkpoint on the data that it was trained for, predict the classes of new items, or use it in a notebook.
+"""Evaluate a checkpoint on the data that it was trained for, predict new items, or use it in a notebook.
 
     python inference.py --model_path checkpoints/best_model.pth
     python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
     python inference.py --model_path checkpoints/best_model.pth --input new_images/
 
-The first two write results.json, items.csv (each item with its true and predicted class), confusion_matrix.png,
-confidence_histogram.png and confidence_analysis.png; --analyze adds the calibration table, accuracy by length, the most
-confident mistakes, attention maps and a projection of the latents. --test_path evaluates all of another labelled set,
-without the data of training. --input writes predictions.csv: id, class, confidence and the next best classes. It takes
-what the model was trained on (a folder of images, a .ts, .npz or .csv of series, a table of texts, a manifest; no
-labels needed) or a single image, .txt or .npy. Data set, preprocessing and model come from the checkpoint.
+The first two write results.json, items.csv (each item with its true and its predicted answer) and the figures of the
+task; for a classifier, these are confusion_matrix.png, confidence_histogram.png and confidence_analysis.png. --analyze
+adds calibration, results by length, the worst mistakes, attention maps and a projection of the latents. --test_path
+evaluates all of another labelled set, without the training data. --input writes predictions.csv: the id and the answer
+of each item. It takes what the model was trained on (a folder of images, a .ts, .npz or .csv of series, a table of
+texts, a manifest; no labels needed) or a single image, .txt or .npy. Data set, preprocessing and model come from the
+checkpoint.
 
     from inference import load_model, predict
     model, settings = load_model("checkpoints/best_model.pth")
@@ -56,14 +57,14 @@ from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
 FEATURES = ("feature_columns", "ignore_columns", "table_rows")
-LOOKS = ("delimiter", "encoding", "quoting")  # of one file, not of another
-# Settings that evaluation may choose anew
+LOOKS = ("delimiter", "encoding", "quoting")  # true of one file, not of the next
+# Settings that may differ from those of training
 OVERRIDES = (
     "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
     "amp", "device",
 )  # fmt: skip
 EXAMPLES = 3  # samples whose attention maps are drawn
-REPORTED = 10  # items that cannot be read and are named; of more the number is given
+REPORTED = 10  # how many unreadable items are named; the rest are only counted
 READING_REMEDIES = ("fewer items", "--max_unpacking", "closing other programs")
 MEMORY_REMEDIES = ("a smaller --batch_size", "--amp bf16", "--device cpu", "closing other programs")
 NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use float32 (model.float(), --amp off)"
@@ -75,10 +76,12 @@ NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use 
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[PerceiverModel, dict[str, Any]]:
     """The model of a checkpoint, ready for prediction, and the settings that it was trained with.
 
-    ``model.data_info`` describes the data (class names, splits, ...; see data_utils.py), ``model.adapters`` prepares
-    raw items of each modality (see adapters.py), ``model.task`` knows what an answer is (see tasks.py).
-    Raises UserError (a ValueError) for a file that is missing, damaged or no checkpoint of this project, whatever is
-    wrong in it, and for a device that is not there.
+    `model.data_info` describes the data (class names, splits, ...; see data_utils.py), `model.adapters` prepares raw
+    items of each modality (see adapters.py), `model.task` knows what an answer is (see tasks.py).
+
+    Raises:
+        UserError: (a ValueError) the file is missing, damaged or no checkpoint of this project, or the device is not
+            available.
     """
     checkpoint = load_checkpoint(path)
     Settings.from_dict(checkpoint["settings"])
@@ -113,22 +116,22 @@ def _as_list(value: Any) -> Any:
 
 
 def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
-    """Answer raw items with a model from :func:`load_model`.
+    """Answer raw items with a model from `load_model`.
 
     Args:
         items: a list of texts (a str is a text); of series, float arrays (length, channels) of any length, NaN or
             masked where a value is missing, or DataFrames of a row for each step, whose columns are put in order by
             name; or of images, PIL images or arrays (H, W) or (H, W, channels) of whole numbers 0..255, of any size
             where the model was trained on the user's own images, else as stored (of the digits 0..16). A series or an
-            image may also be the path of its file. For a model of several modalities, dicts of them; one that is
-            missing is left out.
+            image may also be the path of its file. For a model of several modalities, dicts by modality, without the
+            missing ones.
         batch_size: items at a time; it changes no result.
 
-    The model may be in half, bfloat16 or double precision, and in any mode: it answers as in evaluation, and nothing
-    of it is changed. Any number of threads may call this at once.
+    The model may be in half, bfloat16 or double precision, and in training mode: it answers as in evaluation, and is
+    not changed. Any number of threads may call this at once.
 
     Returns:
-        for each item a dict, by the task that the model was trained for:
+        for each item a dict, depending on the task that the model was trained for:
 
         classification  {'label': class number, 'class': its name, 'confidence': its probability,
                         'probabilities': {class name: probability}}
@@ -136,7 +139,7 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
         multilabel      {'labels': [names], 'probabilities': {name: probability}}
 
     Raises:
-        UserError: an item that the model cannot take, an answer that is not finite, a batch_size below 1.
+        UserError: the model cannot take an item, an answer is not finite, or batch_size is below 1.
     """
     if isinstance(items, (str, bytes, dict)):
         raise UserError(f"items must be a list, this is one {type(items).__name__}; write predict(model, [item])")
@@ -184,13 +187,13 @@ def evaluate(
     output_dir: str | Path | None = None,
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a model from :func:`load_model` over a labelled data set, as plain data (see evaluation.py).
+    """Metrics of a model from `load_model` over a labelled data set, as plain data (see evaluation.py).
 
     Args:
-        dataset: its attribute ``ids``, if it has one, names the samples; else their numbers do.
+        dataset: its attribute `ids`, if it has one, names the samples; otherwise they are numbered.
         analyze: add calibration, accuracy by length and the most confident mistakes.
         output_dir: where to write results.json, items.csv and the figures; None writes nothing.
-        about: put first into the results.
+        about: goes first into the results.
     """
     model = evaluation.in_evaluation_mode(model)
     task, device, about = model.task, next(model.parameters()).device, about or {}
@@ -216,7 +219,7 @@ def _analysis_figures(
     model: PerceiverModel, dataset: Dataset, loader: Any, rows: dict[str, np.ndarray], analysis: dict[str, list[dict]],
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Callable[[Path], None]]:  # fmt: skip
-    """The figures of an analysis; what they need beyond the rows is computed when they are drawn."""
+    """The figures of an analysis. What they need beyond the rows is computed when they are drawn."""
     task, device, adapters = model.task, next(model.parameters()).device, model.adapters
     only = next(iter(adapters)) if len(adapters) == 1 else None
     samples, (colours, names) = range(len(rows["tokens"])), task.colours(rows)
@@ -227,7 +230,7 @@ def _analysis_figures(
 
     def latents(path: Path) -> None:
         pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
-        plots.plot_latent_projection(pooled, colours, names, path)
+        plots.plot_latent_projection(pooled, colours, names, path, task.colour_meaning())
 
     def attention(modality: str, path: Path) -> None:
         examples = {}  # colour -> its first sample with the modality
@@ -249,7 +252,7 @@ def _analysis_figures(
 
     def mistakes(path: Path) -> None:
         worst = task.worst(rows)
-        tokens = [dataset[place]["input"] for place in worst]
+        tokens = [dataset[number]["input"] for number in worst]
         images = adapters["image"].images(torch.stack(tokens)) if tokens else []
         ids = getattr(dataset, "ids", samples)
         titles = [[plots.short(printable(str(ids[i])), 28), *task.mistake(rows, i)] for i in worst]
@@ -272,9 +275,9 @@ def _analysis_figures(
 def write_predictions(
     model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
 ) -> int:
-    """Write a table of ids and answers; returns its number of rows.
+    """Write a table of ids and answers. Returns its number of rows.
 
-    An item that the model cannot take goes to on_error and is left out.
+    An item that the model cannot take is passed to on_error and left out.
     """
     done = []  # ids, in the order of the answers
 
@@ -300,12 +303,14 @@ def write_predictions(
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The metrics, and a line per class or target where they are few enough to read."""
+    """Print the metrics, and a line per class or target if they are few enough to read."""
 
     def shown(value: Any) -> str:
         return figure_text(value) if value is None or isinstance(value, float) else printable(str(value))
 
     hidden = ("epoch", "split_seed", "num_classes", "num_targets")
+    if results.get("num_targets", 1) > 1:
+        print("mae and rmse of all numbers are in units of their standard deviations in training")
     for name, value in results.items():
         if type(value) in (int, float) and name not in hidden and not name.startswith("baseline_"):
             beside = f"   baseline {shown(baseline)}" if (baseline := results.get(f"baseline_{name}")) else ""
@@ -315,10 +320,12 @@ def print_results(results: dict[str, Any]) -> None:
             continue
         header = list(rows[0])
         cells = [[shown(row[name]) for name in header] for row in rows]
-        titles = [name.replace("_", " ") for name in header]
-        widths = [max(6 * (i > 0), *(len(line[i]) for line in [titles, *cells])) for i in range(len(header))]
+        words = [name.split("_") for name in header]  # a line each, so that columns stay narrow
+        height = max(map(len, words))
+        titles = [list(line) for line in zip(*([""] * (height - len(each)) + each for each in words), strict=True)]
+        widths = [max(6 * (i > 0), *(len(line[i]) for line in [*titles, *cells])) for i in range(len(header))]
         print()
-        for first, *others in [titles, *cells]:
+        for first, *others in [*titles, *cells]:
             more = "  ".join(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
             print(f"{first:<{widths[0]}}  {more}")
 
@@ -326,9 +333,9 @@ def print_results(results: dict[str, Any]) -> None:
 def predict_files(
     model: PerceiverModel, path: str, settings: Settings, output_dir: str, given: Collection[str] = ()
 ) -> int:
-    """Write predictions.csv of a file or folder; what cannot be read is reported and does not stop the others.
+    """Write predictions.csv for a file or folder. An item that cannot be read is reported and does not stop the others.
 
-    given: names of the settings that are flags of this command.
+    given: names of the settings that were given as flags.
     """
     errors = []
 
@@ -363,24 +370,24 @@ def predict_files(
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
-    parser.add_argument("--analyze", action="store_true", help="write the analysis too, and its figures")
+    parser.add_argument("--analyze", action="store_true", help="add the analysis and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
     parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"),
-                        help="what to evaluate on (default test); train is taken without augmentation")  # fmt: skip
-    parser.add_argument("--input", metavar="PATH", help="predict the classes of these items, instead of evaluating")
+                        help="what to evaluate on (default test); train is read without augmentation")  # fmt: skip
+    parser.add_argument("--input", metavar="PATH", help="predict these items, instead of evaluating")
     parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
     args = parser.parse_args(argv)
     if args.input is not None and args.analyze:
         raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
-    refuse_processes("inference.py runs in one, start it with python")
+    refuse_processes("inference.py runs in one process, start it with python")
 
     checkpoint = load_checkpoint(args.model_path)
-    # A test file of the user's own needs nothing of the data of training
+    # A test file of the user's own can be evaluated without the training data
     new_data = "test_path" in args.flags and args.split in (None, "test") and args.input is None
     new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
     if new_data and args.flags.pop("data_path", None):
         print_note("data_path has no effect: all of test_path is evaluated")
-    here = {"device": "auto", "augment": False}  # the device of training may not exist here
+    here = {"device": "auto", "augment": False}  # the training device may not exist on this machine
     if args.input is not None or new_data:
         here |= {name: FIELDS[name].default for name in LOOKS}
     settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
@@ -420,8 +427,8 @@ def main(argv: list[str] | None = None) -> int:
         print_note(f"all {len(splits['test'])} items of {settings.test_path} are evaluated")
     elif known != found:
         print_note(
-            f"these are not the samples of training's {split} split (other data, or in another order); what was split "
-            "off data_path may now hold samples that the model was trained on"
+            f"these are not the samples of training's {split} split (other data, or in another order); if it was split "
+            "off data_path, it may now hold samples that the model was trained on"
         )
     print(f"{printable(args.model_path)}: {settings.dataset_type}, {split} split, on {device}")
     try:

@@ -1,14 +1,14 @@
-"""Labels as they stand in a file -> classes or numbers; slips are noted, or refused, alike in every format.
+"""Labels as they stand in a file -> classes or numbers. Slips are noted or refused alike in every format.
 
     class_name      the class that a cell means: '1' for 1, 1.0 and "1.0"
-    class_names_of  the classes in a cell of several
+    class_names_of  the classes in a cell of several labels
     number_of       the number that a cell means
-    read_labels     the classes of cells, and what is wrong with which of them
+    read_labels     the classes of cells, and an error for each wrong one
     slips           notes on labels that look like mistakes
     ClassNumbers    the number of a class, found under any spelling of its name
 
-A cell is what a file holds: text, a number, true or false, a list of those (.jsonl), or a dict where the label stands
-in several named columns.
+A cell is what a file holds: text, a number, true or false, a list of these (.jsonl), or a dict if the label stands in
+several named columns.
 """
 
 import math
@@ -23,21 +23,22 @@ from typing import Any
 from messages import UserError
 from tables import nfc, shown
 
-_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # that is written as no whole one is
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d{1,3})?")  # not written like a whole number
 _WHOLE = re.compile(r"[+-]?\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
 _GROUPED = re.compile(r"[+-]?\d[\d., '\u00a0\u202f\u2019_]*\d")  # 1,5 and 1.234,5 and 1 000 and 1'000
-_MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "nat", "nil", "missing", "?", "-"}  # NA is Namibia, too
+_MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>", "nat", "nil", "missing", "?", "-"}  # not NA: also Namibia
 _LONGEST = 1000  # characters of a label
 _SEVERAL = "for items with any number of labels say --task multilabel"
 _FRACTION = "for numbers say --task regression; for classes write whole numbers, or words such as low and high"
-LARGEST = 1e100  # of a label that is a number: its square is finite, and so is a sum of squares
+LARGEST = 1e100  # of a numeric label; its square, and a sum of squares, are still finite
 
 
 def class_name(cell: Any, where: str) -> str:
     """The name of the class that a cell means, in NFC: '1' for 1, 1.0 and "1.0", 'true' for True.
 
-    Raises UserError for what is no class: a fraction, several labels, nothing.
+    Raises:
+        UserError: it is not a class but a fraction, several labels, or nothing.
     """
     if isinstance(cell, bool):
         return str(cell).lower()
@@ -46,25 +47,25 @@ def class_name(cell: Any, where: str) -> str:
     if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
         raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
     if isinstance(cell, (list, tuple, dict)):
-        raise UserError(f"{where}: label {shown(cell)} is no class; give one, as text or a whole number, or "
+        raise UserError(f"{where}: label {shown(cell)} is not a class; give one, as text or a whole number, or "
                         f"{_SEVERAL}")
     if isinstance(cell, float):
-        raise UserError(f"{where}: label {cell} is no class: {_FRACTION}")
+        raise UserError(f"{where}: label {cell} is not a class: {_FRACTION}")
     if not isinstance(cell, str):
-        raise UserError(f"{where}: label {shown(cell)} is no class; write text, a whole number, true or false")
+        raise UserError(f"{where}: label {shown(cell)} is not a class; write text, a whole number, true or false")
     name = nfc(cell).strip()
     if not (name.isascii() and name.isprintable()) and not _folded(name):
-        raise UserError(f"{where}: label {shown(name)} holds nothing that can be seen; write a name, or remove the row")
+        raise UserError(f"{where}: label {shown(name)} has no visible characters; write a name, or remove the row")
     if len(name) > _LONGEST:
         raise UserError(f"{where}: label {shown(name)} has {len(name)} characters; name the column by --label_column")
     if _NUMBER.fullmatch(name):
         value = Decimal(name)
         if value != value.to_integral_value():
-            raise UserError(f"{where}: label {shown(name)} is no class: {_FRACTION}")
+            raise UserError(f"{where}: label {shown(name)} is not a class: {_FRACTION}")
         return str(int(value))
     if _DECIMAL_COMMA.fullmatch(name):
-        raise UserError(f"{where}: label {shown(name)} is no class: {_FRACTION}; if it is a list, separate its names "
-                        f"by ';' and say --task multilabel")
+        raise UserError(f"{where}: label {shown(name)} is not a class: {_FRACTION}; if it is a list, separate its "
+                        f"names by ';' and say --task multilabel")
     try:
         name.encode()
     except UnicodeEncodeError as error:  # "\ud83d" in JSON
@@ -75,7 +76,7 @@ def class_name(cell: Any, where: str) -> str:
 
 
 def label_parts(cell: Any) -> list[Any]:
-    """The parts of a cell of several labels: of a list, or of text with ';' between them; of nothing, none."""
+    """The parts of a cell of several labels, a list or text with ';' between them. An empty cell has none."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return []
     parts = cell.split(";") if isinstance(cell, str) else cell if isinstance(cell, (list, tuple)) else [cell]
@@ -83,9 +84,10 @@ def label_parts(cell: Any) -> list[Any]:
 
 
 def class_names_of(cell: Any, where: str) -> list[str]:
-    """The names in a cell of several labels: its parts, or of a dict the keys whose value is 1.
+    """The names in a cell of several labels: its parts, or the keys of a dict whose value is 1.
 
-    Raises UserError for what is no class, and for values of a dict that are neither 0 nor 1.
+    Raises:
+        UserError: a part is not a class, or a value of a dict is neither 0 nor 1.
     """
     if isinstance(cell, dict):
         return [name for name, value in cell.items() if _is_there(value, f"{where}, {name!r}")]
@@ -106,14 +108,18 @@ def is_zero(value: Any) -> bool:
 
 
 def number_of(cell: Any, where: str) -> float:
-    """The number that a label means. Raises UserError for words, nothing, NaN, infinity and what is too large."""
+    """The number that a label means.
+
+    Raises:
+        UserError: a word, nothing, NaN, infinity, or a number that is too large.
+    """
     if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
         raise UserError(f"{where}: the label is empty; fill it in, or remove the row")
     text = cell.strip() if isinstance(cell, str) else ""
     if text.lower() in _MISSING or text == "NA":
         raise UserError(f"{where}: label {shown(cell)} is a missing value; fill it in, or remove the row")
     try:
-        if isinstance(cell, bool) or "_" in text:  # float would take 1_000 for 1000
+        if isinstance(cell, (bool, bytes)) or "_" in text:  # float("1_000") would be 1000
             raise ValueError
         value = float(cell)
     except (TypeError, ValueError):
@@ -122,18 +128,18 @@ def number_of(cell: Any, where: str) -> float:
             remedy = "write it with a decimal point, and without a separator of thousands"
         elif re.search(r"\d", text):
             remedy = "write the number alone, without a unit or a sign"
-        raise UserError(f"{where}: label {shown(cell)} is no number; {remedy}") from None
+        raise UserError(f"{where}: label {shown(cell)} is not a number; {remedy}") from None
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise UserError(f"{where}: label {shown(cell)} is no finite number; correct it, or remove the row")
+        raise UserError(f"{where}: label {shown(cell)} is not a finite number; correct it, or remove the row")
     if abs(value) > LARGEST:
         raise UserError(f"{where}: label {shown(cell)} is beyond {LARGEST:g}; correct it, or use another unit")
     return value
 
 
 def same_label(one: Any, other: Any) -> bool:
-    """Whether two cells mean the same label, be they labels or not."""
+    """Whether two cells mean the same label; cells that are no labels are compared as they are."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same_label(one[name], other[name]) for name in one)
     for meaning in (class_name, number_of):
@@ -145,10 +151,10 @@ def same_label(one: Any, other: Any) -> bool:
 def read_labels(
     cells: Sequence[Any], places: Sequence[str], known: Collection[str] = ()
 ) -> tuple[list[str | None], list[UserError]]:
-    """(the class of each cell, None where there is none; what is wrong with those, by place).
+    """(the class of each cell, None for a wrong one; an error for each wrong one, with its place).
 
-    `known` are names of classes that are not questioned: those of a checkpoint. Beside whole numbers alone, what stands
-    for a missing value ('nan', 'None') is one, as in an array of numbers.
+    known: class names that are not questioned, those of a checkpoint. If all other labels are whole numbers, 'nan',
+    'None' and the like are missing values, as in an array of numbers.
     """
     names: list[str | None] = []
     errors: list[UserError] = []
@@ -165,7 +171,7 @@ def read_labels(
         for number, (name, place) in enumerate(zip(names, places, strict=True)):
             if name in missing:
                 names[number] = None
-                errors.append(UserError(f"{place}: label {name!r} beside numbers is a missing one; fill it in, or "
+                errors.append(UserError(f"{place}: label {name!r} among numbers is a missing value; fill it in, or "
                                         "remove the row"))
     return names, errors
 
@@ -179,19 +185,23 @@ def class_order(labels: Iterable[str]) -> list[str]:
         return distinct
 
 
-# -- slips ----------------------------------------------------------------------------------------------------
+# --- Slips -----------------------------------------------------------------------------------------------------------
 
 
-def slips(cells: Sequence[Any], names: Sequence[str], several: bool = False) -> list[str]:
+def slips(
+    cells: Sequence[Any], names: Sequence[str], several: bool = False, remedies: Sequence[str] = ()
+) -> list[str]:
     """Notes on labels of training items that look like mistakes.
 
     Args:
         cells, names: the labels as they stand in the file, and the classes that they mean.
-        several: whether an item may have any number of labels; then they are those of all items, one after the other.
+        several: whether an item may have any number of labels; `cells` and `names` are then those of all items, one
+            after the other.
+        remedies: the flags for unequal classes that are not given yet.
     """
     counts = Counter(names)
     notes = [*_spellings(cells, names), *_lookalikes(counts), *_missing(counts), *_combined(counts, several)]
-    return notes if several else notes + _many(counts)
+    return notes if several else notes + _many(counts, remedies)
 
 
 def _counted(names: Iterable[str], counts: Counter) -> str:
@@ -210,7 +220,7 @@ def _spellings(cells: Sequence[Any], names: Sequence[str]) -> list[str]:
 
 
 def _folded(name: str) -> str:
-    """What is left of a name without case, invisible characters, kinds of blanks, leading zeros."""
+    """The name without differences of case, invisible characters, kinds of blanks and leading zeros."""
     name = unicodedata.normalize("NFKC", name).casefold()
     name = "".join(c for c in name if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
     name = " ".join(name.split())
@@ -261,7 +271,7 @@ def _parts(name: str, separator: str) -> list[str]:
     return [part.strip(" '\"") for part in name.split(separator) if part.strip(" '\"")]
 
 
-def _many(counts: Counter) -> list[str]:
+def _many(counts: Counter, remedies: Sequence[str]) -> list[str]:
     if not counts:
         return []
     notes, total = [], sum(counts.values())
@@ -271,24 +281,24 @@ def _many(counts: Counter) -> list[str]:
                      "if they are names of items, name the column of labels by --label_column")
     elif most >= 10 * least and len(counts) > 1:
         notes.append(f"the classes are unequal: {shown(largest)} has {most} of {total} training items, "
-                     f"{shown(smallest)} {least}; look at the balanced accuracy, and see --class_weights balanced and "
-                     "--select_by balanced_accuracy")
+                     f"{shown(smallest)} {least}; look at the balanced accuracy"
+                     + (f", and see {' and '.join(remedies)}" if remedies else ""))
     return notes
 
 
-# -- numbers --------------------------------------------------------------------------------------------------
+# --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 class ClassNumbers:
-    """The number of a class by its name; spellings that `class_name` takes for the same are found as well.
+    """The number of a class by its name, in any spelling that `class_name` takes for the same.
 
-    So classes of an older checkpoint, which knew "1.0" and decomposed letters, are found by labels read as today.
+    So labels read today find the classes of an older checkpoint, which may be called "1.0" or have decomposed letters.
     """
 
     def __init__(self, class_names: Sequence[str]):
         self.numbers = {name: number for number, name in enumerate(class_names)}
         for name, number in list(self.numbers.items()):
-            with suppress(UserError):  # a name that is none today
+            with suppress(UserError):  # a name that would be refused today
                 self.numbers.setdefault(class_name(name, ""), number)
         self.folded = {_folded(name): name for name in class_names}
 
@@ -296,6 +306,6 @@ class ClassNumbers:
         return self.numbers.get(name)
 
     def nearest(self, name: str) -> str:
-        """' (there is ...)' of a class that differs only in case, blanks or invisible characters; '' if none does."""
+        """' (there is ...)' if a class differs only in case, blanks or invisible characters; otherwise ''."""
         near = self.folded.get(_folded(name))
         return f" (there is {shown(near)})" if near else ""

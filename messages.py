@@ -1,4 +1,4 @@
-"""What is said to a person: mistakes in a line, notes, and text of files that a screen or spreadsheet would obey."""
+"""What people are told: mistakes in one line, notes, and text from files made safe for screens and spreadsheets."""
 
 import errno
 import functools
@@ -15,43 +15,43 @@ from typing import Any
 
 import torch
 
-# --- Text from files --------------------------------------------------------------------------------------------------
+# --- Text from files -------------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
-    """The text with what a screen would obey or not show written as escapes: \\x1b, \\n, \\u200b, \\xb0 (no UTF-8)."""
+    """The text with escapes for control and invisible characters and non-UTF-8 bytes: \\x1b, \\n, \\u200b, \\xb0."""
     return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
 
 
 def as_utf8(text: str) -> str:
-    """The text with bytes of a file name that are not UTF-8 written as escapes, so that any file can hold it."""
+    """The text with those bytes of a file name that are not UTF-8 as escapes, so that any file can hold it."""
     return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte
+    if "\udc80" <= character <= "\udcff":  # Python's form of such a byte
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 # The first columns of the tables that an evaluation and a prediction write
 OUR_TABLES = (("id", "split", "true", "predicted", "confidence"), ("id", "class", "confidence"))
-_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # what a spreadsheet runs, also in full width
+_FORMULA = re.compile("\\s*[=+@\uff1d\uff0b\uff20\uff0d-]|[\\t\\r\\n]")  # starts a formula, also in full width
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
 def spreadsheet_cell(text: str) -> str:
-    """The text as a cell that no spreadsheet runs as a formula: an apostrophe goes before one. Numbers stay."""
+    """The text as a cell that no spreadsheet runs: a formula gets an apostrophe before it. Numbers stay."""
     return f"'{text}" if _FORMULA.match(text.lstrip("'")) and not _NUMBER.fullmatch(text) else text
 
 
 def from_spreadsheet_cell(cell: str) -> str:
-    """The text of which `spreadsheet_cell` made the cell."""
+    """The text from which `spreadsheet_cell` made the cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell.lstrip("'")) else cell
 
 
 def figure_text(value: float | None) -> str:
-    """A figure for the screen, with at least four digits that say something; - where it is undefined."""
+    """A number for the screen, with at least four significant digits; - if it is undefined."""
     if value is None:
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -59,23 +59,23 @@ def figure_text(value: float | None) -> str:
     return f"{value:.6g}" if abs(value) > 1 else f"{value:.4g}"
 
 
-# --- Notes and mistakes -----------------------------------------------------------------------------------------------
+# --- Notes and mistakes ----------------------------------------------------------------------------------------------
 
 
 def print_note(text: str) -> None:
-    """Show a line that the user should know of and that stops nothing."""
+    """Show a line that the user should know about; nothing stops for it."""
     print(f"note: {printable(text)}", flush=True)
 
 
 def quoted(path: str | os.PathLike) -> str:
-    """The path as a word of a command that is offered for copying."""
+    """The path as a word of a command that the user may copy."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(os.fspath(path))
 
 
 class UserError(ValueError):
     """A mistake of the user's. Each line of the message names what is wrong, the value and the remedy.
 
-    What the message quotes of files and names is escaped, see `printable`.
+    Anything quoted from files and names is escaped, see `printable`.
     """
 
     def __init__(self, message: str = ""):
@@ -84,7 +84,7 @@ class UserError(ValueError):
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """A UserError within the block says at which place it was, if it does not yet."""
+    """Put the place (a file and line, an item) before the message of a UserError within the block, unless it has it."""
     try:
         yield
     except UserError as error:
@@ -94,17 +94,18 @@ def naming(place: str) -> Iterator[None]:
 
 
 def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
-    """Raise one UserError with a line for each of the first errors and the number of the others; nothing for none."""
+    """Raise one UserError with a line for each of the first errors and the number of the rest; none if there are none.
+    """
     lines = [str(error) for error in errors]
     if lines:
         more = [f"and {len(lines) - most} more like these"] if len(lines) > most else []
         raise UserError("\n".join(lines[:most] + more))
 
 
-# --- What becomes of errors -------------------------------------------------------------------------------------------
+# --- What becomes of errors ------------------------------------------------------------------------------------------
 
 
-# How torch (on a CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
+# How torch (on CPU, CUDA, MPS), cuBLAS and C++ say that memory ran out; Python and NumPy raise MemoryError
 _NO_MEMORY = (
     "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "shared memory", "</torch_",
     "Storage size calculation overflowed",
@@ -116,7 +117,7 @@ _LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [
 
 @contextmanager
 def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> Iterator[None]:
-    """Turn memory that runs out within the block into a UserError with the remedies, the most helpful first."""
+    """Turn running out of memory within the block into a UserError with the remedies, the most helpful first."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -132,35 +133,35 @@ def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> I
             number, unit = float(wanted[1]), wanted[2]
             wanted = f"{number / 2**30:,.1f} GiB" if unit == "bytes" else f"{number:g} {unit}"
         raise UserError(
-            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; in the order that helps: "
+            f"out of memory {when}{f' ({wanted} more were asked for)' if wanted else ''}; try, in this order: "
             f"{', '.join(remedies)}{afterwards}"
         ) from error
 
 
 @contextmanager
 def worker_advice() -> Iterator[None]:
-    """Turn the death of a process that loads data, which torch notices at any moment, into a UserError."""
+    """Turn the death of a process that loads data, which torch may notice at any moment, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if not (lost := _LOST_WORKER.match(str(error))):
             raise
         raise UserError(
-            f"{lost[0]}; the system kills processes when memory runs out, or shared memory: fewer --num_workers, a "
-            "smaller --batch_size, more shared memory (docker run --shm-size=8g); a training run goes on with --resume"
+            f"{lost[0]}; the system kills processes when memory or shared memory runs out: use fewer --num_workers, a "
+            "smaller --batch_size, more shared memory (docker run --shm-size=8g); continue a training run with --resume"
         ) from error
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a command: a UserError ends it with `error: ...` on stderr and status 2.
+    """Decorator for a command: a UserError ends it with `error: ...` on stderr and status 2.
 
-    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are left out.
+    Characters that the screen cannot show are escaped, and Pillow's own warnings, which name no file, are suppressed.
     """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # not where a caller has put another object in its place
+            if isinstance(stream, io.TextIOWrapper):  # not if a caller has replaced it by something else
                 stream.reconfigure(errors="backslashreplace")
         try:
             remedies = ("a smaller --batch_size", "fewer processes", "no other programs")

@@ -63,7 +63,7 @@ class MultiHeadAttention(nn.Module):
 
     so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
     N results. The parameters and the function are the same, dropout of attention weights included; what changes is
-    the cost: 2 H N C multiply-adds a token against (E + V) (C + N). ``forward`` takes the cheaper one; on CUDA, where
+    the cost: 2 H N C multiply-adds a token against (E + V) (C + N). `forward` takes the cheaper one; on CUDA, where
     these are not what takes the time, the one that was measured to be faster.
     """
 
@@ -94,17 +94,17 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, queries: Tensor, inputs: Tensor | None = None, mask: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend from ``queries`` to ``inputs``, or to themselves.
+        """Attend from `queries` to `inputs`, or to themselves.
 
         Args:
-            queries: (B, N, D), or (1, N, D) to put the same queries to every sample of ``inputs``.
+            queries: (B, N, D), or (1, N, D) to put the same queries to every sample of `inputs`.
             inputs: (B, L, C) tokens to attend to; None for self-attention.
             mask: bool (B, L), True at tokens that may be attended to. A sample without any attends to nothing: its
                 result is the bias of the output projection.
             return_attention: also return the attention weights, before dropout.
 
         Returns:
-            (B, N, D), and with ``return_attention`` the weights (B, H, N, L): rows sum to 1 over the tokens of the
+            (B, N, D), and with `return_attention` the weights (B, H, N, L): rows sum to 1 over the tokens of the
             mask and are exactly 0 elsewhere.
         """
         folded = inputs is not None and self._layers_are_plain() and self._folding_is_cheaper(queries.size(1), inputs)
@@ -193,7 +193,7 @@ class MultiHeadAttention(nn.Module):
         which groups of fewer than 512 queries do not pay back.
         """
         wanted = 1
-        if inputs.device.type == "cpu":
+        if inputs.device.type == "cpu" and not torch.compiler.is_exporting():  # which leaves the batch size open
             wanted = max(1, min(4, num_queries // 512, -(-CPU_THREADS // max(1, inputs.size(0)))))
         return max(groups for groups in range(1, wanted + 1) if num_queries % groups == 0)
 
@@ -226,7 +226,7 @@ class CrossAttentionBlock(nn.Module):
     Args:
         d_model: latent width D.
         input_dim: input channels C.
-        num_heads, attention_dim, attention_dropout, and further arguments: see :class:`MultiHeadAttention`.
+        num_heads, attention_dim, attention_dropout, and further arguments: see `MultiHeadAttention`.
         mlp_ratio: hidden width of the MLP over D.
         dropout: probability of dropping a channel of what either branch adds.
         query_residual: whether what is attended is added to the latents or takes their place.
@@ -271,7 +271,7 @@ class CrossAttentionBlock(nn.Module):
 class SelfAttentionBlock(nn.Module):
     """Latents -> latents: pre-norm self-attention and MLP, each added to the latents (a GPT-2 block without mask).
 
-    Arguments as for :class:`CrossAttentionBlock`.
+    Arguments as for `CrossAttentionBlock`.
     """
 
     def __init__(
@@ -325,10 +325,10 @@ class PerceiverEncoder(nn.Module):
         self_attention_dim, self_attention_value_dim: widths E and V of the self-attention; default d_model, and E.
         num_blocks: how often the self-attention layers after a cross-attend run, one block after another with the same
             weights (Perceiver IO reads once and runs 8 blocks of 6 layers on ImageNet).
-        query_bias: see :class:`MultiHeadAttention`.
+        query_bias: see `MultiHeadAttention`.
         share_weights: the repeats share their weights, except for the first cross-attend, as in the paper.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        mlp_ratio, dropout, attention_dropout: see :class:`CrossAttentionBlock`.
+        mlp_ratio, dropout, attention_dropout: see `CrossAttentionBlock`.
 
     Raises:
         ValueError: a size that is not a whole number of 1 or more, a width that its heads do not divide, weights
@@ -439,7 +439,7 @@ class PerceiverDecoder(nn.Module):
         num_outputs: numbers of an answer; None leaves the Q channels as they are.
         query_residual: whether the query is added to what it attends to (for classification in the paper, not for
             language).
-        num_heads, mlp_ratio, dropout, and further arguments: see :class:`CrossAttentionBlock`.
+        num_heads, mlp_ratio, dropout, and further arguments: see `CrossAttentionBlock`.
     """
 
     def __init__(
@@ -470,7 +470,7 @@ class PerceiverDecoder(nn.Module):
             return_attention: also return the attention weights.
 
         Returns:
-            (B, O, outputs), and with ``return_attention`` the weights (B, H, O, N).
+            (B, O, outputs), and with `return_attention` the weights (B, H, O, N).
         """
         if mask is not None:
             queries = queries.masked_fill(~mask[..., None], 0)
@@ -487,13 +487,13 @@ class OutputQueries(nn.Module):
 
     Args:
         d_model: latent width D.
-        num_outputs, query_residual: see :class:`PerceiverDecoder`.
+        num_outputs, query_residual: see `PerceiverDecoder`.
         num_queries: how many are learned.
         query_dim: channels of a query (Q); default d_model.
         num_decoder_heads, decoder_dim, decoder_value_dim: heads H and widths E (default Q) and V (default E) of the
             decoder's attention.
         decoder_mlp_ratio: hidden width of the decoder's MLP over Q.
-        block: dropout, attention_dropout and query_bias, see :class:`CrossAttentionBlock`.
+        block: dropout, attention_dropout and query_bias, see `CrossAttentionBlock`.
     """
 
     def __init__(
@@ -554,7 +554,7 @@ def keyword_arguments(of: Callable, *without: str) -> dict[str, inspect.Paramete
 
 
 def naming(arguments: dict[str, inspect.Parameter]) -> Callable[[Callable], Callable]:
-    """Decorator: help and completion show these arguments in the place of the function's ``**kwargs``."""
+    """Decorator: help and completion show these arguments in the place of the function's `**kwargs`."""
 
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function)
@@ -578,7 +578,7 @@ class PerceiverModel(nn.Module):
 
     Args:
         input_dim: features of a token; or, for several modalities, a dict from the name of each to its arguments of
-            :class:`TokenFeatures`, such as {"image": {"input_dim": 48, "grid_shape": (8, 8)}, "text": {"vocab_size":
+            `TokenFeatures`, such as {"image": {"input_dim": 48, "grid_shape": (8, 8)}, "text": {"vocab_size":
             256}}.
         num_classes: logits of an answer.
         head: how the latents become logits.
@@ -590,9 +590,9 @@ class PerceiverModel(nn.Module):
         tie_embedding: with head "positions", the logits of an answer are its products with the embeddings of the
             vocabulary, plus a bias.
         features_encoder_decoder: the other arguments are described where they are used. Those of tokens, in
-            :class:`TokenFeatures`, are for the modalities that do not give their own. Those of the encoder are in
-            :class:`PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which the heads
-            "query" and "positions" have, are in :class:`OutputQueries`; it shares dropouts and query_bias.
+            `TokenFeatures`, are for the modalities that do not give their own. Those of the encoder are in
+            `PerceiverEncoder`; by default it is that of the base preset. Those of the decoder, which the heads
+            "query" and "positions" have, are in `OutputQueries`; it shares dropouts and query_bias.
 
     Raises:
         ValueError: a value that one of these classes refuses, arguments that do not go together or have no effect.
@@ -684,7 +684,7 @@ class PerceiverModel(nn.Module):
                 of x beside them: the features of each two are mixed before the stem (of text, the embeddings).
 
         Returns:
-            logits (B, num_classes), with head "positions" (B, L, num_classes); and with ``return_attention`` one map
+            logits (B, num_classes), with head "positions" (B, L, num_classes); and with `return_attention` one map
             (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0 at padding. L runs over the
             modalities in the order of the model, each behind its stem.
 
@@ -762,15 +762,15 @@ class PerceiverModel(nn.Module):
         x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
         if not x:
             raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
-        if len({len(values) for values in x.values()}) != 1:
-            sizes = {name: len(values) for name, values in x.items()}
-            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
         like, inputs = next(iter(x.values())), {}
+        if any(values.shape[:1] != like.shape[:1] for values in x.values()):
+            sizes = {name: values.size(0) for name, values in x.items()}
+            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
         for name, tokens in self.modalities.items():
             values, real = x.get(name), mask.get(name)
             shown = name if len(self.modalities) > 1 else "input"
             if values is None:  # missing in every sample: one path for all, as if by the mask
-                values = like.new_zeros(len(like), tokens.missing_length, tokens.input_dim)
+                values = like.new_zeros(like.size(0), tokens.missing_length, tokens.input_dim)
                 real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
             tokens.check(values, shown)
             inputs[name] = values, None if real is None else _as_bool(real, values.shape, shown)
@@ -822,10 +822,10 @@ def create_perceiver_model(
     """Make a Perceiver from a preset.
 
     Args:
-        input_dim: features of a token, or a dict of modalities, see :class:`PerceiverModel`.
+        input_dim: features of a token, or a dict of modalities, see `PerceiverModel`.
         num_classes: logits.
         model_size: a name in MODEL_SIZES.
-        overrides: any argument of :class:`PerceiverModel`, instead of the preset's.
+        overrides: any argument of `PerceiverModel`, instead of the preset's.
 
     Raises:
         ValueError: an unknown model_size, or a value that the model refuses.

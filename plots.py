@@ -1,6 +1,6 @@
 """The figures of training and evaluation. Every `plot_*` function takes plain data and, last, the path to write.
 
-Figures are built without pyplot: they need no display, ignore the user's own style, change no global state.
+Figures are built without pyplot: they need no display, ignore the user's own style and change no global state.
 
 Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,12 @@ OTHER_FONTS = (
 FEW_CLASSES = 20  # up to here each class is written out, above only some are
 
 
-# --- Drawing: basics --------------------------------------------------------------------------------------------------
+# --- Drawing: basics -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """The one style of all figures; the user's own is back afterwards."""
+    """The one style of all figures; afterwards the user's own is back."""
     import matplotlib.style
     from matplotlib.font_manager import fontManager
 
@@ -54,7 +54,7 @@ def _style() -> Iterator[None]:
 
 @contextmanager
 def missing_glyphs_noted() -> Iterator[None]:
-    """Characters that no font has are drawn as boxes: say so once, instead of a warning for each."""
+    """Say once that characters which no font has are drawn as boxes, instead of warning about each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -68,13 +68,13 @@ def missing_glyphs_noted() -> Iterator[None]:
 @lru_cache  # once in a process
 def _note_boxes() -> None:
     print_note(
-        "some characters are drawn as boxes in the figures, no font here has them; install one that does, such as "
+        "some characters are drawn as boxes in the figures: no font here has them; install one that does, such as "
         f"{OTHER_FONTS[0]}"
     )
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure (sizes in inches) with an Agg canvas of its own, unknown to pyplot."""
+    """An empty figure (sizes in inches) with its own Agg canvas, unknown to pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -100,13 +100,13 @@ def _page(path: PathLike, width: float, height: float) -> Iterator[Figure]:
 
 
 def short(name: str, limit: int = 18) -> str:
-    """The name as it can be shown; where it is longer than `limit` characters, its middle is left out."""
+    """The name in printable characters; if it is longer than `limit`, its middle is left out."""
     name = printable(name)
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - limit // 2 - 1) :]}"
 
 
 def _tick_names(class_names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
-    """The class numbers to label, at most `most` where there are many, and their short and distinct names."""
+    """The class numbers to label, at most `most` if there are many, and their short and distinct names."""
     names = [short(str(name)) for name in class_names]
     if len(set(names)) < len(names):
         names = [f"{i}: {name}" for i, name in enumerate(names)]
@@ -128,7 +128,7 @@ def _interval(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np
 def _bars(
     axes: Axes, x: np.ndarray, share: np.ndarray, count: np.ndarray, width: float, at=None, of: str = "accuracy"
 ) -> None:
-    """Bars of shares with their 95 % intervals, which stand at `at` (by default in the middle)."""
+    """Bars of shares with their 95 % intervals, drawn at `at` (by default in the middle)."""
     low, high = _interval(share, count)
     axes.bar(x, share, width, color=BLUE, alpha=0.55, edgecolor="white")
     dots = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1, "capsize": 2, "clip_on": False}
@@ -138,7 +138,7 @@ def _bars(
     axes.set(ylabel=of, ylim=(0, 1))
 
 
-# --- Figures of every evaluation --------------------------------------------------------------------------------------
+# --- Figures of every evaluation -------------------------------------------------------------------------------------
 
 
 def confusion_matrix_figure(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
@@ -178,7 +178,7 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
 
 
 def plot_confidence_histogram(confidence: np.ndarray, correct: np.ndarray, path: PathLike) -> None:
-    """Confidences (N,) of the right predictions above, of the wrong ones below, each on its own scale."""
+    """Confidences (N,) of the right predictions above and of the wrong ones below, each on its own scale."""
     from matplotlib.ticker import MaxNLocator
 
     with _page(path, 6, 4.5) as figure:
@@ -242,11 +242,11 @@ def plot_confidence_analysis(
         right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-# --- Figures of an analysis -------------------------------------------------------------------------------------------
+# --- Figures of an analysis ------------------------------------------------------------------------------------------
 
 
 def _length_ticks(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Under each bar of `evaluation.by_length` its lengths and its number of samples."""
+    """Write the lengths and the number of samples under each bar of `evaluation.by_length`."""
     ranges = ["–".join(dict.fromkeys((str(row["shortest"]), str(row["longest"])))) for row in rows]
     labels = [f"{span}\nn = {row['count']}" for span, row in zip(ranges, rows, strict=True)]
     axes.set_xticks(np.arange(len(rows)), labels)
@@ -268,12 +268,16 @@ def plot_accuracy_by_length(rows: Sequence[dict], path: PathLike) -> None:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-# --- Figures of numbers -----------------------------------------------------------------------------------------------
+# --- Figures of numbers ----------------------------------------------------------------------------------------------
+
+
+def _columns_of_panels(names: Sequence[str]) -> int:
+    return len(names) if len(names) <= 4 else 3
 
 
 def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
-    """A panel for each of the numbers, up to four to a row."""
-    columns = min(4, len(names))
+    """A panel for each of the numbers."""
+    columns = _columns_of_panels(names)
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
     for axes in grid[len(names) :]:
         axes.set_axis_off()
@@ -282,77 +286,108 @@ def _panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
     return list(grid[: len(names)])
 
 
-def _page_of_numbers(path: PathLike, names: Sequence[str]) -> Any:
-    return _page(path, 4.4 * min(4, len(names)), 4 * -(-len(names) // 4))
+def _page_of_numbers(path: PathLike, names: Sequence[str]) -> AbstractContextManager[Figure]:
+    columns = _columns_of_panels(names)
+    return _page(path, 4.4 * columns, 4 * -(-len(names) // columns))
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.scatter(x, y, s=np.clip(4000 / len(x), 3, 25), color=BLUE, alpha=0.55, linewidths=0)
 
 
+def _in_unit(*values: np.ndarray) -> tuple[str, list[np.ndarray]]:
+    """(what to add to the name of an axis, the values as it shows them): large and small ones in powers of 1000; of
+    values that lie close together, far from 0, the distance from a round number."""
+    low, high = min(each.min() for each in values), max(each.max() for each in values)
+    base, label = 0.0, ""
+    if 0 < high - low < 1e-4 * max(abs(low), abs(high)):
+        step = 10.0 ** np.ceil(np.log10(high - low))
+        base = np.round((low + high) / 2 / step) * step
+        label, values = f" − {base:.15g}".replace("− -", "+ "), [each - base for each in values]
+    largest = max(abs(low - base), abs(high - base))
+    if largest == 0 or 1e-2 <= largest < 1e5:
+        return label, list(values)
+    power = 3 * int(np.floor(np.log10(largest) / 3))
+    return f"{label} [1e{power}]", [each / 10.0**power for each in values]
+
+
+def _few_ticks(axes: Axes, which: str = "both") -> None:
+    axes.locator_params(axis=which, nbins=6, steps=[1, 2, 5, 10])
+
+
 def plot_predicted_against_true(
     true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike
 ) -> None:
-    """Numbers (N, K) against what was predicted, a panel each, with the diagonal on which they would be equal."""
+    """Predicted against true numbers, (N, K) each, a panel per target, with the diagonal of equality."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), true.T, predicted.T, strict=True):
+            unit, (x, y) = _in_unit(x, y)
             _dots(axes, x, y)
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             margin = 0.03 * ((high - low) or 1)
             ends = (low - margin, high + margin)
-            axes.plot(ends, ends, "--", color=VERMILION, linewidth=1, label="equal")
-            axes.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect="equal")
-            axes.legend()
+            axes.plot(ends, ends, "--", color=VERMILION, linewidth=1)  # where they are equal
+            axes.set(xlabel=f"true{unit}", ylabel=f"predicted{unit}", xlim=ends, ylim=ends, aspect="equal")
+            _few_ticks(axes)
 
 
 def plot_residuals(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
-    """Residuals (predicted - true) against what was predicted, (N, K) each."""
+    """Residuals (predicted - true) against predicted numbers, (N, K) each."""
     with _page_of_numbers(path, names) as figure:
         for axes, x, y in zip(_panels(figure, names), predicted.T, (predicted - true).T, strict=True):
+            (x_unit, (x,)), (y_unit, (y,)) = _in_unit(x), _in_unit(y)
             _dots(axes, x, y)
             axes.axhline(0, color=VERMILION, linestyle="--", linewidth=1)
-            axes.set(xlabel="predicted", ylabel="predicted - true")
+            axes.set(xlabel=f"predicted{x_unit}", ylabel=f"predicted − true{y_unit}")
+            _few_ticks(axes)
 
 
 def plot_residual_histogram(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: PathLike) -> None:
-    """How often each residual (predicted - true) occurs, of numbers (N, K)."""
+    """A histogram of the residuals (predicted - true) of numbers (N, K)."""
+    from matplotlib.ticker import MaxNLocator
+
     with _page_of_numbers(path, names) as figure:
-        for axes, residuals in zip(_panels(figure, names), (predicted - true).T, strict=True):
+        for axes, name, residuals in zip(_panels(figure, names), names, (predicted - true).T, strict=True):
+            unit, (residuals,) = _in_unit(residuals)
             axes.hist(residuals, bins=min(40, max(8, int(len(residuals) ** 0.5))), color=BLUE, edgecolor="white")
             axes.axvline(0, color="black", linewidth=1)
             median = np.median(residuals)
-            axes.axvline(median, color=VERMILION, linestyle="--", linewidth=1, label=f"median {median:.3g}")
-            axes.set(xlabel="predicted - true", ylabel="samples")
-            axes.legend()
+            axes.axvline(median, color=VERMILION, linestyle="--", linewidth=1)
+            axes.set_title(f"{short(str(name), 24)}: median {median:.3g}{unit}")
+            axes.set(xlabel=f"predicted − true{unit}", ylabel="samples")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+            _few_ticks(axes, "x")
 
 
 def plot_error_by_length(rows: Sequence[dict], path: PathLike) -> None:
     """The rows of `evaluation.by_length` of mean errors as bars."""
     count, error = _columns(rows, "count", "mean_error")
+    mean = error @ count / count.sum()
+    unit, (error, mean) = _in_unit(error, mean)
     with _page(path, 7, 3.6) as figure:
         axes = figure.subplots()
         axes.bar(np.arange(len(rows)), error, 0.8, color=BLUE, alpha=0.55, edgecolor="white")
-        mean = error @ count / count.sum()
         axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label=f"all lengths: {mean:.3g}")
         _length_ticks(axes, rows)
-        axes.set(ylabel="mean error")
+        axes.set(ylabel=f"mean error{unit}")
         axes.set_title("Error by sequence length")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
 
 
-# --- Figures of several labels ----------------------------------------------------------------------------------------
+# --- Figures of several labels ---------------------------------------------------------------------------------------
 
 
 def plot_precision_recall_bars(per_class: Sequence[Mapping[str, Any]], path: PathLike) -> None:
     """Precision, recall and F1 of each label, the rows `per_class` of `evaluation.multilabel_metrics`."""
-    ticks, names = _tick_names([row["class"] for row in per_class], most=40)
+    ticks, names = _tick_names([row["class"] for row in per_class], most=75)
     y = np.arange(len(per_class))
-    with _page(path, 7, float(np.clip(0.32 * len(per_class), 2, 12)) + 1.2) as figure:
+    height = np.clip((0.32 if len(per_class) <= FEW_CLASSES else 0.18) * len(per_class), 1.6, 14)
+    with _page(path, 7, height + 1.2) as figure:
         axes = figure.subplots()
         for offset, (key, colour) in enumerate({"precision": BLUE, "recall": VERMILION, "f1": GREY}.items()):
             values = [row[key] or 0 for row in per_class]
             axes.barh(y + 0.25 * (offset - 1), values, 0.25, color=colour, alpha=0.75, label=key.replace("f1", "F1"))
-        axes.set_yticks(ticks, names)
+        axes.set_yticks(ticks, names, fontsize=9 if len(per_class) <= FEW_CLASSES else 7)
         axes.set_ylim(len(per_class) - 0.5, -0.5)
         axes.set(xlim=(0, 1), xlabel="share")
         axes.grid(axis="y", visible=False)
@@ -370,22 +405,27 @@ def plot_precision_recall_curves(
         true: bool (N, C). Labels that are on no sample are left out; of many the 12 most frequent are drawn.
     """
     import seaborn
-    from sklearn.metrics import precision_recall_curve
+    from sklearn.metrics import average_precision_score, precision_recall_curve
 
     support = true.sum(0)
     shown = [i for i in np.argsort(-support, kind="stable")[:12] if support[i]]
+    palette = seaborn.color_palette("colorblind" if len(shown) <= 10 else "husl", max(1, len(shown)))
     with _page(path, 7.5, 4.6) as figure:
         axes = figure.subplots()
-        for colour, i in zip(seaborn.color_palette("husl", max(1, len(shown))), sorted(shown), strict=False):
+        for colour, i in zip(palette, sorted(shown), strict=False):
             precision, recall, _ = precision_recall_curve(true[:, i], probabilities[:, i])
-            axes.plot(recall, precision, color=colour, drawstyle="steps-post", label=short(str(class_names[i])))
+            label = f"{short(str(class_names[i]))} ({average_precision_score(true[:, i], probabilities[:, i]):.3f})"
+            axes.plot(recall, precision, color=colour, drawstyle="steps-post", label=label)
             predicted = probabilities[:, i] >= thresholds[i]
             if predicted.any():
                 hits = (predicted & true[:, i]).sum()
                 axes.plot(hits / support[i], hits / predicted.sum(), "o", color=colour, markersize=5, clip_on=False)
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-        axes.set_title("Precision and recall; the dots are at the thresholds")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+        few = len(shown) == len(class_names)
+        what = "Precision and recall" if few else f"The {len(shown)} most frequent of {len(class_names)} labels"
+        axes.set_title(f"{what} (dots: at the thresholds)")
+        title = "average precision" if shown else None
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title=title)
 
 
 def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -> None:
@@ -404,14 +444,16 @@ def plot_label_calibration(table: Sequence[Mapping[str, Any]], path: PathLike) -
         upper.set_title("Calibration over all labels")
         lower.bar(start + width / 2, count, width, color=GREY, edgecolor="white")
         lower.set(xlabel="probability of a label", ylabel="answers", yscale="log")
+        lower.yaxis.set_major_formatter("{x:,.0f}")
+        lower.minorticks_off()
         figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-# --- Figures of images, series and texts ------------------------------------------------------------------------------
+# --- Figures of images, series and texts -----------------------------------------------------------------------------
 
 
 def _unit_range(images: np.ndarray) -> np.ndarray:
-    """Images of a scale from 0 to 255, 16 or 1, the smallest that holds them, as floats in [0, 1]."""
+    """Images whose values go up to 1, 16 or 255 (the smallest of these that fits) as floats in [0, 1]."""
     images = np.asarray(images, dtype=np.float64)
     top = next(top for top in (1, 16, 255, np.inf) if images.max(initial=0) <= top)
     return np.clip(images / top, 0, 1)
@@ -442,7 +484,7 @@ def plot_mistakes(images: np.ndarray, titles: Sequence[Sequence[str]], path: Pat
 
 
 def _distinct_rows(rows: np.ndarray, number: int) -> list[int]:
-    """The most peaked row of (latents, L), then again and again the one farthest from those chosen."""
+    """The most peaked row of (latents, L), then repeatedly the one farthest from those chosen."""
     chosen = [int(rows.max(1).argmax())]
     while len(chosen) < number:
         distance = np.min([np.abs(rows - rows[i]).sum(1) for i in chosen], axis=0)
@@ -554,8 +596,8 @@ def plot_text_attention(
             grid = np.full(number * width, np.nan)
             grid[: len(share)] = share
             picture = axes.imshow(grid.reshape(number, width), cmap="Oranges", vmin=0, aspect="auto", alpha=0.6)
-            for place, character in enumerate(characters):
-                row, column = divmod(place, width)
+            for position, character in enumerate(characters):
+                row, column = divmod(position, width)
                 character = character if character.isprintable() else "·"
                 axes.text(column, row, character, ha="center", va="center", fontsize=7)
             axes.set_axis_off()
@@ -564,11 +606,11 @@ def plot_text_attention(
 
 
 def plot_latent_projection(
-    latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike
+    latents: np.ndarray, values: np.ndarray, class_names: Sequence[str] | None, path: PathLike, meaning: str = "truth"
 ) -> None:
     """Pooled latents (N, D) on their first four principal components, two to a panel.
 
-    values: class numbers (N,) that colour them, or other numbers where class_names is None.
+    values: class numbers (N,) that colour them, or other numbers where class_names is None; `meaning` says of what.
     """
     import seaborn
     from matplotlib.colors import ListedColormap
@@ -601,7 +643,8 @@ def plot_latent_projection(
                 outline = [withStroke(linewidth=2.5, foreground="white")]
                 name = short(str(class_names[number]), 12)
                 axes.text(x, y, name, ha="center", va="center", path_effects=outline)
-        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label="true class" if classes else "truth")
+        label = "true class" if classes else short(meaning, 40)
+        bar = figure.colorbar(dots, ax=panels, fraction=0.05, pad=0.01, label=label)
         bar.solids.set_alpha(1)
         if class_names:
             ticks, names = _tick_names(class_names, most=25)
@@ -610,13 +653,13 @@ def plot_latent_projection(
         bar.ax.minorticks_off()
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def plot_training_curves(
     history: Sequence[Mapping[str, Any]], path: PathLike, best_epoch: int, headline: str = "accuracy"
 ) -> None:
-    """Loss, another figure and learning rate over the epochs.
+    """Loss, another metric and learning rate over the epochs.
 
     Args:
         history: a dict per epoch: epoch, train_loss, val_loss, val_<headline> and, if there is one,
@@ -638,7 +681,8 @@ def plot_training_curves(
             value = history[best][f"val_{name}"]
             star = {"color": VERMILION, "markersize": 11, "label": f"best epoch {epochs[best]}: {figure_text(value)}"}
             axes.plot(epochs[best], np.nan if value is None else value, "*", **star)
-            axes.set_title(name.replace("_", " ").capitalize())
+            words = name.replace("_", " ")
+            axes.set_title("RMSE" if words == "rmse" else words[:1].upper() + words[1:].replace("f1", "F1"))
             axes.legend()
         rates = [line["learning_rate"] for line in history]
         rate.plot(epochs, rates, color=BLUE, marker=marker, markersize=3)

@@ -14,7 +14,7 @@ deepmind/language-perceiver, or what save_pretrained() of transformers wrote for
     tokenizer_config.json                     texts: longest text, names of the special symbols
 
 Without the last two, transformers' own defaults hold, which are the values of the published models. Nothing in a file
-is executed: pytorch_model.bin is read with ``weights_only=True``. model.safetensors is read by the package safetensors;
+is executed: pytorch_model.bin is read with `weights_only=True`. model.safetensors is read by the package safetensors;
 it is optional, because the published models come in both formats.
 
 **What becomes of the weights.** The result is a PerceiverModel that computes what transformers' class computes, with
@@ -64,7 +64,7 @@ class Pretrained(NamedTuple):
     Attributes:
         arguments: of PerceiverModel.
         weights: by our names.
-        data: what inference.load_model gives as ``data_info``: features, adapters (their descriptions) and, of a
+        data: what inference.load_model gives as `data_info`: features, adapters (their descriptions) and, of a
             classifier, class_names and num_classes.
     """
 
@@ -76,14 +76,14 @@ class Pretrained(NamedTuple):
 def load_pretrained(source: str | Path, image_size: int | None = None, **changes: Any) -> PerceiverModel:
     """A published model, ready for prediction: on the CPU, in evaluation mode.
 
-    ``model.adapters`` prepares raw items and ``model.data_info`` describes the data, as those of inference.load_model.
+    `model.adapters` prepares raw items and `model.data_info` describes the data, as those of inference.load_model.
 
     Args:
         source: a folder, or a name on the Hugging Face hub, such as "deepmind/vision-perceiver-fourier".
         image_size: side of the images to be read [pixels], if not that of training. Computed positions keep their
             frequencies; models with learned positions have none for other images.
-        changes: arguments of PerceiverModel that change no weight, such as ``attention_dropout=0.0`` or
-            ``gradient_checkpointing=True``.
+        changes: arguments of PerceiverModel that change no weight, such as `attention_dropout=0.0` or
+            `gradient_checkpointing=True`.
 
     Raises:
         UserError: a file is missing, damaged or of another kind of model; weights are missing, left over or of another
@@ -104,7 +104,7 @@ def load_pretrained(source: str | Path, image_size: int | None = None, **changes
 
 
 def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretrained:
-    """The parts of a published model, see :func:`load_pretrained`."""
+    """The parts of a published model, see `load_pretrained`."""
     folder = _folder(source)
     arguments, data = read_architecture(folder, image_size)
     with torch.device("meta"):
@@ -113,7 +113,7 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
 
 
 def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All but the weights: the arguments of PerceiverModel, and the data, see :class:`Pretrained`."""
+    """All but the weights: the arguments of PerceiverModel, and the data, see `Pretrained`."""
     config = _read_json(folder / "config.json")
     architecture = config.get("architectures")
     if isinstance(architecture, list) and len(architecture) == 1:
@@ -151,7 +151,7 @@ def fill_masks(model: PerceiverModel, text: str) -> str:
     together become U+FFFD.
 
     Raises:
-        UserError: the model is no masked language model of :func:`load_pretrained`; the text is too long or has no
+        UserError: the model is no masked language model of `load_pretrained`; the text is too long or has no
             [MASK].
     """
     adapter = getattr(model, "adapters", {}).get("text")
@@ -259,7 +259,7 @@ def adapter_of(description: dict[str, Any]) -> PretrainedImageAdapter | Pretrain
     return KINDS[values.pop("kind")](**values)
 
 
-# --- config.json and the files of preprocessing ----------------------------------------------------------------------
+# --- Config.json and the files of preprocessing ----------------------------------------------------------------------
 
 # What transformers' classes have in their code and not in config.json
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -1,9 +1,9 @@
-"""All that a training run is made of, and how it goes into a checkpoint and out of it.
+"""The whole state of a training run, and how it is stored in a checkpoint and restored from one.
 
     RunState        model, average of its weights, optimizer, gradient scaler, progress, random numbers
-    Progress        how far it is: epochs, steps, sums of the epoch, best epoch, history
+    Progress        how far the run is: epochs, steps, sums of the epoch, best epoch, history
     Schedule        the learning rate of a step
-    StepSums        the figures of the steps, read from the device a few at a time; what is not finite ends the run
+    StepSums        sums of each step, read from the device a few steps at a time; one that is not finite ends the run
     StopRequest     signals that stop a run between two steps
 """
 
@@ -27,15 +27,15 @@ from checkpoint import Contents, Data, SplitSizes, listed, load_weights, tensor_
 from messages import UserError
 from schema import Positive, read, shown
 
-FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run that is prolonged still learns
+FINAL_RATE = 0.01  # the cosine ends at this share of the peak, so that a run given more epochs still learns
 
 
 @dataclass
 class Schedule:
     """The learning rate as a function of the step alone: a linear warm-up, then a cosine to FINAL_RATE of the peak.
 
-    cap is infinite until a resumed run changes total_steps or the peak after the warm-up; from then on it is the rate
-    that was in force at that moment. The rate stays there until the new cosine falls below it, so it never rises.
+    `cap` is infinite until a resumed run changes total_steps or the peak after the warm-up. From then on it is the rate
+    at that moment: the rate stays there until the new cosine falls below it, so it never rises again.
     """
 
     peak: Positive
@@ -52,7 +52,7 @@ class Schedule:
         return min(self.cap, self.peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine))
 
     def changed(self, step: int, peak: float, total_steps: int) -> "Schedule":
-        """The schedule of a run resumed before `step` with another peak or length."""
+        """The schedule of a run that is resumed before step `step` with another peak or length."""
         if (peak, total_steps) == (self.peak, self.total_steps):
             return self
         cap = self(step) if step >= self.warmup_steps else self.cap
@@ -60,27 +60,27 @@ class Schedule:
 
 
 def average_decay(decay: float, updates: int) -> float:
-    """How much of the moving average of the weights a step keeps, after so many updates: min(d, (1 + t) / (10 + t)).
+    """How much of the moving average of the weights a step keeps after t updates: min(decay, (1 + t) / (10 + t)).
 
-    With the full decay from the start, 0.995 ** 200 = 37 % of the average after 200 steps would be the untrained
+    With the full decay from the start, 0.995 ** 200 = 37 % of the average after 200 steps would still be the untrained
     weights. So the average begins with the weights after the first step and spans about the last tenth of the run,
-    until that is as long as 1 / (1 - decay) steps (the rule of TensorFlow's ExponentialMovingAverage).
+    until that tenth is as long as 1 / (1 - decay) steps (the rule of TensorFlow's ExponentialMovingAverage).
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model for the moving average of its weights; its first update is the weights themselves."""
+    """A copy of the model for the moving average of its weights. The first update copies the weights."""
 
     def update(averages: Any, weights: Any, _: Any) -> None:
-        kept = average_decay(decay, int(average.n_averaged))  # counted on the CPU: the device is not waited for
+        kept = average_decay(decay, int(average.n_averaged))  # the counter is on the CPU: no wait for the device
         get_ema_multi_avg_fn(kept)(averages, weights, None)
 
     average = AveragedModel(model, multi_avg_fn=update)
     return average
 
 
-# --- Progress ---------------------------------------------------------------------------------------------------------
+# --- Progress --------------------------------------------------------------------------------------------------------
 
 IN_A_LINE = ("epoch", "step", "train_loss", "val_loss", "learning_rate")
 
@@ -101,7 +101,7 @@ WholeLine = Annotated[Line, _is_whole_line, f"a line of the log with {', '.join(
 class Progress:
     """How far a run is."""
 
-    run_name: Annotated[str, _is_file_name, "the name of a folder, without the way to it"]
+    run_name: Annotated[str, _is_file_name, "the name of a folder, without a path"]
     schedule: Schedule
     epoch: int = 0  # whole epochs done
     batch: int = 0  # batches of the current epoch done
@@ -109,10 +109,10 @@ class Progress:
     totals: dict[str, float] = field(default_factory=dict)  # sums over the steps of the current epoch
     best: Line = field(default_factory=dict)  # the log's line of the best epoch
     history: list[WholeLine] = field(default_factory=list)  # the log: a line per epoch
-    test: dict[str, Any] = field(default_factory=dict)  # the test figures: the run has ended, its figures are drawn
+    test: dict[str, Any] = field(default_factory=dict)  # metrics of the test split: the run has ended
 
     def __post_init__(self) -> None:
-        epochs = range(1, self.epoch + 1)  # compared line by line: a forged one may be endless
+        epochs = range(1, self.epoch + 1)  # not made into a list: a forged epoch may be huge
         if len(self.history) != self.epoch or any(line["epoch"] != epochs[i] for i, line in enumerate(self.history)):
             raise UserError(f"the lines of the history must be those of the {self.epoch} epochs")
         if self.epoch and not (_is_whole_line(self.best) and self.best["epoch"] in epochs):
@@ -120,7 +120,11 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """Raises UserError for what no run has written."""
+        """The progress that a checkpoint holds.
+
+        Raises:
+            UserError: no run has written this.
+        """
         return read(values, cls, "the checkpoint's progress")
 
     def add(self, **sums: float) -> None:
@@ -129,7 +133,7 @@ class Progress:
             self.totals[name] = self.totals.get(name, 0) + value
 
     def end_epoch(self, line: dict[str, Any], score: Callable[[dict[str, Any]], tuple]) -> bool:
-        """Count an epoch, of which `line` is the log's. Returns whether its score is the highest so far."""
+        """Count an epoch, with its line of the log. Returns whether its score is the highest so far."""
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
         self.history.append(line)
         better = not self.best or score(line) > score(self.best)
@@ -138,9 +142,9 @@ class Progress:
         return better
 
     def is_finished(self, num_epochs: int, patience: int) -> bool:
-        """Whether all epochs are done, or none was better for as long as early stopping waits (0: for ever).
+        """Whether all epochs are done, or `patience` epochs have passed without a better one (0: no early stopping).
 
-        Patience counts from the end of the warm-up: before it the rate still rises.
+        Patience counts from the end of the warm-up: until then the rate still rises.
         """
         if self.epoch >= num_epochs or not patience:
             return self.epoch >= num_epochs
@@ -149,32 +153,32 @@ class Progress:
 
 
 class StepSums:
-    """Figures of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
+    """Sums of the optimizer steps, left on the device and read a few steps at a time, since reading waits for it.
 
     Args:
-        names: of the figures that `add` is given first: sums over the samples of a step, the first one its objective.
-        scaled: whether there is a gradient scaler. It leaves steps with an infinite gradient out, now and then.
+        names: of the sums over the samples of a step; the first one is its objective.
+        scaled: whether there is a gradient scaler. Now and then it skips a step with an infinite gradient.
     """
 
     def __init__(self, progress: Progress, names: Sequence[str], scaled: bool, stop: "StopRequest"):
         self.progress, self.names, self.scaled, self.stop = progress, names, scaled, stop
         self.pending: list[tuple[int, float, list[int], Tensor]] = []
 
-    def add(self, rate: float, samples: list[int], figures: Tensor) -> None:
-        """The figures of a step on these samples: (named sums, a count for each of STOP_SIGNALS, gradient norm)."""
-        self.pending.append((self.progress.step, rate, samples, figures))
+    def add(self, rate: float, samples: list[int], sums: Tensor) -> None:
+        """Add a step on these samples: its named sums, a count for each of STOP_SIGNALS, its gradient norm."""
+        self.pending.append((self.progress.step, rate, samples, sums))
 
     def read(self) -> list[dict[str, float]]:
-        """Add what is pending to the totals of the epoch, and return it: step, rate, samples, norm and the sums each.
+        """Add the pending steps to the totals of the epoch and return them: step, rate, samples, norm and sums of each.
 
-        All processes read the same figures after the same steps.
+        All processes read the same sums after the same steps.
 
         Raises:
             UserError: the first objective or gradient that is not finite.
         """
         if not self.pending:
             return []
-        values, steps = torch.stack([figures for *_, figures in self.pending]).tolist(), []
+        values, steps = torch.stack([sums for *_, sums in self.pending]).tolist(), []
         for (step, rate, samples, _), (*sums, norm) in zip(self.pending, values, strict=True):
             sums, told = sums[: len(self.names)], sums[len(self.names) :]
             if not math.isfinite(sums[0]) or not (self.scaled or math.isfinite(norm)):
@@ -197,9 +201,9 @@ class StepSums:
         return steps
 
 
-# --- The rest of a run, from a checkpoint -----------------------------------------------------------------------------
-# Anybody may have written the file. Its optimizer state above all must not be loaded unchecked: the fused kernels trust
-# its shapes and write beyond the end of a tensor that is too short.
+# --- The rest of a run, from a checkpoint ----------------------------------------------------------------------------
+# Anybody may have written the file. Above all, its optimizer state must not be loaded unchecked: the fused kernels
+# trust its shapes and write beyond the end of a tensor that is too short.
 
 
 class AdamState(TypedDict):
@@ -209,7 +213,7 @@ class AdamState(TypedDict):
 
 
 class Group(TypedDict):
-    lr: float  # that of the last step; what else a group has comes from the settings
+    lr: float  # of the last step; everything else in a group comes from the settings
 
 
 class OptimizerState(TypedDict):
@@ -244,9 +248,13 @@ class Run(Contents):
 
 
 def check_run(checkpoint: dict[str, Any], path: Any) -> None:
-    """Raise UserError unless the checkpoint of this path can be resumed."""
+    """Check that the checkpoint of this path can be resumed.
+
+    Raises:
+        UserError: it cannot.
+    """
     if "progress" not in checkpoint:
-        raise UserError(f"{path} has no training state to go on from")
+        raise UserError(f"{path} has no training state to resume from")
     try:
         run = read(checkpoint, Run, "")
         for state in (run["random_state"], *run["other_random_states"]):
@@ -260,18 +268,22 @@ def check_run(checkpoint: dict[str, Any], path: Any) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
-    """Give the optimizer its state. Raises UserError, before anything is loaded, where it does not fit the model."""
+    """Give the optimizer its state.
+
+    Raises:
+        UserError: it does not fit the model; nothing is loaded then.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state, step = checkpoint["optimizer"]["state"], checkpoint["step"]
-    may_be_empty = step == 0 or checkpoint["scaler"]  # which leaves out steps, and may have left out all of them
+    may_be_empty = step == 0 or checkpoint["scaler"]  # a scaler skips steps, and may have skipped all of them
     numbers = range(len(parameters) if state or not may_be_empty else 0)
     expected = {"step": [torch.empty(())] * len(parameters), "exp_avg": parameters, "exp_avg_sq": parameters}
     limits = {"step": (0, step), "exp_avg": (-math.inf, math.inf), "exp_avg_sq": (0, math.inf)}
     problems = []
     for name, (low, high) in limits.items():
-        place = f"{name} of parameter {{}}".format
-        found = {place(number): known[name] for number, known in state.items()}
-        unfit = tensor_problems(found, {place(number): expected[name][number] for number in numbers})
+        named = f"{name} of parameter {{}}".format
+        found = {named(number): known[name] for number, known in state.items()}
+        unfit = tensor_problems(found, {named(number): expected[name][number] for number in numbers})
         problems += unfit or [
             f"{where} is not in {low}..{high}" for where, values in found.items() if not _within(values, low, high)
         ]
@@ -281,6 +293,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, An
     if len(groups) != len(saved):
         raise UserError(f"the checkpoint's optimizer has {len(saved)} groups of parameters, its model {len(groups)}")
     groups = [own | {"lr": known["lr"]} for own, known in zip(groups, saved, strict=True)]
+    # As one stretch of memory each: strides of 0 or of a transposed tensor are not looked at by the fused kernels
+    state = {number: {name: values.contiguous() for name, values in known.items()} for number, known in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -289,7 +303,11 @@ def _within(values: Tensor, low: float, high: float) -> bool:
 
 
 def restore_scaler(scaler: torch.amp.GradScaler, saved: dict[str, float]) -> None:
-    """Give the scaler its state; a run that had no scaler begins with a new one. Raises UserError."""
+    """Give the scaler its state; a run that had no scaler begins with a new one.
+
+    Raises:
+        UserError: the state is not that of a scaler.
+    """
     if not (saved and scaler.is_enabled()):
         return
     scale, tracker = saved.get("scale"), saved.get("_growth_tracker")
@@ -304,14 +322,14 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():  # another machine has no use for the states of this one's cards
+    if len(state["cuda"]) == torch.cuda.device_count():  # another number of cards is another machine
         try:
             torch.cuda.set_rng_state_all(state["cuda"])
         except RuntimeError as error:
             raise UserError(f"the checkpoint's random state of CUDA is refused: {error}".splitlines()[0]) from error
 
 
-# --- The whole --------------------------------------------------------------------------------------------------------
+# --- The whole state -------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -326,12 +344,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class RunState:
-    """All that a run is made of. `state` is what a checkpoint holds of it, `restore` takes it back.
+    """The whole state of a run. `state` gives what a checkpoint stores, `restore` takes it back.
 
     Args:
-        model: on its device; what the optimizer moves.
+        model: the one that is trained, on its device.
         decay: of the moving average of the weights; 0 for none.
-        scaled: whether gradients are scaled, as float16 needs it.
+        scaled: whether gradients are scaled, as float16 needs.
     """
 
     def __init__(
@@ -346,8 +364,8 @@ class RunState:
 
     @property
     def kept(self) -> nn.Module:
-        """What is evaluated and kept: the moving average of the weights, which steps over the noise of a high rate, or
-        the weights themselves."""
+        """The model that is evaluated and kept: the moving average of the weights, which smooths the noise of a high
+        learning rate, or the weights themselves."""
         return self.average.module if self.average else self.model
 
     def set_rate(self, rate: float) -> None:
@@ -355,7 +373,7 @@ class RunState:
             group["lr"] = rate
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of a run. Called in all processes, since each has a part of it."""
+        """What a checkpoint stores. All processes call this, since each has a part of it."""
         if not all(weights.isfinite().all() for weights in self.model.parameters()):
             rate = self.progress.schedule(self.progress.step - 1)
             raise UserError(
@@ -378,10 +396,10 @@ class RunState:
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of a checkpoint, but for the random numbers: see `restore_random_numbers`.
+        """Take the state of a checkpoint, except the random numbers (see `restore_random_numbers`).
 
         Raises:
-            UserError: something does not fit; nothing of the optimizer is loaded then.
+            UserError: something does not fit; the optimizer is then left as it was.
         """
         load_weights(self.model, checkpoint.get("trained_model", checkpoint["model"]))
         if self.average:
@@ -392,9 +410,9 @@ class RunState:
 
 
 def restore_random_numbers(checkpoint: dict[str, Any] | None, seed: int, step: int) -> None:
-    """The random numbers of this process from here on, which are dropout's.
+    """Set the random numbers of this process, which dropout draws from here on.
 
-    The first process draws those of a run of a single one, the others draw their own.
+    The first process keeps the generator of a single-process run; each other one gets a seed of its own.
     """
     states = [checkpoint["random_state"], *checkpoint.get("other_random_states", [])] if checkpoint else []
     rank = distributed.rank()
@@ -404,7 +422,7 @@ def restore_random_numbers(checkpoint: dict[str, Any] | None, seed: int, step: i
         torch.manual_seed(int(random_stream("process", seed, rank, step).integers(2**63)))
 
 
-# --- Requests to stop -------------------------------------------------------------------------------------------------
+# --- Requests to stop ------------------------------------------------------------------------------------------------
 
 STOP_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
@@ -413,12 +431,12 @@ HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows ha
 class StopRequest:
     """Turns SIGINT, SIGTERM and SIGHUP into a flag that the loop looks at between two steps.
 
-    The same signal a second time ends the run at once, but for SIGHUP: a terminal that closes may send several. Where
-    SIGHUP is ignored (nohup), it stays so. Outside the main thread Python allows no handlers, and there are none.
+    The same signal a second time ends the run at once, except SIGHUP: a terminal that closes may send several. If
+    SIGHUP is ignored (nohup), it stays ignored. Outside the main thread Python allows no handlers, so there are none.
 
-    With several processes any of them may get a signal, at any moment. Signals are summed with the loss of a step, so
-    all processes see the same ones after the same step and end together, whatever else they are sent: torchrun signals
-    the others as soon as one has ended, and kills what does not end within 30 seconds.
+    With several processes, any of them may get a signal at any moment. Signals are summed together with the loss, so
+    every process sees the same ones after the same step, and all end together, whatever else they are sent: torchrun
+    signals the others as soon as one has ended, and kills what does not end within 30 seconds.
     """
 
     def __init__(self) -> None:
@@ -452,9 +470,9 @@ class StopRequest:
 def begin_worker(over: Any, worker: int) -> None:
     """In a loader's worker: leave the signals to the trainer, which still needs the batches of its step.
 
-    They reach workers too: Ctrl-C those of a terminal, SLURM's SIGTERM all processes of a job. But SIGTERM is also what
-    Python ends workers with when the trainer exits on an error, and then waits for them: it is obeyed once the
-    StopRequest, of which `over` is shared memory, is over.
+    Signals reach workers too: Ctrl-C reaches all processes of a terminal, SLURM's SIGTERM all of a job. But Python also
+    uses SIGTERM to end the workers when the trainer exits on an error, and then waits for them. So a worker obeys it
+    once `over` is true, the shared flag of a StopRequest that has ended.
     """
 
     def leave(number: int, frame: object) -> None:

@@ -74,7 +74,7 @@ class RunLog:
             return
         progress, folder = self.progress, make_folder(self.folder)
         log_dir = make_folder(self.settings.log_dir)
-        import seaborn  # noqa: F401 (what an epoch's figures need breaks now, before anything is moved)
+        import seaborn  # noqa: F401 (if it is broken, the run ends here, before anything is moved)
 
         with suppress(ImportError):  # see tensorboard_writer
             import torch.utils.tensorboard  # noqa: F401
@@ -88,11 +88,11 @@ class RunLog:
         else:
             if kept := set_aside(folder, files_beyond(folder, resumed, progress)):
                 print_note(
-                    f"the run goes on from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
+                    f"the run continues from {resumed} (epoch {progress.epoch}, step {progress.step}); what {folder} "
                     f"held beyond that, or of another run, was moved to {kept}"
                 )
-            with disk_advice(), suppress(PermissionError):  # one that is open in a viewer is replaced at the end
-                (folder / CURVES).unlink(missing_ok=True)  # it shows fewer epochs than there will be
+            with disk_advice(), suppress(PermissionError):  # open in a viewer: replaced at the end
+                (folder / CURVES).unlink(missing_ok=True)  # it lacks the epochs to come
             write_log(folder, progress)
         with disk_advice():
             evaluation.write_results(folder / "settings.json", self.settings.to_dict())
@@ -102,7 +102,7 @@ class RunLog:
     # --- While it trains ---
 
     def begin_epoch(self, batches: int) -> None:
-        """An epoch, of which so many batches are left: a bar on a terminal, nothing elsewhere."""
+        """An epoch begins, with so many batches left: a bar on a terminal, nothing elsewhere."""
         progress = self.progress
         self.started, self.samples_before = time.perf_counter(), progress.totals.get("samples", 0)
         self.bar = tqdm(
@@ -118,7 +118,7 @@ class RunLog:
 
     @disk_advice()
     def steps(self, steps: Iterable[Mapping[str, float]]) -> None:
-        """Steps whose figures were read from the device."""
+        """Steps whose sums were read from the device."""
         steps = list(steps)
         if self.writer:
             for step in steps:
@@ -128,8 +128,8 @@ class RunLog:
                     self.writer.add_scalar(f"step/{name}", value, step["step"])
         if steps and self.bar is not None and not self.bar.disable:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
-            figures = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
-            shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in figures.items())
+            values = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
+            shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in values.items())
             speed = self._samples() / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {speed:,.0f} samples/s")
 
@@ -146,7 +146,7 @@ class RunLog:
         return self.progress.totals.get("samples", 0) - self.samples_before
 
     def line(self, validation: Mapping[str, float]) -> dict[str, float]:
-        """The line of the epoch that ends, for log.jsonl: of its steps, and of its validation."""
+        """The line of log.jsonl for the epoch that ends: its steps and its validation."""
         progress, totals = self.progress, self.progress.totals
         line = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": totals["loss"] / totals["samples"]}
         objective = totals["objective"] / totals["samples"]
@@ -164,7 +164,7 @@ class RunLog:
 
     @disk_advice()
     def epoch(self, metrics: Mapping[str, Any], is_best: bool) -> None:
-        """The epoch that has ended: on the screen, in log.jsonl, and in TensorBoard with what is drawn of the best."""
+        """The epoch that has ended: on the screen, in log.jsonl and in TensorBoard, the best one with a figure."""
         if not distributed.is_first():
             return
         line, headline, epochs = self.progress.history[-1], self.task.headline, self.settings.num_epochs
@@ -212,7 +212,7 @@ class RunLog:
                 plots.plot_training_curves(history, self.folder / CURVES, best, self.task.headline)
 
     def end(self, tested: Mapping[str, Any], model: Path, is_best: bool) -> None:
-        """The closing lines: of the epoch whose model was tested, and its file."""
+        """The closing lines: the epoch whose model was tested, and the model's file."""
         progress, headline = self.progress, self.task.headline
         label, test = headline.replace("_", " "), progress.test
         beside = f"the training mean as answer: {figure_text(test['baseline'])}; " if "baseline" in test else ""
@@ -227,16 +227,16 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """The final figures, for HPARAMS: one step late, so that they are void when the run goes on."""
+        """The final metrics, for HPARAMS: one step late, so that a run that continues drops them."""
         if not self.writer:
             return
         from torch.utils.tensorboard import summary
 
         progress, headline = self.progress, self.task.headline
         tested = progress.history[progress.test["epoch"] - 1]
-        figures = {f"val_{headline}": tested[f"val_{headline}"], "val_loss": tested["val_loss"]}
-        figures[f"test_{headline}"] = progress.test[headline]
-        for name, value in figures.items():
+        final = {f"val_{headline}": tested[f"val_{headline}"], "val_loss": tested["val_loss"]}
+        final[f"test_{headline}"] = progress.test[headline]
+        for name, value in final.items():
             if value is None:
                 continue
             self.writer.add_scalar(f"best/{name}", value, progress.step + 1)
@@ -244,11 +244,11 @@ class RunLog:
         self.writer.close()
 
 
-# --- Lines on the screen ----------------------------------------------------------------------------------------------
+# --- Lines on the screen ---------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
-    """Print a line of a run that is under way: it does not end because its terminal was closed or its reader left."""
+    """Print a line. The run does not end because its terminal was closed or the reader of a pipe left."""
     try:
         print(text, flush=True)
     except OSError:
@@ -266,7 +266,7 @@ def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
 
 
 def share_of_a_batch(settings: Settings) -> str:
-    """What each of several processes computes of --batch_size."""
+    """How many samples of a batch each of several processes computes."""
     size, batch = distributed.size(), settings.batch_size
     if size == 1:
         return ""
@@ -276,9 +276,9 @@ def share_of_a_batch(settings: Settings) -> str:
 
 @disk_advice()
 def write_log(folder: Path, progress: Progress) -> None:
-    """Write log.jsonl from the whole history, so that a resumed run leaves neither gaps nor doubles.
+    """Write log.jsonl from the whole history, so that a resumed run leaves neither gaps nor duplicates.
 
-    One that another program holds is written at the next epoch: the run does not end for it.
+    If another program holds the file, it is written at the next epoch; the run does not end because of that.
     """
     try:
         with written_whole(folder / "log.jsonl", "w", encoding="utf-8") as file:
@@ -288,17 +288,17 @@ def write_log(folder: Path, progress: Progress) -> None:
         say(f"note: cannot write {log} ({error.strerror}); it is written again after the next epoch")
 
 
-# --- TensorBoard ------------------------------------------------------------------------------------------------------
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
 
-PARTS = ("", "train", "val")  # folders of a run: TensorBoard draws what has one name in several of them as one chart
+PARTS = ("", "train", "val")  # folders of a run: TensorBoard draws a name that is in several of them as one chart
 
 
 class EventWriter:
-    """The event files of a run: its own for steps, settings and final figures, one in train/ and one in val/.
+    """The event files of a run: one for steps, settings and final metrics, one in train/ and one in val/.
 
     torch's SummaryWriter writes from a thread, whose errors (a full disk) appear as tracebacks, and names its files by
-    the clock. TensorBoard reads them in the order of their names, so here each new one comes behind those there are,
-    whatever the clock says.
+    the clock. TensorBoard reads them in the order of their names, so here a new file's name always comes after the
+    existing ones, whatever the clock says.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -319,7 +319,7 @@ class EventWriter:
             self._records[part].write(event.SerializeToString())
 
     def add(self, summary: Any, step: int, part: str = "") -> None:
-        """Add what torch.utils.tensorboard.summary makes: a text, an image, hyperparameters."""
+        """Add a summary from torch.utils.tensorboard.summary: a text, an image, hyperparameters."""
         self._write(part, step, summary=summary)
 
     def add_scalar(self, name: str, value: float, step: int, part: str = "") -> None:
@@ -345,36 +345,36 @@ def _event_file(folder: Path) -> IO:
 
 @disk_advice()
 def tensorboard_writer(folder: Path, settings: Settings, step: int | None) -> EventWriter | None:
-    """The writer of a run that goes on after `step` (None: a new run), or None where TensorBoard is not installed."""
+    """The writer of a run that continues after `step` (None: a new run), or None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import summary
     except ImportError:
         print_note("tensorboard is not installed, so no curves are written for it (pip install tensorboard)")
         return None
-    writer = EventWriter(folder, 0 if step is None else step + 1)  # what is later comes again
+    writer = EventWriter(folder, 0 if step is None else step + 1)  # later points will be written again
     if step is None:
         cells = {name: printable(str(value)).replace("|", "\\|") for name, value in settings.to_dict().items()}
         rows = [f"| {name} | {value} |" for name, value in cells.items()]
         writer.add(summary.text("settings", "\n".join(["| setting | value |", "|---|---|", *rows])), 0)
-        # Without a list of all settings, HPARAMS makes one in which those that differ between runs come first
+        # Without a list of all settings, HPARAMS makes its own, in which those that differ between runs come first
         _, start, _ = summary.hparams(_hyperparameters(settings), {})
         writer.add(start, 0)
     return writer
 
 
 def _hyperparameters(settings: Settings) -> dict[str, float | str]:
-    """Numbers as numbers, so that HPARAMS can sort and plot them; what may be none as text, one type in all runs."""
+    """Numbers as numbers, so that HPARAMS can sort and plot them; a setting that may be none as text in all runs."""
     numbers = {name for name, field in FIELDS.items() if field.type in (int, float)}
-    return {name: value if name in numbers else str(value) for name, value in settings.to_dict().items()}
+    return {name: value if name in numbers else printable(str(value)) for name, value in settings.to_dict().items()}
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
-    """The files in `folder` that a run going on from the checkpoint `resumed` would overwrite and does not repeat."""
+    """The files in `folder` that a run resumed from the checkpoint `resumed` would overwrite without repeating them."""
 
-    def place(name: str) -> tuple[str, int, int] | None:
+    def position(name: str) -> tuple[str, int, int] | None:
         """(run, epoch, step) of a checkpoint; one that cannot be read belongs to no run."""
         if resumed.name == name or not (folder / name).exists():
             return None
@@ -385,16 +385,16 @@ def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
             return "", 0, 0
 
     beyond = []
-    if last := place(LAST):
+    if last := position(LAST):
         run, _, step = last
         if run != progress.run_name or step > progress.step:
             beyond = [LAST, "log.jsonl", "settings.json", CURVES]
     elif (folder / "log.jsonl").exists():
-        # A line more than the checkpoint has epochs: killed between the two, the same epoch comes again
+        # One line more than the checkpoint has epochs: killed between the two writes, this epoch comes again
         with open(folder / "log.jsonl", "rb") as log:
             if sum(1 for _ in log) > progress.epoch + 1:
                 beyond = ["log.jsonl", "settings.json", CURVES]
-    if best := place(BEST):
+    if best := position(BEST):
         run, epoch, _ = best
         repeated = progress.epoch + 1 if resumed.name == LAST else None
         if run != progress.run_name or epoch not in (progress.best.get("epoch"), repeated):
@@ -403,7 +403,7 @@ def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
-    """Move those of the files that exist into a new folder below `folder`, which is returned."""
+    """Move the files of these names, if there are any, into a new folder below `folder`; returns the new folder."""
     files = [folder / name for name in names if (folder / name).exists()]
     if not files:
         return None

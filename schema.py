@@ -1,20 +1,20 @@
-"""Plain data from a file that anybody may have written, read as the type that they should have.
+"""Plain data from a file that anybody may have written, read as the type that the data should have.
 
     read(values, Schedule, "progress.schedule")      # a Schedule, or a UserError that says what is wrong, and where
 
 A type is a Python annotation, so a dataclass or a TypedDict says once what it holds, in memory and in a file:
 
     bool, None, Any, Tensor    themselves
-    int                        a whole number from 0 to 2**53, up to where JSON and float64 keep them apart
-    float                      a finite number; an int will do
-    str                        text that has a UTF-8 form
-    list[X], dict[K, X]        of any length; tuple[X, Y] a list or tuple of so many
+    int                        a whole number from 0 to 2**53, beyond which JSON and float64 no longer tell them apart
+    float                      a finite number, or an int
+    str                        text that can be written as UTF-8
+    list[X], dict[K, X]        of any length; tuple[X, Y] is a list or tuple of exactly that many
     X | Y                      one of them
-    a TypedDict                a dict with these keys; others are left alone, for later versions may write more
+    a TypedDict                a dict with these keys; others are ignored, since later versions may write more
     a dataclass                a dict of its fields, from which it is made
     Annotated[X, test, words]  an X that passes the test; the words say what it must be
 
-Nothing is walked deeper than its type says, so a file can neither bury nor multiply what is looked at.
+Nothing is read deeper than its type says, so nesting in a file cannot cause endless work.
 """
 
 import dataclasses
@@ -33,7 +33,11 @@ Positive = Annotated[float, lambda number: number > 0, "a finite number above 0"
 
 
 def read(value: Any, kind: Any, where: str) -> Any:
-    """`value` as a `kind`. Raises UserError of one line that begins with `where`."""
+    """`value` as a `kind`.
+
+    Raises:
+        UserError: it is not; one line that begins with `where`.
+    """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = read(value, parts[0], where)
@@ -64,7 +68,7 @@ def _read_one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
         except UserError as error:
             problem = error
             if isinstance(value, (dict, list)) and _is_one(value, typing.get_origin(kind) or kind):
-                break  # meant to be this one: what is wrong lies deeper
+                break  # it was meant to be of this kind: the fault lies deeper
     else:
         _refuse(where, " or ".join(map(words_for, kinds)), value)
     raise problem
@@ -95,7 +99,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _is_one(value: Any, kind: Any) -> bool:
-    """Whether `value` itself is of that kind, whatever is inside."""
+    """Whether `value` itself is of that kind, whatever it contains."""
     if kind is int:
         return type(value) is int and 0 <= value <= 2**53
     if kind is float:
@@ -123,7 +127,7 @@ def words_for(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a file for a message: short, printable, and never walked into."""
+    """A value from a file for a message: short, printable, and without looking inside it."""
     if type(value) is int and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float)):

@@ -1,4 +1,4 @@
-"""Files of series, each format read into parts: (id, place, what makes the series and its label cell).
+"""Files of series, each format read into parts: (id, place, a function that gives the series and its label cell).
 
     table_series    .csv, .tsv: a row per time step, or per series (with a header, or as in the UCR archive)
     ucr_series      .txt: a line per series, its label first, as in older forms of the UCR archive
@@ -7,8 +7,8 @@
     npz_series      .npz
     read_one_series .npy, .csv, .tsv: a file of one series
 
-A series is float64 (L, C), NaN where a value is missing; a part raises the UserError of its own item alone. `known` are
-the columns of features of the training data: they are brought into that order, and others are refused.
+A series is float64 (L, C), NaN where a value is missing. The function of a part raises the UserError of its own item.
+`known` are the feature columns of the training data: columns are put into that order, and others are refused.
 """
 
 import csv
@@ -51,20 +51,20 @@ from tables import (
 )
 
 Make = Callable[[], tuple[Any, Any]]  # gives (value, label cell), or raises UserError
-Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, and, where the file has groups, the item's own
+Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, function and, if the file has groups, the group
 
 
 @dataclass
 class SeriesFile:
     parts: Iterable[Part]
-    names: list[str] | None = None  # of the channels; of the steps, where a row of the table is a series
-    table_rows: str | None = None  # what a row of the table is: 'steps' or 'series'; None: the file is no table
+    names: list[str] | None = None  # of the channels, or of the steps if a row of the table is a series
+    table_rows: str | None = None  # what a row of the table is: 'steps' or 'series'; None if the file is no table
     notes: list[str] = field(default_factory=list)
 
 
-# -- values ---------------------------------------------------------------------------------------------------
+# --- Values ----------------------------------------------------------------------------------------------------------
 
-# What stands for a missing value, as pandas and R have it; float() itself knows nan
+# Spellings of a missing value, as in pandas and R; float() itself knows nan
 _MISSING = {"", "?", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "Null", "null", "None", "none"}
 
 
@@ -73,7 +73,7 @@ def _number(cell: str, comma: bool = False) -> float:
     if comma and "." in cell:  # 1.234 may be a thousand
         raise ValueError
     cell = cell.replace(",", ".") if comma else cell
-    if "_" in cell:  # float would take 1_000 for 1000
+    if "_" in cell:  # float("1_000") would be 1000
         raise ValueError
     return math.nan if cell in _MISSING else float(cell)
 
@@ -86,7 +86,7 @@ def _is_text(cell: str, comma: bool = False) -> bool:
 
 
 def _numbers(cells: Sequence[str], comma: bool = False) -> np.ndarray:
-    """Float64, NaN where a value is missing, infinity where a cell is no number: `_checked` refuses that."""
+    """Float64, NaN where a value is missing, infinity where a cell is not a number, which `_checked` refuses."""
     try:
         return np.array([_number(cell, comma) for cell in cells])
     except ValueError:
@@ -109,11 +109,11 @@ def _checked(values: np.ndarray, place: str, cell: Callable[[int, int], str] | N
     return values[: real[-1] + 1]
 
 
-# -- tables ---------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
 def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
-    """The series of a .csv or .tsv; what a row is, settings.table_rows says, or the looks of the file."""
+    """The series of a .csv or .tsv. What a row is, is said by settings.table_rows, or decided from the file."""
     cells = read_cells(path, settings)
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
@@ -123,16 +123,16 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
     if archive or settings.table_rows == "series":
         return _label_first(cells, settings)
     if labelled:
-        raise UserError(f"{path}, line {cells.lines[0]}: {shown(cells.rows[0][-1])} is a number, no name of a column; "
+        raise UserError(f"{path}, line {cells.lines[0]}: {shown(cells.rows[0][-1])} is a number, not a column's name; "
                         "write a line above that names the columns (id, label, ...); or, if each line is a whole "
                         "series with its label first, say --table_rows series")
-    return SeriesFile([(path.name, str(path), lambda: (_one_by_place(cells), None))], notes=cells.notes)
+    return SeriesFile([(path.name, str(path), lambda: (_one_by_position(cells), None))], notes=cells.notes)
 
 
 def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
-    """Whether the first row names columns: it holds text, or counts the columns from 0 above numbers with a point.
+    """Whether the first row names columns: it holds text, or numbers the columns from 0 above cells with a point.
 
-    A word and then numbers that do not rise are a label and a series, unless the word is one of the expected names.
+    A word followed by numbers that do not rise is a label and a series, unless the word is one of the expected names.
     """
     first = [cell.strip() for cell in cells.rows[0]]
     if not {nfc(name) for name in expected}.isdisjoint(map(nfc, first)):
@@ -173,7 +173,7 @@ def _series_of(table: Table, settings: Settings, labelled: bool, known: Sequence
 
 
 def _numbered(names: list[str]) -> list[int] | None:
-    """The numbers of names such as t0, t1, t2, at least three; None of others."""
+    """The numbers in names such as t0, t1, t2, at least three; None for other names."""
     found = [re.fullmatch(r"(\D*)(\d{1,9})", name) for name in names]
     if len(names) < 3 or not all(found) or len({match[1] for match in found}) > 1:
         return None
@@ -182,20 +182,20 @@ def _numbered(names: list[str]) -> list[int] | None:
 
 
 def groups_of(table: Table, settings: Settings) -> list[list[str]]:
-    """For each row [its group], or [] where the table has no such column; an empty cell is an empty group."""
+    """For each row [its group], or [] if the table has no such column; an empty cell is an empty group."""
     if settings.group_column is None or not table.has(settings.group_column):
         return [[]] * len(table.rows)
     return [["" if cell is None else str(cell).strip()] for cell in table.column(settings.group_column)]
 
 
 def _others(settings: Settings) -> list[str]:
-    """The columns of a table of series that are no features."""
+    """The columns of a table of series that are not features: id, label, group."""
     groups = [settings.group_column] if settings.group_column else []
     return [settings.id_column, *label_columns(settings), *groups]
 
 
 def _features(table: Table, settings: Settings, known: Sequence[str] | None, others: Sequence[str]) -> list[str]:
-    """The columns of features, in order: without `others` (id, label) and what the settings leave out."""
+    """The feature columns, in order: without `others` (id, label) and those that the settings leave out."""
     path, others = table.path, [nfc(name) for name in others]
     chosen, ignored = names_in(settings.feature_columns), names_in(settings.ignore_columns)
     for setting, names in ("feature_columns", chosen), ("ignore_columns", ignored if known is None else []):
@@ -224,7 +224,7 @@ def _features(table: Table, settings: Settings, known: Sequence[str] | None, oth
 
 
 def not_as_trained(names: Sequence[str], known: Sequence[str]) -> str:
-    """What sets names of features apart from those of the training data but their order; '' if nothing does."""
+    """How these feature names differ from those of the training data, apart from their order; '' if they do not."""
     found, wanted = set(names), set(known)
     missing, foreign = [name for name in known if name not in found], [name for name in names if name not in wanted]
     faults = [f"{listed(missing)} missing"] if missing else []
@@ -233,9 +233,9 @@ def not_as_trained(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _matrix(table: Table, names: list[str]) -> np.ndarray:
-    """Float64 (rows, names), infinity where a cell is no number.
+    """Float64 (rows, names), infinity where a cell is not a number.
 
-    With ';' as delimiter the comma may be the decimal point; then it is in the whole table.
+    With ';' as delimiter, the comma may be the decimal point, and then it is so in the whole table.
     """
     columns = [table.column(name) for name in names]
     values = np.stack([_numbers(cells) for cells in columns], axis=1)
@@ -266,7 +266,7 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
         table.notes.extend(_counting(table, names, numbers, ids))
     rows_of: dict[str, list[int]] = {}
     for row, id in enumerate(ids):
-        # A row without an id is an item of its own, and a bad one.
+        # A row without an id is an item of its own, which will be refused
         rows_of.setdefault(id.strip() or f"\n{row}", []).append(row)
 
     def make(rows: list[int]) -> tuple[np.ndarray, Any]:
@@ -291,7 +291,7 @@ def _step_per_row(table: Table, settings: Settings, labelled: bool, known: Seque
 
 
 def _counting(table: Table, names: list[str], numbers: np.ndarray, ids: list[str]) -> list[str]:
-    """Notes on columns that count the rows of the file, over several series: an index, seldom a feature."""
+    """Notes on columns that count the rows of the file across several series: an index rather than a feature."""
     if len(set(ids)) < 2:
         return []
     rows = np.arange(len(numbers))[:, None]
@@ -365,7 +365,7 @@ def ucr_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
     return _label_first(cells, settings)
 
 
-# -- one series -----------------------------------------------------------------------------------------------
+# --- One series ------------------------------------------------------------------------------------------------------
 
 
 def read_one_series(path: str | Path, settings: Settings = DEFAULTS, known: Sequence[str] | None = None) -> np.ndarray:
@@ -386,10 +386,10 @@ def read_named_series(
     cells = read_cells(path, settings)
     if cells.rows and _has_header(cells, []):
         return _one_by_name(named(cells), settings, known, [])
-    return _one_by_place(cells), None
+    return _one_by_position(cells), None
 
 
-def _one_by_place(cells: Cells) -> np.ndarray:
+def _one_by_position(cells: Cells) -> np.ndarray:
     path, rows, lines = cells.path, cells.rows, cells.lines
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(rows[0]):
@@ -411,7 +411,7 @@ def _one_by_name(
     return _checked(values, str(table.path), lambda t, c: _cell(table, t, names[c])), names
 
 
-# -- .ts ------------------------------------------------------------------------------------------------------
+# --- .ts -------------------------------------------------------------------------------------------------------------
 
 _TS_TAGS = {"@problemname": str, "@timestamps": bool, "@missing": bool, "@univariate": bool, "@dimensions": int,
             "@equallength": bool, "@serieslength": int, "@classlabel": bool, "@targetlabel": bool}
@@ -522,15 +522,15 @@ def _channels(cells: list[list[str]], place: str) -> np.ndarray:
     return np.stack([_numbers(values) for values in cells], axis=1)
 
 
-# -- .arff ----------------------------------------------------------------------------------------------------
+# --- .arff -----------------------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = re.compile(r"@attribute\s+('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)\s+(.+)", re.IGNORECASE)
 
 
 def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
-    """The series of an .arff file: one per row, its steps the numeric attributes, or one relational attribute of which
-    each line is a channel. The label is the attribute that settings.label_column names, else the last: a nominal one
-    of classes, of numbers any.
+    """The series of an .arff file, one per row: its steps are the numeric attributes, or it is a relational attribute
+    with a line for each channel. The label is the attribute named by settings.label_column, or else the last one if it
+    is nominal (for regression, whatever its type).
     """
     notes: list[str] = []
     lines = numbered_lines(read_text(path, settings, notes, comments=(b"%",)))
@@ -554,19 +554,19 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
             rows.append(("",) * len(names))
     table = Table(path, {name: position for position, name in enumerate(names)}, rows, places, faults, notes=notes)
     declared = {label: _arff_classes(path, label, attributes[label]) for label in labels}
-    several = len(labels) > 1
+    by_name = settings.task == "regression" or len(labels) > 1  # so that an answer is called as its attribute
 
     def checked(part: Part) -> Part:
         id, place, make, *group = part
 
         def make_checked() -> tuple[Any, Any]:
             value, cell = make()
-            cells = cell if several else dict.fromkeys(labels, cell)
+            cells = cell if len(labels) > 1 else dict.fromkeys(labels, cell)
             cells = {label: None if found == "?" else found for label, found in cells.items()}
             for label, found in cells.items() if labelled else ():
                 if found is not None and declared[label]:
                     _check_declared(found, declared[label], settings.task, place, f"@attribute {label}")
-            return value, cells if several else cells.get(labels[0]) if labels else None
+            return value, cells if by_name else next(iter(cells.values()), None)
 
         return id, place, make_checked, *group
 
@@ -582,7 +582,7 @@ def arff_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
 def _arff_labels(
     path: Path, attributes: dict[str, str], settings: Settings, labelled: bool, notes: list[str]
 ) -> list[str]:
-    """The attributes of the label; none where there are none and none are needed."""
+    """The attributes of the label; [] if there are none and none are needed."""
     asked = [nfc(name) for name in label_columns(settings)]
     there = [name for name in asked if name in attributes]
     if there == asked:
@@ -603,7 +603,7 @@ def _arff_labels(
 
 
 def _arff_classes(path: Path, label: str, declared: str) -> list[str]:
-    """The classes of a nominal attribute; of another, none."""
+    """The classes of a nominal attribute; [] for another one."""
     try:
         return _arff_cells(declared.strip("{} ")) if declared.startswith("{") else []
     except ValueError as error:
@@ -611,7 +611,7 @@ def _arff_classes(path: Path, label: str, declared: str) -> list[str]:
 
 
 def _arff_attributes(path: Path, lines: list[tuple[int, str]]) -> dict[str, str]:
-    """{name: type} of the attributes; the steps within a relational one are passed over."""
+    """{name: type} of the attributes; those within a relational one are skipped."""
     attributes: dict[str, str] = {}
     within = False
     for number, line in lines:
@@ -638,7 +638,7 @@ def _arff_attributes(path: Path, lines: list[tuple[int, str]]) -> dict[str, str]
 
 
 def _arff_cells(text: str) -> list[str]:
-    """The cells of a line, quoted by ' or " (whichever comes first); in a relational one \\n stays as it stands."""
+    """The cells of a line, quoted by ' or " (whichever comes first); the \\n in a relational cell is left alone."""
     quote = next((c for c in text if c in "'\""), "'")
     try:
         cells = next(csv_reader([text], quotechar=quote, skipinitialspace=True, strict=True), [])
@@ -672,14 +672,14 @@ def _relational_parts(table: Table, name: str, settings: Settings, labelled: boo
         yield str(row + 1), table.place(row), partial(make, row)
 
 
-# -- NumPy ----------------------------------------------------------------------------------------------------
+# --- NumPy -----------------------------------------------------------------------------------------------------------
 
 _NPZ_NAMES = {"regression": "target_names", "multilabel": "class_names"}  # of the columns of y
 _SMALL = 1 << 28  # bytes that an archive may always unpack to
 
 
 def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of an .npy file, or those of an .npz file by key: the `wanted` ones, None for others.
+    """The array of an .npy file, or the arrays of an .npz file by key: the `wanted` ones, and None for others.
 
     An archive may unpack to `most` times its size.
     """
@@ -696,13 +696,13 @@ def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.nd
                                 f"right, raise --max_unpacking (now {most})")
             with np.load(path, allow_pickle=False) as loaded:
                 return {key: loaded[key] if key in wanted else None for key in loaded.files}
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that claims more than there is is refused
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a header that claims more than there is
         return np.array(array)
     except (UserError, MemoryError):
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; correct it, or save it again") from error
-    except Exception as error:  # damaged bytes come out as a dozen kinds
+    except Exception as error:  # damaged bytes raise a dozen kinds of exception
         raise UserError(f"{path}: not plain NumPy arrays: {error}; objects (pickled) are not read, save labels as "
                         "y.astype(str), and series of unequal length as one array x and their lengths") from error
 
@@ -717,7 +717,7 @@ def npz_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
 
 def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]:
     group_column = settings.group_column
-    of_labels = ["y", *_NPZ_NAMES.values()]  # which are not looked at where labels are not asked for
+    of_labels = ["y", *_NPZ_NAMES.values()]  # ignored if labels are not asked for
     wanted = ["x", "lengths", "id", group_column] + of_labels * labelled
     arrays = load_numpy(path, wanted, settings.max_unpacking)
     needed = ["x"] + ["y"] * labelled
@@ -748,7 +748,7 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
 
 
 def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequence[np.ndarray]:
-    """The series (L, C) in x; the formats are those of `data_files.read_series`."""
+    """The series (L, C) in x, in the forms that `data_files.read_series` describes."""
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or not len(x):
         raise UserError(f"{path}: x is {_kind(x)}; it must be numbers (series, steps, channels)")
     if lengths is None:
@@ -765,7 +765,7 @@ def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequen
 
 
 def _npz_labels(path: Path, arrays: dict[str, np.ndarray], task: str, count: int) -> list[Any]:
-    """The label of each series: of a y (N, K) of numbers, or of 1 and 0, a dict by the names of its columns."""
+    """The label of each series; for y (N, K) of numbers, or of 1 and 0, a dict by the names of its columns."""
     y, key = arrays["y"], _NPZ_NAMES.get(task, "")
     if key not in arrays and (task == "classification" or np.ndim(y) != 2):
         return _per_series(path, "y", y, "biufUS", count, task)
@@ -773,8 +773,10 @@ def _npz_labels(path: Path, arrays: dict[str, np.ndarray], task: str, count: int
         y = y[:, None]
     fits = isinstance(y, np.ndarray) and y.dtype.kind in "biuf" and y.ndim == 2
     if not fits or len(y) != count or not y.shape[1]:
-        raise UserError(f"{path}: y is {_kind(arrays['y'])}; with {key or 'several columns'} it must be numbers "
-                        f"({count}, columns), a row for each series")
+        raise UserError(f"{path}: y is {_kind(arrays['y'])}; it must be numbers ({count}, columns), a row for each "
+                        "series" + f"; {key} names the columns" * (key in arrays))
+    if key not in arrays and task == "regression" and y.shape[1] == 1:
+        return y[:, 0].tolist()
     names = [f"label {number}" for number in range(1, y.shape[1] + 1)]
     if key in arrays:
         names = [nfc(name).strip() for name in _per_series(path, key, arrays[key], "US", None, task)]

@@ -1,11 +1,12 @@
 """Text files and the tables in them: rows of a .csv or .tsv, objects of a .jsonl.
 
-    read_text    the text of a file, in the encoding that was told or that its first bytes show
+    read_text    the text of a file, in the encoding of the settings or the one that its first bytes show
     read_cells   .csv, .tsv: rows of cells as they stand, and the line of each
     read_table   .csv, .tsv, .jsonl: a Table, whose columns have names
 
-What cannot be known is found by looking (delimiter, quoting) and said in `notes`, with the flag that overrides it; or
-it is an error. Names of columns are compared in Unicode's NFC: an "é" of one character is one of two.
+Delimiter and quoting are guessed from the file if they are not given. A guess is mentioned in `notes`, with the flag
+that overrides it; if none is good enough, it is an error. Column names are compared in Unicode's NFC, in which an "é"
+of one character equals one of two.
 """
 
 import codecs
@@ -25,12 +26,12 @@ from config import Settings
 from messages import OUR_TABLES, UserError, from_spreadsheet_cell
 
 DEFAULTS = Settings()
-DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "pipes", ",": "commas"}  # those that are looked for
-SAMPLE = 1 << 16  # characters of a file that are looked at to tell its delimiter
+DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "pipes", ",": "commas"}  # those that may be guessed
+SAMPLE = 1 << 16  # characters of a file from which its delimiter is guessed
 
 
 def nfc(text: str) -> str:
-    """The composed form, in which names are compared: macOS and some editors write the decomposed one."""
+    """The composed form, in which names are compared; macOS and some editors write the decomposed one."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -53,20 +54,20 @@ def repeated(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-# -- files ----------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 class FileFinder:
-    """Finds files whose names are in another normal form of Unicode than the path that is asked for.
+    """Finds files whose names are in another normal form of Unicode than the given path.
 
-    "é" is one character in names from Windows and Linux, and two in many from macOS; both look the same.
+    "é" is one character in names from Windows and Linux and two in many from macOS; both look the same.
     """
 
     def __init__(self) -> None:
-        self.folders: dict[str, dict[str, str]] = {}  # of each folder its entries by their composed form
+        self.folders: dict[str, dict[str, str]] = {}  # for each folder, its entries by their composed form
 
     def __call__(self, path: Path) -> Path:
-        """The path under which the file is there; the path itself if there is none."""
+        """The path under which the file exists, or else the given path."""
         if str(path).isascii() or os.path.exists(path):
             return path
         for form in ("NFC", "NFD"):
@@ -82,18 +83,22 @@ class FileFinder:
         if folder not in self.folders:
             try:
                 self.folders[folder] = {nfc(name): name for name in os.listdir(folder or ".")}
-            except OSError:  # not a folder, or one that may not be read: the path that was asked for is not there
+            except OSError:  # not a folder, or not readable: the file is not there
                 self.folders[folder] = {}
         return self.folders[folder]
 
 
 def check_regular(path: Path) -> None:
-    """Raise UserError for a pipe, a device or a socket: reading it may wait or go on for ever."""
+    """Refuse a pipe, a device or a socket, which might be read forever.
+
+    Raises:
+        UserError: the path is one of these.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: is a pipe, a device or a folder; save its contents as a file, and name that")
 
 
-# -- text -----------------------------------------------------------------------------------------------------
+# --- Text ------------------------------------------------------------------------------------------------------------
 
 
 def read_text(
@@ -101,11 +106,11 @@ def read_text(
 ) -> str:
     """The text of a file, without a byte order mark.
 
-    Encoded as settings.encoding says; by default UTF-8, or UTF-16 and UTF-32 where the file begins with their mark.
+    The encoding is settings.encoding; by default UTF-8, or UTF-16 or UTF-32 if the file begins with their mark.
 
     Args:
-        notes: where to say what may be wrong with the encoding.
-        comments: what begins a line that may be in any encoding, and is left empty.
+        notes: gets a note if the encoding may be wrong.
+        comments: the bytes that begin a comment; such a line may be in any encoding, and becomes empty.
     """
     check_regular(path)
     try:
@@ -120,7 +125,7 @@ def read_text(
     try:
         text = raw.decode(encoding)
     except LookupError as error:
-        raise UserError(f"encoding: {encoding!r} is no encoding of text; give for example cp949 or cp1252") from error
+        raise UserError(f"encoding: {encoding!r} is not a text encoding; give for example cp949 or cp1252") from error
     except UnicodeDecodeError as error:
         line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
         remedy = "save it as UTF-8, or name its encoding: --encoding cp949 (Korean), cp1252 (Western), ..."
@@ -136,7 +141,7 @@ def read_text(
 
 
 def _marked_encoding(raw: bytes) -> str:
-    """The encoding by the mark at the start; UTF-32's little-endian one begins with UTF-16's."""
+    """The encoding by the mark at the start. UTF-32 is tried first: its little-endian mark begins with UTF-16's."""
     for encoding, marks in {
         "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
         "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -154,17 +159,17 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """(number from 1, stripped line) of those that are not blank, whatever system wrote the line ends."""
+    """(number from 1, stripped line) of the lines that are not blank, with the line ends of any system."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-# -- rows of cells --------------------------------------------------------------------------------------------
+# --- Rows of cells ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Cells:
-    """Rows of a .csv or .tsv as they stand, blank ones left out."""
+    """Rows of a .csv or .tsv as they stand, without blank ones."""
 
     path: Path
     delimiter: str
@@ -174,10 +179,10 @@ class Cells:
 
 
 def read_cells(path: Path, settings: Settings = DEFAULTS) -> Cells:
-    """The cells of a .csv or .tsv file, by settings.delimiter and .quoting; a line `sep=;` of Excel is obeyed.
+    """The cells of a .csv or .tsv file, by settings.delimiter and .quoting; Excel's line `sep=;` is obeyed.
 
-    Quoting is Excel's by default. In a file whose delimiter is the tab quotes are literal where they make no sense as
-    Excel's, or would swallow rows; in others that is an error.
+    Quoting is Excel's by default. If quotes make no sense that way, or would swallow rows, they are read as plain text
+    in a file with tabs; in any other file that is an error.
     """
     notes: list[str] = []
     text, first_line = read_text(path, settings, notes), 1
@@ -189,7 +194,7 @@ def read_cells(path: Path, settings: Settings = DEFAULTS) -> Cells:
     if delimiter is None:
         delimiter = _delimiter_by_looking(text[:SAMPLE], default)
         if delimiter != default:
-            notes.append(f"{path}: {DELIMITERS[delimiter]} separate its cells, by its looks (--delimiter overrides)")
+            notes.append(f"{path}: its cells seem to be separated by {DELIMITERS[delimiter]} (--delimiter overrides)")
     cells = Cells(path, delimiter, [], [], notes)
     if settings.quoting == "none":
         cells.rows, cells.lines = _parse(text, delimiter, first_line, literal=True)
@@ -223,7 +228,8 @@ def _told_delimiter(told: str | None) -> str | None:
 
 
 def _delimiter_by_looking(sample: str, default: str) -> str:
-    """The one that the header holds, and most rows as often; of several not the comma, which texts and numbers hold."""
+    """The delimiter that occurs in the header and equally often in most rows; the comma, common in texts, comes last.
+    """
     if len(sample) == SAMPLE:
         sample = sample[: sample.rfind("\n") + 1] or sample
     found = {}
@@ -239,17 +245,21 @@ _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+([eE][+-]?\d+)?\s*")
 
 
 def comma_is_point(delimiter: str, cells: Iterable[str]) -> bool:
-    """Whether the comma is the decimal point of a table, which it may be where ';' separates the cells."""
+    """Whether the comma is the decimal point of a table, which is possible if ';' separates the cells."""
     return delimiter == ";" and any(map(_DECIMAL_COMMA.fullmatch, cells))
 
 
 def csv_reader(lines: Iterable[str], **options: Any) -> Any:
-    csv.field_size_limit(2**31 - 1)  # csv's own limit is 128 KiB a cell
+    csv.field_size_limit(2**31 - 1)  # csv's own limit is 128 KiB per cell
     return csv.reader(lines, **options)
 
 
 def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(rows, first line of each). Raises csv.Error(line, what is wrong)."""
+    """(rows, first line of each).
+
+    Raises:
+        csv.Error: with two arguments, the line and what is wrong.
+    """
     quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
     reader = csv_reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
     rows, lines, before = [], [], line - 1
@@ -265,11 +275,11 @@ def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple
 
 
 def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool] | None:
-    """(line, what, whether it is serious) of a quoted cell over several lines each of which could be a row.
+    """(line, what, whether it is serious) of a quoted cell that spans several lines, each of which could be a row.
 
-    It could be where it has as many cells as the header, none of them empty. It is serious where all those in one
-    column are values that other rows have there too, such as labels; if not, it is dropped where more than one in a
-    hundred lines of the file would be no row without quoting.
+    A line could be a row if it has as many cells as the header, none of them empty. It is serious if, in some column,
+    all these lines have values that occur in other rows, such as labels. If it is not serious, it is ignored when more
+    than one in a hundred lines of the file would not be a row without quoting.
     """
     multiline = [i for i, row in enumerate(cells.rows) if i and any("\n" in cell or "\r" in cell for cell in row)]
     if not multiline:
@@ -277,7 +287,7 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     physical, width = io.StringIO(text, newline="").readlines(), len(cells.rows[0])
     ends = [*cells.lines[1:], first_line + len(physical)]
     others = sorted(set(range(1, len(cells.rows))).difference(multiline))
-    values: dict[int, set[str]] = {}  # of a column in the other rows
+    values: dict[int, set[str]] = {}  # by column, those of the other rows
     doubt = None
     for i in multiline:
         lines = physical[cells.lines[i] - first_line : ends[i] - first_line]
@@ -294,7 +304,7 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     return doubt if sum(len(row) != width for row in rows) <= len(rows) / 100 else None
 
 
-# -- tables ---------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -302,10 +312,10 @@ class Table:
     """Rows with named columns. A row is a tuple of cells (.csv, .tsv) or the object itself (.jsonl)."""
 
     path: Path
-    keys: dict[str, Any]  # of each column by its name: its position, or the key of the object
+    keys: dict[str, Any]  # for each column name, its position or the key in the objects
     rows: list[tuple[str, ...]] | list[dict[str, Any]]
     lines: list[int]  # the first line of each row
-    faults: dict[int, str]  # what is wrong with a row: the message, by its index
+    faults: dict[int, str]  # messages about bad rows, by the row's index
     delimiter: str = ""
     notes: list[str] = field(default_factory=list)
     index: str | None = None  # a column that only counts the rows
@@ -321,7 +331,11 @@ class Table:
         return f"{self.path}, line {self.lines[row]}"
 
     def column(self, name: str) -> list[Any]:
-        """The cells of a column; None where an object does not have it. Raises UserError that lists the columns."""
+        """The cells of a column; None where an object lacks it.
+
+        Raises:
+            UserError: there is no such column; the message lists the columns.
+        """
         key = self.keys.get(nfc(name))
         if key is None:
             hint, characters = "", set("".join(self.columns)[:1000])
@@ -339,7 +353,10 @@ class Table:
 def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
     """A .csv or .tsv file whose first line names the columns, or a .jsonl file of one object per line.
 
-    Blank lines are skipped. Raises UserError; a row that cannot be used is a fault.
+    Blank lines are skipped. A row that cannot be used becomes a fault of the table.
+
+    Raises:
+        UserError: the file as a whole cannot be used.
     """
     path = Path(path)
     if extension_of(path, [".csv", ".tsv", ".jsonl"]) == ".jsonl":
@@ -352,7 +369,7 @@ def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
 
 
 def extension_of(path: Path, valid: list[str], labelled: bool = False, unlabelled: str = "") -> str:
-    """The lower-case extension: one of `valid`, or `unlabelled`, of files that hold no label."""
+    """The lower-case extension: one of `valid`, or `unlabelled`, which is that of files without labels."""
     extension = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file ({', '.join(valid)})")
@@ -367,8 +384,8 @@ def extension_of(path: Path, valid: list[str], labelled: bool = False, unlabelle
 def named(cells: Cells) -> Table:
     """The table of cells whose first row names the columns.
 
-    A first column that counts the rows from 0 and has no name is an index that pandas wrote, and is left out (as
-    "Unnamed: 0" it has been read and written once more); so is a column that has neither name nor cells.
+    A first column without a name that counts the rows from 0 is an index written by pandas and is left out (called
+    "Unnamed: 0" if it was read and written again). A column without name and cells is left out too.
     """
     path, rows, lines, notes = cells.path, cells.rows[1:], cells.lines[1:], cells.notes
     if not cells.rows:
@@ -412,17 +429,17 @@ def note_comma(table: Table) -> None:
 
 
 def names_in(text: str | None) -> list[str]:
-    """'a,b' -> ['a', 'b']; a name that holds a comma stands in double quotes."""
+    """'a,b' -> ['a', 'b']; a name that contains a comma is in double quotes."""
     return [nfc(name.strip()) for name in next(csv_reader([text], skipinitialspace=True))] if text else []
 
 
 def joined(names: Iterable[str]) -> str:
-    """The text of which `names_in` makes the names."""
+    """The text from which `names_in` makes the names."""
     return ",".join(f'"{name}"' if "," in name else name for name in names)
 
 
 def label_columns(settings: Settings) -> list[str]:
-    """The columns of the labels: one of classes; of numbers, and of labels that are 1 or 0, there may be several."""
+    """The columns of the labels: one for classes; for numbers, and for labels of 1 or 0, there may be several."""
     if settings.task == "classification":
         return [settings.label_column]
     names = [name for name in names_in(settings.label_column) if name]
@@ -433,7 +450,7 @@ def label_columns(settings: Settings) -> list[str]:
 
 
 def label_cells(table: Table, settings: Settings) -> list[Any]:
-    """The label of each row as it stands there; of several columns a dict of their cells by name."""
+    """The label of each row as it stands in the file; for several columns, a dict of their cells by name."""
     columns = {name: table.column(name) for name in label_columns(settings)}
     if settings.task == "regression":
         columns = {name: _with_points(table, cells) for name, cells in columns.items()}
@@ -443,7 +460,7 @@ def label_cells(table: Table, settings: Settings) -> list[Any]:
 
 
 def _with_points(table: Table, cells: list[Any]) -> list[Any]:
-    """Numbers with a decimal comma, where ';' separates the cells, with a point."""
+    """Numbers with a decimal comma, which is possible if ';' separates the cells, written with a point."""
     if not comma_is_point(table.delimiter, cells) or any("." in cell for cell in cells):  # 1.234 may be a thousand
         return cells
     note_comma(table)
@@ -467,7 +484,7 @@ def _read_objects(path: Path, settings: Settings) -> Table:
         try:
             value = json.loads(line, object_pairs_hook=_json_object)
             if not isinstance(value, dict):
-                raise ValueError(f"{shown(value)} is no object")
+                raise ValueError(f"{shown(value)} is not an object")
         except (ValueError, RecursionError) as error:
             what = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
             faults[len(lines)] = f'{path}, line {number}: {what}; write one object per line: {{"text": "..."}}'

@@ -1,19 +1,20 @@
-"""What a model answers: one class of several, numbers, or several labels at once. A class a task; nothing else knows.
+"""What a model answers: one class of several, numbers, or several labels at once. Each task is a class; nothing outside
+this module knows which one it is.
 
-A task is made of the labels of the training data and says everything that depends on what an answer is:
+A task is made from the labels of the training data and decides everything that depends on what an answer is:
 
     targets    what a label means, and what is wrong with one; how targets are stacked and split (`Targets`, batches.py)
     outputs    how many numbers the model's head gives
-    training   what is minimised, and what is summed up of a step
-    rows       what an evaluation keeps of each sample: no list of all outputs, and the shares of processes just add up
-    metrics    figures of these rows, which of them decides which epoch is best, and the baseline that it must beat
-    answers    what `predict` returns and the columns of predictions.csv and items.csv
+    training   what is minimised, and what is summed over a step
+    rows       the few numbers that an evaluation keeps of each sample, so that shares of processes just add up
+    metrics    computed from these rows; which one decides the best epoch, and the baseline that it must beat
+    answers    what `predict` returns, and the columns of predictions.csv and items.csv
     figures    what inference.py draws
 
-It is plain data: `describe` gives what a checkpoint stores, `from_description` the task again. To add one, write a
-subclass of `Task` and enter it in TASKS.
+A task is plain data: `describe` gives what a checkpoint stores, `from_description` rebuilds the task. To add one, write
+a subclass of `Task` and enter it in TASKS.
 
-Letters: B samples of a batch, N samples, C classes, K numbers of an answer.
+Letters: B batch, N samples, C classes, K numbers in an answer.
 """
 
 import math
@@ -46,7 +47,7 @@ TOP = 3  # classes of an item in predictions.csv
 
 @dataclass(frozen=True)
 class Task:
-    """The base of all tasks. What it does itself is what most have in common."""
+    """The base of all tasks. Its own methods are what most tasks have in common."""
 
     kind: ClassVar[str]
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
@@ -57,29 +58,33 @@ class Task:
 
     @classmethod
     def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Task", list[str]]:
-        """(the task of the labels of the training data, as they stand in the file; notes for the user).
+        """(the task for these labels of the training data, cells as they stand in the file; notes for the user).
 
-        Labels that cannot be are left out: `read` says what is wrong with them.
+        Impossible labels are skipped: `read` says what is wrong with them.
         """
         raise NotImplementedError
 
     def check_names(self, path: str | None) -> None:
-        """Raise UserError where the labels of the training data at `path` are not enough for this task."""
+        """Check that the labels of the training data at `path` are enough for this task.
+
+        Raises:
+            UserError: they are not.
+        """
 
     def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
-        """(the targets of labels as they stand in a file, (N, ...); what is wrong with which of them)."""
+        """(the targets (N, ...) of these cells, None if some are wrong; an error for each wrong one)."""
         raise NotImplementedError
 
     def texts(self, targets: np.ndarray) -> list[str]:
-        """Of each target, by which data are recognised."""
+        """A text for each target, from which the fingerprint of the data is made."""
         return [str(target.tolist()) for target in targets]
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """(N,) int: the parts of which a split takes the same share each."""
+        """(N,) int: the stratum of each sample. A split takes the same share of every stratum."""
         raise NotImplementedError
 
     def absent(self, targets: np.ndarray) -> str | None:
-        """What does not occur among the targets of a split and should; None where nothing is missing."""
+        """A note on what is missing among the targets of a split; None if nothing is."""
         return None
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Task":
@@ -97,45 +102,50 @@ class Task:
         raise NotImplementedError
 
     def about(self) -> str:
-        """For the first lines of a run: '10 classes'."""
+        """A few words for the start of a run: '10 classes'."""
         raise NotImplementedError
 
     def objective(
         self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
     ) -> Tensor:
-        """What is minimised, summed over the samples: outputs (B, num_outputs), targets of `stack` -> ().
+        """What is minimised, summed over the samples: outputs (B, num_outputs), targets from `stack` -> ().
 
         weights: (B,), of each sample in this sum; None = 1.
         """
         raise NotImplementedError
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The sums over the samples that `step_names` names, (len(step_names),), on the device of the outputs."""
+        """The sums over the samples named in `step_names`, (len(step_names),), on the device of the outputs."""
         raise NotImplementedError
 
     def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """The figures of an epoch, named train_..., of the sums of its steps and their number of samples."""
+        """Training metrics of an epoch, named train_..., from the sums over its steps and their number of samples."""
         raise NotImplementedError
 
     # --- Evaluation ---
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
-        """What an evaluation keeps, a row for each sample: of outputs float32 (B, num_outputs) and targets, on the CPU.
+        """What an evaluation keeps of each sample, as columns: from outputs float32 (B, num_outputs) and targets, both
+        on the CPU.
 
-        'finite' (B,) bool says whether the outputs are finite numbers; the other columns are the task's.
+        'finite' (B,) bool says whether the outputs are finite numbers; the other columns are up to the task.
         """
         raise NotImplementedError
 
     def metrics(self, rows: Rows) -> dict[str, Any]:
-        """Metrics as plain data, float64. Raises ValueError where outputs are not finite."""
+        """Metrics as plain data, computed in float64.
+
+        Raises:
+            ValueError: some outputs are not finite.
+        """
         raise NotImplementedError
 
     def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
-        """What the log keeps of the validation of an epoch, named val_..."""
+        """The validation metrics that the log keeps of an epoch, named val_..."""
         raise NotImplementedError
 
     def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
-        """Of a line of the log; the highest is the best epoch. A tie is decided by the lower loss."""
+        """The score of a line of the log; the highest is the best epoch. The lower loss decides a tie."""
         if select_by == LAST_EPOCH:
             return (line["epoch"],)
         name = select_by or next(iter(self.higher_is_better))
@@ -145,11 +155,11 @@ class Task:
         return value if self.higher_is_better[name] else -value, -line["val_loss"]
 
     def tuned(self, rows: Rows) -> "Task":
-        """The task with what it chooses on validation data; `rows` are those of the validation split."""
+        """The task with what it chooses on validation data, from the rows of the validation split."""
         return self
 
     def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
-        """Columns of items.csv, from which every metric can be computed again."""
+        """The columns of items.csv, from which every metric can be recomputed."""
         raise NotImplementedError
 
     def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
@@ -157,7 +167,7 @@ class Task:
         raise NotImplementedError
 
     def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
-        """Places of the samples whose answers are most wrong, the worst first."""
+        """The numbers of the samples whose answers are most wrong, the worst first."""
         raise NotImplementedError
 
     def figures(self, rows: Rows) -> Figures:
@@ -166,27 +176,31 @@ class Task:
     def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
         return {}
 
-    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
-        """(the truth, the answer) of a sample, as text."""
+    def sides(self, rows: Rows, number: int) -> tuple[str, str]:
+        """(the true answer, the predicted one) of a sample, as text."""
         raise NotImplementedError
 
-    def caption(self, rows: Rows, place: int) -> str:
-        true, predicted = self.sides(rows, place)
+    def caption(self, rows: Rows, number: int) -> str:
+        true, predicted = self.sides(rows, number)
         return f"true {true}, predicted {predicted}"
 
-    def mistake(self, rows: Rows, place: int) -> list[str]:
+    def mistake(self, rows: Rows, number: int) -> list[str]:
         """Lines about a wrong answer."""
-        true, predicted = self.sides(rows, place)
+        true, predicted = self.sides(rows, number)
         return [f"true {true}", f"predicted {predicted}"]
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
-        """What colours a sample among others: (class numbers (N,), their names), or (numbers (N,), None)."""
+        """What samples are coloured by in a scatter plot: (class numbers (N,), their names) or (numbers (N,), None)."""
         raise NotImplementedError
+
+    def colour_meaning(self) -> str:
+        """Of what these numbers are."""
+        return "truth"
 
     # --- Answers ---
 
     def answer(self, output: Tensor) -> dict[str, Any]:
-        """What `predict` returns of an item: of its output, float64 (num_outputs,)."""
+        """What `predict` returns for an item, from its output float64 (num_outputs,)."""
         raise NotImplementedError
 
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +220,7 @@ def _refuse_infinite(rows: Rows) -> None:
         raise ValueError(f"the outputs of {broken} of {len(rows['finite'])} samples are not finite")
 
 
-# --- One class of several ---------------------------------------------------------------------------------------------
+# --- One class of several --------------------------------------------------------------------------------------------
 
 
 def _are_distinct(names: list[str]) -> bool:
@@ -253,7 +267,9 @@ class Classification(Task, ClassTargets):
         if not good:
             return cls([]), []
         cells, names = zip(*good, strict=True)
-        return cls(class_order(names)), slips(cells, names)
+        remedies = ["--class_weights balanced"] * (settings.class_weights == "none")
+        remedies += ["--select_by balanced_accuracy"] * (settings.select_by is None)
+        return cls(class_order(names)), slips(cells, names, remedies=remedies)
 
     def check_names(self, path: str | None) -> None:
         if len(self.class_names) < 2:
@@ -347,7 +363,7 @@ class Classification(Task, ClassTargets):
         return {
             "reliability": evaluation.reliability_table(rows["confidence"], correct),
             "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=correct),
-            "most_confident_mistakes": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+            "most_confident_mistakes": [{key: items[number][key] for key in keys} for number in self.worst(rows)],
         }
 
     def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
@@ -370,11 +386,11 @@ class Classification(Task, ClassTargets):
         by_length = analysis["accuracy_by_length"]
         return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
 
-    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
-        return tuple(plots.short(self.class_names[rows[name][place]]) for name in ("label", "predicted"))
+    def sides(self, rows: Rows, number: int) -> tuple[str, str]:
+        return tuple(plots.short(self.class_names[rows[name][number]]) for name in ("label", "predicted"))
 
-    def mistake(self, rows: Rows, place: int) -> list[str]:
-        return [*super().mistake(rows, place), f"confidence {rows['confidence'][place]:.1%}"]
+    def mistake(self, rows: Rows, number: int) -> list[str]:
+        return [*super().mistake(rows, number), f"confidence {rows['confidence'][number]:.1%}"]
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["label"], self.class_names
@@ -400,10 +416,10 @@ class Classification(Task, ClassTargets):
         return row
 
 
-# --- Numbers ----------------------------------------------------------------------------------------------------------
+# --- Numbers ---------------------------------------------------------------------------------------------------------
 
-BINS = 10  # of the first number, of which a split takes the same share each
-FARTHEST = 1e15  # standard deviations from the mean: float32 holds the square
+BINS = 10  # strata of the first number; a split takes the same share of each
+FARTHEST = 1e15  # standard deviations from the mean; float32 still holds the square
 
 
 @dataclass(frozen=True)
@@ -494,7 +510,7 @@ class Regression(Task):
                                 "to learn; leave it out, or add samples")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """Tenths of the samples by their first number."""
+        """The samples ranked by their first number, in tenths."""
         ranks = targets[:, 0].argsort(kind="stable").argsort(kind="stable")
         return ranks * max(1, min(BINS, len(targets) // BINS)) // len(targets)
 
@@ -526,7 +542,7 @@ class Regression(Task):
 
     @property
     def _unit(self) -> float:
-        """What the headline is given in: the user's unit of one number; of several, their training deviations."""
+        """The unit of the headline: the user's own for one number, the training standard deviations for several."""
         return self.std[0] if self.num_outputs == 1 else 1.0
 
     # --- Evaluation ---
@@ -556,10 +572,11 @@ class Regression(Task):
         return columns
 
     def _written(self, value: float, number: int) -> float:
-        """The shortest decimal that is the same float32 when it is standardised: a label as it stood in the file."""
+        """The shortest decimal that standardises to the same float32: the label as it stood in the file."""
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
-        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+        first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
+        shorter = (round(value, places) for places in range(first, first + 18))
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
@@ -571,9 +588,9 @@ class Regression(Task):
         return {
             "error_by_length": evaluation.by_length(rows["tokens"], mean_error=errors),
             "largest_errors": [
-                {**{key: value for key, value in items[place].items() if key not in ("split", "tokens")},
-                 "error": float(errors[place])}
-                for place in self.worst(rows)
+                {**{key: value for key, value in items[number].items() if key not in ("split", "tokens")},
+                 "error": float(errors[number])}
+                for number in self.worst(rows)
             ],
         }  # fmt: skip
 
@@ -592,11 +609,14 @@ class Regression(Task):
         by_length = analysis["error_by_length"]
         return {"error_by_length.png": partial(plots.plot_error_by_length, by_length)} if by_length else {}
 
-    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
-        return tuple(" ".join(f"{value:.4g}" for value in rows[name][place]) for name in ("true", "predicted"))
+    def sides(self, rows: Rows, number: int) -> tuple[str, str]:
+        return tuple(" ".join(f"{value:.4g}" for value in rows[name][number]) for name in ("true", "predicted"))
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"][:, 0], None
+
+    def colour_meaning(self) -> str:
+        return f"true {self.target_names[0]}"
 
     # --- Answers ---
 
@@ -608,14 +628,15 @@ class Regression(Task):
         return {name: self._written(answer["values"][name], i) for i, name in enumerate(self.target_names)}
 
 
-# --- Several labels at once -------------------------------------------------------------------------------------------
+# --- Several labels at once ------------------------------------------------------------------------------------------
 
+FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
 @dataclass(frozen=True)
 class MultiLabel(Task):
-    """Any number of labels an item, each there or not.
+    """Any number of labels for an item, each present or not.
 
     Args:
         class_names: of the labels.
@@ -706,11 +727,13 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The combinations of labels; of those that occur once, the rarest label, so that training keeps some of it."""
+        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
+        each of many rare combinations on its own would hold out far more than was asked for.
+        """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
         rarest = np.where(targets.any(1), frequency.argmin(1), self.num_outputs)
-        return np.where(counts[strata] > 1, strata, len(counts) + rarest)
+        return np.where(counts[strata] >= FREQUENT, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
         absent = np.flatnonzero(~targets.any(0))
@@ -789,7 +812,7 @@ class MultiLabel(Task):
         return {
             "reliability": evaluation.reliability_table(confidence.ravel(), sure_right.ravel()),
             "accuracy_by_length": evaluation.by_length(rows["tokens"], accuracy=right.mean(1)),
-            "worst_items": [{key: items[place][key] for key in keys} for place in self.worst(rows)],
+            "worst_items": [{key: items[number][key] for key in keys} for number in self.worst(rows)],
         }
 
     def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
@@ -815,12 +838,15 @@ class MultiLabel(Task):
         by_length = analysis["accuracy_by_length"]
         return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
 
-    def sides(self, rows: Rows, place: int) -> tuple[str, str]:
-        predicted = self._probabilities(rows)[place] >= self.thresholds
-        return tuple(plots.short(self._names(there)) or "none" for there in (rows["true"][place], predicted))
+    def sides(self, rows: Rows, number: int) -> tuple[str, str]:
+        predicted = self._probabilities(rows)[number] >= self.thresholds
+        return tuple(plots.short(self._names(there)) or "none" for there in (rows["true"][number], predicted))
 
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         return rows["true"].sum(1), None
+
+    def colour_meaning(self) -> str:
+        return "number of true labels"
 
     # --- Answers ---
 
@@ -835,7 +861,7 @@ class MultiLabel(Task):
         return {"labels": ";".join(answer["labels"]), **shares}
 
 
-# --- Descriptions -----------------------------------------------------------------------------------------------------
+# --- Descriptions ----------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
 
@@ -846,7 +872,11 @@ def describe(task: Task) -> dict[str, Any]:
 
 
 def from_description(description: Any, where: str = "the task") -> Task:
-    """The task that `describe` described. Raises UserError, which begins with `where`, for what it never writes."""
+    """The task that `describe` described.
+
+    Raises:
+        UserError: `describe` never writes this; the message begins with `where`.
+    """
     values = read(description, dict[str, Any], where)
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in TASKS:

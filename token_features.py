@@ -413,9 +413,9 @@ class TokenFeatures(nn.Module):
         embedding_dim: width of that embedding.
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
-        num_frequency_bands, max_resolution: of computed positions, see :class:`PositionFeatures`.
-        stem: what the features pass first. "linear": :class:`LinearStem`; "conv": :class:`ConvStem` for images,
-            :class:`SequenceConvStem` for sequences; "windows": :class:`WindowStem`, for sequences.
+        num_frequency_bands, max_resolution: of computed positions, see `PositionFeatures`.
+        stem: what the features pass first. "linear": `LinearStem`; "conv": `ConvStem` for images,
+            `SequenceConvStem` for sequences; "windows": `WindowStem`, for sequences.
         stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
         window: steps of a token of the stem "windows".
         stride: steps from a token to the next behind the stem "windows" or, for sequences, "conv"; default 1.

@@ -73,7 +73,7 @@ from config import (
 )
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
-from messages import UserError, exit_on_user_error, figure_text, memory_advice, print_note, printable, quoted
+from messages import UserError, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable, quoted
 from perceiver_model import PerceiverModel
 from progress import (
     STOP_SIGNALS,
@@ -92,10 +92,10 @@ from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
 SMALL_VALIDATION = 50  # samples; with fewer, own series keep the last epoch
-READ_EVERY = 20  # steps between two copies of their figures from a CUDA device, which wait for it; on a CPU, 1
+READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
-# --- What helps when memory runs out ----------------------------------------------------------------------------------
+# --- What helps when memory runs out ---------------------------------------------------------------------------------
 
 GO_ON = "; the last checkpoint is whole, continue from it with --resume"
 MODEL_REMEDIES = (
@@ -118,7 +118,7 @@ def step_remedies(settings: Settings) -> list[str]:
 
 
 def data_remedies(settings: Settings) -> list[str]:
-    """The settings of this data set that make it smaller."""
+    """What makes this data set smaller."""
     names = ("num_samples", "seq_len_range", "feature_dim", "image_size")
     sizes = [flag_of(name) for name in names if has_effect(settings, name)]
     return [
@@ -131,7 +131,7 @@ def data_remedies(settings: Settings) -> list[str]:
 
 @contextmanager
 def compiler_advice() -> Iterator[None]:
-    """Turn what torch.compile cannot do on this machine, mostly for lack of a compiler, into a UserError."""
+    """Turn a failure of torch.compile on this machine, usually a missing compiler, into a UserError."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -143,12 +143,12 @@ def compiler_advice() -> Iterator[None]:
         raise UserError(f"--compile: {reason}; install what is missing, or train with --no_compile") from error
 
 
-# --- A run ------------------------------------------------------------------------------------------------------------
+# --- A run -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """What `prepare` makes of settings and data, for `fit` and `finish`."""
+    """A training run: what `prepare` makes for `fit` and `finish`."""
 
     settings: Settings
     data: dict[str, Any]  # its description, see data_utils.load_splits
@@ -160,7 +160,7 @@ class Run:
     model_args: dict[str, Any]
     state: RunState
     replica: nn.Module  # the model as a step calls it: compiled, and with several processes in DistributedDataParallel
-    evaluated: nn.Module  # what is validated
+    evaluated: nn.Module  # what is validated: the average of the weights, if one is kept
     sums: StepSums
     log: RunLog
     stop: StopRequest
@@ -173,11 +173,11 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def read_sums(self) -> None:
-        """Read the figures of the steps from the device; what is not finite ends the run here."""
+        """Read the sums of the steps from the device. A sum that is not finite ends the run here."""
         self.log.steps(self.sums.read())
 
     def save(self, name: str) -> None:
-        """Called in all processes, since each has a part of the state; the first one writes."""
+        """Write a checkpoint. All processes call this, since each has a part of the state; the first one writes."""
         self.read_sums()  # nothing is saved before it is known to be finite
         state = self.state.state()
         self.log.flush()  # the curves are never behind the checkpoint
@@ -189,13 +189,14 @@ class Run:
 
 
 def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> int:
-    """Run, or continue, a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
+    """Start or continue a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
 
     Args:
-        checkpoint: what to continue from, and `resumed` its file; neither for a new run.
+        checkpoint, resumed: what to continue from, and its file; None for a new run.
 
     Raises:
-        UserError: a mistake in settings or data, a file that cannot be written, memory or numbers that ran out.
+        UserError: a mistake in settings or data, a file that cannot be written, memory that ran out, a loss that is
+            not finite.
     """
     run = prepare(settings, checkpoint, resumed)
     if checkpoint is None:
@@ -208,11 +209,11 @@ def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed:
     return 0
 
 
-# --- Before the first step --------------------------------------------------------------------------------------------
+# --- Before the first step -------------------------------------------------------------------------------------------
 
 
 def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> Run:
-    """Read the data, make the model and all else, and try out what can fail before any file is written or moved."""
+    """Read the data, make the model and everything else, and rehearse a step before any file is written or moved."""
     device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
     if device.type == "cuda":
@@ -300,7 +301,11 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
 
 
 def check_size(settings: Settings, device: torch.device) -> None:
-    """Refuse a model that cannot be, or is too large for the device, before any data is read or downloaded."""
+    """Check that the model can be built and fits the device, before any data is read or downloaded.
+
+    Raises:
+        UserError: it cannot, or does not.
+    """
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
         sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2})
     number = sum(parameter.numel() for parameter in sketch.parameters())
@@ -330,7 +335,7 @@ def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
     progress = Progress.from_dict(checkpoint["progress"])
-    progress.test = {}  # until it has ended again
+    progress.test = {}  # the run is open again until it ends
     return progress
 
 
@@ -342,7 +347,11 @@ def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
 
 
 def check_data(checkpoint: dict[str, Any], data: dict[str, Any]) -> None:
-    """Raise UserError unless the data are those of the run so far."""
+    """Check that the data are those of the run so far.
+
+    Raises:
+        UserError: they are not.
+    """
     for what in ("split_sizes", "fingerprints"):
         if data[what] != checkpoint["data"][what]:
             raise UserError(
@@ -352,9 +361,14 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, Any]) -> None:
 
 
 def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, Any], batches: int) -> None:
-    """Raise UserError, before memory is taken for it, unless settings, data and weights are those of one model."""
+    """Check that settings, data and weights belong to one model, before memory is taken for it.
+
+    Raises:
+        UserError: they do not.
+    """
     old, new = checkpoint["model_args"], model_arguments(settings, data)
-    check_model_arguments(old)
+    with naming("the checkpoint's model arguments are refused"):
+        check_model_arguments(old)
     for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
         if old[name] != new.get(name):
             raise UserError(
@@ -368,20 +382,20 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
 
 
 def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
-    """The model, compiled, with the random numbers of the plain one. On CUDA batches of one shape run as CUDA graphs,
-    one launch instead of hundreds.
+    """The compiled model, which draws the same random numbers as the plain one. On CUDA, batches of one shape run as
+    CUDA graphs: one launch instead of hundreds.
 
-    A graph leaves its gradients in memory that its next run uses again, so they cannot be accumulated or exchanged.
+    A graph leaves its gradients in memory that its next run overwrites, so they cannot be accumulated or exchanged.
     """
-    options = {"fallback_random": True}  # torch's own kernel for dropout, which also makes 4 numbers at a time
+    options = {"fallback_random": True}  # dropout by torch's own kernel, as in the plain model
     if device.type == "cuda" and accumulation_steps == 1 and distributed.size() == 1:
         options |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     return torch.compile(model, options=options)
 
 
 def rehearse(run: Run) -> None:
-    """The passes of a training step over the first batch of the epoch, which leave no trace: neither in gradients and
-    statistics of batches nor in the random numbers."""
+    """Forward and backward pass over the first batch of the epoch. They leave no trace in gradients, in statistics of
+    batch norm or in random numbers."""
     model, loader, device = run.replica, run.loaders["train"], run.device
     first = loader.batch_sampler.batches(run.state.progress.epoch)[0]
     numbers = loaded_of(first, distributed.rank(), distributed.size())
@@ -399,7 +413,7 @@ def rehearse(run: Run) -> None:
     model.zero_grad(set_to_none=True)
 
 
-# --- The loop ---------------------------------------------------------------------------------------------------------
+# --- The loop --------------------------------------------------------------------------------------------------------
 
 
 def fit(run: Run) -> None:
@@ -411,10 +425,10 @@ def fit(run: Run) -> None:
     batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
 
     while not (stop.agreed or progress.is_finished(settings.num_epochs, settings.early_stopping_patience)):
-        # One epoch; its order and augmentation depend on seed and epoch alone
+        # One epoch. Its order and augmentation depend on seed and epoch alone
         model.train()
         set_epoch(run.loaders["train"], progress.epoch, progress.batch)
-        # The sample numbers of every batch still to come, of which each process computes its share
+        # The sample numbers of every batch still to come; each process computes its share of them
         order = run.loaders["train"].batch_sampler.batches(progress.epoch)[progress.batch :]
         batches = iter(run.loaders["train"])
         run.log.begin_epoch(len(order))
@@ -427,8 +441,8 @@ def fit(run: Run) -> None:
             sums = torch.zeros(1 + len(task.step_names), device=device)
             for numbers in group:
                 batch = next(batches)
-                # 0 where a short last batch leaves this process none: it computes a dummy sample, of which nothing
-                # counts, so that all processes call backward
+                # 0 if a short last batch leaves this process none: it then computes a dummy sample that does not count,
+                # so that all processes call backward
                 own = len(share_of(numbers, rank, size))
                 exchange = nullcontext() if numbers is group[-1] else distributed.no_sync(run.replica)
                 if not own:
@@ -499,24 +513,29 @@ def stopped(run: Run) -> int:
     last = run.folder / LAST
     say(
         f"{signal.Signals(run.stop.agreed).name}: saved {printable(str(last))} at step {run.state.progress.step}. "
-        f"Go on with: {distributed.launcher()} train.py --resume {quoted(last)}"
+        f"Continue with: {distributed.launcher()} train.py --resume {quoted(last)}"
     )
     distributed.barrier()
     return 0 if distributed.is_started_again() else 128 + run.stop.agreed
 
 
-# --- Evaluation -------------------------------------------------------------------------------------------------------
+# --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def collect(run: Run, model: nn.Module, loader: Any, batches: int | None = None) -> dict[str, np.ndarray]:
-    """The rows of `evaluation.collect` over the first `batches` of a loader, in the first process; in others {}."""
+    """The rows of `evaluation.collect` over the first `batches` of a loader, gathered in the first process; {} in the
+    others."""
     found = evaluation.collect(model, islice(loader, batches), run.task, run.device, run.amp_dtype)
     parts = distributed.gather(found)
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
 
 def metrics_of(task: Task, rows: dict[str, np.ndarray], split: str) -> dict[str, Any]:
-    """The metrics of what `collect` found, in all processes. Raises UserError where outputs are not finite."""
+    """The metrics of the rows from `collect`, in all processes.
+
+    Raises:
+        UserError: some outputs are not finite.
+    """
     try:
         return distributed.broadcast(lambda: task.metrics(rows))
     except ValueError as error:
@@ -524,7 +543,7 @@ def metrics_of(task: Task, rows: dict[str, np.ndarray], split: str) -> dict[str,
 
 
 def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """(the metrics of the validation split or of its first batches, those that the log keeps)."""
+    """(all metrics of the validation split or of its first batches, those that the log keeps)."""
     settings = run.settings
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
@@ -536,11 +555,11 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
     return metrics, run.task.epoch_figures(metrics, settings.select_by)
 
 
-# --- After the last step ----------------------------------------------------------------------------------------------
+# --- After the last step ---------------------------------------------------------------------------------------------
 
 
 def finish(run: Run) -> None:
-    """Draw the curves, test the best model, save that the run has ended, and say what to do next."""
+    """Draw the curves, test the best model, record that the run has ended, and say what to do next."""
     progress, folder, device = run.state.progress, run.folder, run.device
     tested, name, task = progress.best, BEST, run.task
     with memory_advice("at the end", ("a smaller --batch_size", "closing other programs"), GO_ON):
@@ -552,8 +571,8 @@ def finish(run: Run) -> None:
         else:
             model, tested, name = run.state.kept, progress.history[-1], LAST
             print_note(
-                f"{folder / BEST} does not hold this run's best model (epoch {progress.best['epoch']}) any more; what "
-                f"follows is about the last one, {folder / LAST}"
+                f"{folder / BEST} no longer holds this run's best model (epoch {progress.best['epoch']}); the last "
+                f"one, {folder / LAST}, is tested instead"
             )
         share = distributed.rank(), distributed.size()
         loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=task)
@@ -568,11 +587,11 @@ def finish(run: Run) -> None:
 
 
 def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
-    """The checkpoint of this run's best epoch, or None where its file is gone, damaged or another one."""
+    """The checkpoint of this run's best epoch, or None if its file is gone, damaged or of another run."""
     try:
         checkpoint = load_checkpoint(folder / BEST)
         found = checkpoint["progress"]["run_name"], checkpoint["epoch"]
-    except (UserError, KeyError, TypeError):  # nothing that a run has written
+    except (UserError, KeyError, TypeError):  # not written by a run
         return None
     return checkpoint if found == (progress.run_name, progress.best["epoch"]) else None
 
@@ -581,7 +600,7 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
 
 
 def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], settings: Settings) -> None:
-    """Count the batches done of a begun epoch in the new batch size; the samples and their order stay the same."""
+    """Recount the batches done in an unfinished epoch by the new batch size; the samples and their order stay."""
     progress, size = checkpoint["progress"], settings.batch_size
     old_size = Settings.from_dict(checkpoint["settings"]).batch_size
     num_samples = checkpoint["data"]["split_sizes"]["train"]
@@ -598,14 +617,14 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
 
 
 def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
-    """Settings, where they came from, and the checkpoint of a run that goes on."""
+    """(the settings of a resumed run, where they came from, its checkpoint)."""
     path = Path(args.resume)
     checkpoint = distributed.broadcast(load_checkpoint, path)
     check_run(checkpoint, path)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
         raise UserError(
-            f"--checkpoint_dir {asked['checkpoint_dir']}: a resumed run goes on in the folder of its checkpoint, "
+            f"--checkpoint_dir {asked['checkpoint_dir']}: a resumed run stays in the folder of its checkpoint, "
             f"{path.parent}; leave --checkpoint_dir out"
         )
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
@@ -617,10 +636,10 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)
     for name, (old, new) in inexact.items():
-        print_note(f"{name} changed from {old} to {new}: the run is no longer the one that began")
+        print_note(f"{name} changed from {old} to {new}: the result is no longer that of an unbroken run")
     old, new = 1 + len(checkpoint.get("other_random_states", [])), distributed.size()
     if old != new:
-        print_note(f"processes changed from {old} to {new}: the same batches, other draws of dropout")
+        print_note(f"processes changed from {old} to {new}: the batches stay the same, dropout draws other masks")
     old, new = checkpoint.get("threads"), torch.get_num_threads()
     if old not in (None, new) and choose_device(settings.device).type == "cpu":
         print_note(
@@ -639,11 +658,11 @@ def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
 def command(argv: list[str] | None) -> int:
     args = make_parser(__doc__).parse_args(argv)
     if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
-        print_note("torchrun started the processes anew")
+        print_note("torchrun restarted the processes")
         args.resume = earlier
     if args.resume:
         folder = Path(args.resume).parent
-        writable = os.access(folder, os.W_OK)  # what is not may hold a finished run
+        writable = os.access(folder, os.W_OK)  # a finished run may lie in a folder that is not
         with owned_by_first(folder) if writable else nullcontext():
             return resume(args)
     settings, sources = resolve(args.flags, args.file)
@@ -652,12 +671,12 @@ def command(argv: list[str] | None) -> int:
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
-    """The folder of a run belongs to its first process, which alone writes there."""
+    """Own the folder of a run, in the first process, which alone writes there."""
     return owned(folder) if distributed.is_first() else nullcontext()
 
 
 def resume(args: Any) -> int:
-    """Go on with a run, unless it has ended."""
+    """Continue a run, unless it has ended."""
     settings, sources, checkpoint = resumed(args)
     progress = Progress.from_dict(checkpoint["progress"])
     curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
@@ -666,7 +685,7 @@ def resume(args: Any) -> int:
         more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
         print(
             f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
-            f"epochs; to go on, raise {more}"
+            f"epochs; to train longer, raise {more}"
         )
         return 0
     headline = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task").headline
@@ -688,7 +707,7 @@ def show_and_train(
     try:
         return train(settings, checkpoint, resumed)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
-        print("interrupted; --resume goes on from the last checkpoint, if one was saved")
+        print("interrupted; --resume continues from the last checkpoint, if one was saved")
         return 128 + signal.SIGINT
 
 

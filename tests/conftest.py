@@ -44,7 +44,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, best: path.write_text("curves"))
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
 
     def call(flags):
         try:

@@ -75,7 +75,7 @@ def test_fitted_descriptions_are_plain():
         assert through_json(adapter) == adapter
 
 
-# -- tensors --------------------------------------------------------------------------------------------------
+# --- Tensors ---------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -103,7 +103,7 @@ def test_tensors_that_cannot_be_used(item, expected):
     assert expected in message(TensorAdapter(3), item)
 
 
-# -- text -----------------------------------------------------------------------------------------------------
+# --- Text ------------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -131,7 +131,7 @@ def test_texts_that_cannot_be_used(text, expected):
     assert expected in message(TextAdapter(), text)
 
 
-# -- series ---------------------------------------------------------------------------------------------------
+# --- Series ----------------------------------------------------------------------------------------------------------
 
 
 def plain_statistics(series, limit):
@@ -205,7 +205,7 @@ def test_a_channel_that_lacks_values_only_later_is_the_mean_there():
     (np.zeros((1, 4, 2)), "shape (1, 4, 2)"),
     (np.zeros((0, 2)), "empty"),
     ([[0, math.inf]], "infinity"),
-    ([[0, 1e300]], "too far from those of training"),  # would be infinite in float32
+    ([[0, 1e300]], "too far from the training values"),  # would be infinite in float32
     ([[0, 1j]], "complex"),
     ([[1, 2], [3]], "not an array of numbers"),
     ([["a", "b"]], "not an array of numbers"),
@@ -222,7 +222,7 @@ def test_series_without_statistics():
     assert "channel 1 has values too large" in message(SeriesAdapter.fit, [np.array([[1e300], [-1e300]])])
 
 
-# -- images ---------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -422,7 +422,7 @@ def test_a_ramp_stays_a_ramp():
     np.testing.assert_allclose(square_pixels(ramp, 10)[:, 1:-1, 0], np.tile(expected, (10, 1))[:, 1:-1], atol=1)
 
 
-# -- statistics -----------------------------------------------------------------------------------------------
+# --- Statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_come_from_the_training_split_only(tmp_path):

@@ -148,7 +148,7 @@ def test_a_system_call_that_fails(path, monkeypatch, function, number):
         patch.setattr(files, "PATIENCE", 0.1)
         with pytest.raises(UserError) as error:
             save_checkpoint(path, NEW)
-    for part in (str(path), os.strerror(number), "still holds the one before", "--checkpoint_dir", "--resume"):
+    for part in (str(path), os.strerror(number), "still holds the previous one", "--checkpoint_dir", "--resume"):
         assert part in str(error.value)
     assert holds(path, OLD)
     assert os.listdir(path.parent) == [LAST]
@@ -392,7 +392,7 @@ def test_a_part_that_is_missing_is_named(tmp_path, name):
     path = tmp_path / "model.pth"
     for contents in ({part: OLD[part] for part in OLD if part != name}, OLD | {name: None}, OLD | {name: "text"}):
         save_checkpoint(path, contents)
-        with pytest.raises(UserError, match=f"^{path} is no whole checkpoint: {name} (is missing|must be )"):
+        with pytest.raises(UserError, match=f"^{path} is not a whole checkpoint: {name} (is missing|must be )"):
             load_checkpoint(path)
 
 
@@ -440,7 +440,7 @@ def test_weights_that_do_not_fit_are_all_listed(path):
             load()
         for part in (
             f"missing {missing}", "unexpected 'encoder.extra'", f"{reshaped} is (7, 7) where the model has {shape}",
-            f"{no_tensor} is no tensor",
+            f"{no_tensor} is not a tensor",
         ):  # fmt: skip
             assert part in str(error.value)
     assert same(dict(before.state_dict()), kept)

@@ -85,7 +85,7 @@ def problems(function, *args, **kwargs):
     return str(caught.value).splitlines()
 
 
-# -- types -----------------------------------------------------------------------------------------------
+# --- Types -----------------------------------------------------------------------------------------------------------
 
 
 def assert_declared_types(chosen):
@@ -197,7 +197,7 @@ def test_whole_floats_are_whole_numbers_and_ints_are_numbers():
     assert repr((chosen.num_samples, chosen.seq_len_range, chosen.grad_clip)) == "(100000, (50, 60), 2.0)"
 
 
-# -- the file --------------------------------------------------------------------------------------------
+# --- The file --------------------------------------------------------------------------------------------------------
 
 
 def test_the_example_file():
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, data):
         assert str(tmp_path) in str(error)
 
 
-# -- where values come from ------------------------------------------------------------------------------
+# --- Where values come from ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -365,7 +365,7 @@ def test_given_settings_without_effect_are_named():
     assert config.unused_settings(*resolve(file=file)) == []
 
 
-# -- resume ----------------------------------------------------------------------------------------------
+# --- Resume ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_checkpoint_takes_the_place_of_the_defaults():
@@ -416,7 +416,7 @@ def test_what_no_machine_could_hold_is_refused(needed, refused):
         config.check_memory(needed, "so much")
 
 
-# -- the command line ------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------------------
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
@@ -496,7 +496,7 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     text = " ".join(make_parser("test").format_help().split())
     assert "--config FILE JSON file" in text
-    assert "--resume [FILE] go on" in text
+    assert "--resume [FILE] continue" in text
     for name, field in FIELDS.items():
         meaning, unit = field.metadata["help"], field.metadata["unit"]
         assert unit or field.type in (bool, str, str | None) or name == "seed"
@@ -523,7 +523,7 @@ def test_the_printed_settings_are_those_in_force():
     assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
 
 
-# -- what "auto" means -----------------------------------------------------------------------------------
+# --- What "auto" means -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -568,7 +568,7 @@ def test_fp16_without_cuda_is_refused():
     assert line == "amp: fp16 needs a CUDA device, not cpu; choose one of auto, bf16, off"
 
 
-# -- a real process --------------------------------------------------------------------------------------
+# --- A real process --------------------------------------------------------------------------------------------------
 
 COMMAND = """
 import sys

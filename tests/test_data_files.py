@@ -60,7 +60,7 @@ def same(found, expected):
         np.testing.assert_array_equal(one, other, strict=True)
 
 
-# -- series: values -------------------------------------------------------------------------------------------
+# --- Series: values --------------------------------------------------------------------------------------------------
 
 HEADER = "@problemName Speakers of vowels\n@timeStamps false\n@univariate false\n@classLabel true a b\n"
 
@@ -93,11 +93,11 @@ def test_long_table(tmp_path):
     path = write(tmp_path / "a.csv", "when,id,label,x\n1,b,up,5\n1,a,down, 6\n?,b,up,NA\n3,b, up ,\n")
     items = read_series(path)
     same(items.values, [np.array([[1.0, 5], [np.nan, np.nan], [3, np.nan]]), np.array([[1.0, 6]])])
-    assert (items.ids, items.labels, items.features) == (["b", "a"], ["up", "down"], ["when", "x"])
+    assert (items.ids, items.labels, items.columns) == (["b", "a"], ["up", "down"], ["when", "x"])
     assert items.places == [f"{path}, line 2", f"{path}, line 3"]
     unlabelled = read_series(path, labelled=False)
     same(unlabelled.values, items.values)
-    assert unlabelled.labels is None and unlabelled.features == ["when", "x"]
+    assert unlabelled.labels is None and unlabelled.columns == ["when", "x"]
 
 
 def test_npz(tmp_path):
@@ -195,7 +195,7 @@ def test_a_series_per_row_below_a_header(tmp_path):
     path = write(tmp_path / "a.csv", "label,t0,t1,t2\nup,1,2,3\ndown,4,,6\n")
     items = read_series(path)
     same(items.values, expected)
-    assert (items.ids, items.labels, items.features) == (["1", "2"], ["up", "down"], ["t0", "t1", "t2"])
+    assert (items.ids, items.labels, items.columns) == (["1", "2"], ["up", "down"], ["t0", "t1", "t2"])
     assert "columns t0 to t2: each row is read as a whole series (--table_rows steps" in items.notes[0]
     told = Settings(table_rows="series")
     path = write(tmp_path / "b.csv", "id,t10,t9,label,t11\np,2,1,up,3\nq,,4,down,6\n")  # sorted as text
@@ -217,7 +217,7 @@ def test_a_row_is_no_series_without_a_word(tmp_path):
     assert "if each row is a whole series, say --table_rows series" in message(read_series, path)
     path = write(tmp_path / "b.csv", "1,0.5,0.25\n2,0.5,0.75\n")
     found = message(read_series, path)
-    assert "line 1: '0.25' is a number, no name of a column" in found and "--table_rows series" in found
+    assert "line 1: '0.25' is a number, not a column's name" in found and "--table_rows series" in found
     items = read_series(path, Settings(table_rows="series"))
     assert items.labels == ["1", "2"] and items.values[1].tolist() == [[0.5], [0.75]]
 
@@ -235,7 +235,7 @@ def test_features_are_chosen_and_ordered_by_name(tmp_path):
     assert "line 2, column 'when': '09:00' is not" in found and "--ignore_columns when" in found
     items = read_series(path, Settings(ignore_columns="when"))
     same(items.values, [np.array([[5.0, 6], [7, 8]])])
-    assert items.features == ["a,b", "x"]
+    assert items.columns == ["a,b", "x"]
     for chosen, expected in (('x,"a,b"', [[6.0, 5], [8, 7]]), ("x", [[6.0], [8]])):
         same(read_series(path, Settings(feature_columns=chosen)).values, [np.array(expected)])
     same(read_series(path, Settings(ignore_columns="when"), known=["x", "a,b"]).values, [np.array([[6.0, 5], [8, 7]])])
@@ -310,11 +310,11 @@ def test_cells_that_are_missing(tmp_path, cell):
 def test_an_index_that_was_read_and_written_again_is_no_feature(tmp_path):
     path = write(tmp_path / "a.csv", "Unnamed: 0,id,label,x\n0,1,a,5\n1,1,a,6\n")
     items = read_series(path)
-    assert items.features == ["x"]
+    assert items.columns == ["x"]
     assert items.notes == [f"{path}: column 'Unnamed: 0' counts the rows, so it is left out"]
-    assert read_series(path, Settings(feature_columns="Unnamed: 0,x")).features == ["Unnamed: 0", "x"]
+    assert read_series(path, Settings(feature_columns="Unnamed: 0,x")).columns == ["Unnamed: 0", "x"]
     path = write(path, "Unnamed: 0,id,label,x\n0.5,1,a,5\n1,1,a,6\n")
-    assert read_series(path).features == ["Unnamed: 0", "x"]
+    assert read_series(path).columns == ["Unnamed: 0", "x"]
 
 
 def test_the_rows_of_a_series_may_spell_its_label_in_two_ways(tmp_path):
@@ -354,8 +354,8 @@ def test_devices_are_not_read(tmp_path, name):
 def test_settings_that_say_nothing_to_a_file_are_noted():
     given = ["id_column", "encoding", "max_unpacking", "batch_size"]
     assert without_effect([Path("a.ts")], given) == [
-        "id_column has no effect: .ts files have no such thing",
-        "max_unpacking has no effect: .ts files have no such thing",
+        "id_column has no effect on .ts files",
+        "max_unpacking has no effect on .ts files",
     ]
     assert without_effect([Path("a.csv"), Path("b.npz")], given) == []
     assert without_effect([Path("folder")], given) == []
@@ -408,7 +408,7 @@ def test_series_come_back(tmp_path, data):
     assert items.labels == [str(n % 2) for n in range(len(series))]
 
 
-# -- series: mistakes -----------------------------------------------------------------------------------------
+# --- Series: mistakes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -570,7 +570,7 @@ def test_garbage_is_a_users_mistake(tmp_path, garbage, start):
                     assert str(path) in str(error)
 
 
-# -- texts ----------------------------------------------------------------------------------------------------
+# --- Texts -----------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -609,7 +609,7 @@ def test_labels_are_handed_on_as_they_stand(tmp_path):
 
 @pytest.mark.parametrize("line, expected", [
     ("{", "line 3: column 2: Expecting property name"),
-    ("[1]", "line 3: [1] is no object; write one object per line"),
+    ("[1]", "line 3: [1] is not an object; write one object per line"),
     ('{"text": "a", "text": "b"}', "line 3: key 'text' is there more than once"),
     ('{"text": 3, "label": "a"}', "line 3, column 'text': it is 3, not text"),
     ('{"label": "a"}', "line 3, column 'text': it is empty"),
@@ -643,7 +643,7 @@ def test_long_cells_and_many_columns(tmp_path):
     assert "c18, c19 and 5 more" in message(read_texts, path)
 
 
-# -- manifests ------------------------------------------------------------------------------------------------
+# --- Manifests -------------------------------------------------------------------------------------------------------
 
 COLUMNS = {"image": "photo", "text": "text", "series": "series"}
 

@@ -77,7 +77,7 @@ def assert_same_batches(left, right):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-# -- order ----------------------------------------------------------------------------------------------------
+# --- Order -----------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -220,7 +220,7 @@ def test_everything_a_worker_needs_can_be_pickled():
             pickle.loads(pickle.dumps(part))
 
 
-# -- items and batches ----------------------------------------------------------------------------------------
+# --- Items and batches -----------------------------------------------------------------------------------------------
 
 MASK_TYPES = ["bool", "uint8", "int32", "int64", "float16", "float32", "float64"]
 
@@ -396,7 +396,7 @@ def test_longer_sequences_are_cut():
         create_dataloader(numbered([2, 9, 5]), 3, max_seq_len=0)
 
 
-# -- splits ---------------------------------------------------------------------------------------------------
+# --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -456,7 +456,7 @@ def test_every_data_set_of_the_settings_can_be_loaded():
     assert data_utils.DATASETS.keys() == DATASET_DEFAULTS.keys()
 
 
-# -- synthetic sequences --------------------------------------------------------------------------------------
+# --- Synthetic sequences ---------------------------------------------------------------------------------------------
 
 
 def test_a_synthetic_sequence_depends_on_seed_split_and_number_alone():
@@ -500,7 +500,7 @@ def test_mean_variance_and_length_do_not_tell_the_class_but_time_does():
     assert held_out_accuracy(np.array(spectra), labels) > 0.8
 
 
-# -- images ---------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
 def random_images(num=6, height=8, width=12, channels=3):
@@ -594,7 +594,7 @@ def test_only_training_images_are_augmented():
             assert seen["mask"].all() and seen["mask"].shape == (50, 16)
 
 
-# -- digits ---------------------------------------------------------------------------------------------------
+# --- Digits ----------------------------------------------------------------------------------------------------------
 
 
 def test_digits_splits():
@@ -620,7 +620,7 @@ def test_digits_splits():
     assert evaluated["test"][0]["input"].shape == (4, 16)
 
 
-# -- CIFAR-10 -------------------------------------------------------------------------------------------------
+# --- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -355,7 +355,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
         assert load_checkpoint(two / name / "checkpoints" / LAST)["step"] == step
     assert (
         f"SIGTERM: saved checkpoints/{LAST} at step 5. "
-        f"Go on with: torchrun --standalone --nproc_per_node=2 train.py --resume checkpoints/{LAST}\n"
+        f"Continue with: torchrun --standalone --nproc_per_node=2 train.py --resume checkpoints/{LAST}\n"
     ) in (two / "output.txt").read_text()
 
 
@@ -397,8 +397,8 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     os.kill(group.workers()[0], signal.SIGKILL)
     assert group.end() != 0 and time.monotonic() - killed < 20
     text = group.text()
-    assert text.count("note: torchrun started the processes anew") == text.count("the earlier run in checkpoints") == 1
-    for start in text.split("note: torchrun started"):  # the other process may be ended before it can say so
+    assert text.count("note: torchrun restarted the processes") == text.count("the earlier run in checkpoints") == 1
+    for start in text.split("note: torchrun restarted"):  # the other process may be ended before it can say so
         assert start.count("error: ") == start.count("error: lost another process of the run") <= 1, text
     assert "exitcode  : -9" in text and "RuntimeError" not in text
     epochs = [int(number) for number in re.findall(r"^epoch +(\d+)/500", text, re.MULTILINE)]
@@ -435,7 +435,7 @@ def test_control_c_of_torchrun_saves_and_ends(tmp_path):
     assert time.monotonic() - sent < 20
     text = group.text()
     step = load_checkpoint(tmp_path / "checkpoints" / LAST)["step"]
-    assert text.count(f"SIGINT: saved checkpoints/{LAST} at step {step}. Go on with: torchrun") == 1, text
+    assert text.count(f"SIGINT: saved checkpoints/{LAST} at step {step}. Continue with: torchrun") == 1, text
     assert "error: " not in text and "Error" not in text.replace("SignalException", "")
 
 

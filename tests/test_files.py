@@ -132,7 +132,7 @@ def test_it_is_given_up_in_the_end(tmp_path, monkeypatch):
 def test_each_kind_of_failure_has_its_remedy(number, filename, says):
     with pytest.raises(UserError) as error, disk_advice():
         raise OSError(number, os.strerror(number), filename)
-    assert str(error.value).startswith(says) and "go on with --resume" in str(error.value)
+    assert str(error.value).startswith(says) and "continue with --resume" in str(error.value)
     assert "b'" not in str(error.value)
     assert remedy(OSError(number, "")) in says + str(error.value)
 

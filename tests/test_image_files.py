@@ -54,7 +54,7 @@ def make(root, *files):
     return root
 
 
-# -- class folders --------------------------------------------------------------------------------------------
+# --- Class folders ---------------------------------------------------------------------------------------------------
 
 
 def test_class_folders(tmp_path):
@@ -88,7 +88,7 @@ def test_folder_mistakes(tmp_path):
     image_file(tmp_path / "stray.png")
     assert f"{tmp_path}/stray.png: the image is in no class folder" in message(read_images, tmp_path)
     path = write(tmp_path / "a.txt", "")
-    assert "'.txt' is no image's extension" in message(read_images, path, labelled=False)
+    assert "'.txt' is not an image's extension" in message(read_images, path, labelled=False)
     assert "Not a directory" in message(read_images, path)
 
 
@@ -134,7 +134,7 @@ def test_names_that_are_not_utf_8_are_escaped(tmp_path):
     assert "cats/\\xb1.png: not an image" in message(open_image, tmp_path / "cats" / os.fsdecode(b"\xb1.png"))
 
 
-# -- links ----------------------------------------------------------------------------------------------------
+# --- Links -----------------------------------------------------------------------------------------------------------
 
 
 def link(path, target):
@@ -152,7 +152,7 @@ def test_a_link_to_a_folder_above_puts_nothing_into_another_class(tmp_path):
         ("a/1.png", "a"), ("a/in/3.png", "a"), ("b/2.png", "b")
     ]  # fmt: skip
     (note,) = items.notes
-    assert note.startswith(f"{tmp_path}/data: links that lead to what is read anyway and were left out: 7, first ")
+    assert note.startswith(f"{tmp_path}/data: links that lead to files that are read anyway and were left out: 7, ")
     assert note.endswith(f"{tmp_path}/data/a/file.png -> {tmp_path}/data/b/2.png")
     assert read_images(tmp_path / "data", labelled=False).ids == items.ids
     link(tmp_path / "data/all", ".")
@@ -200,7 +200,7 @@ def test_devices_and_pipes_are_refused_at_once(tmp_path):
         assert "cannot be read" in message(read_images, path, labelled=False)
 
 
-# -- splits ---------------------------------------------------------------------------------------------------
+# --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def classes(*folders):
@@ -270,7 +270,7 @@ def test_what_lies_beside_the_splits_must_be_clear(tmp_path):
     assert "holds the splits" in message(read_images, make(tmp_path / "three", *classes("Train", "test")))
 
 
-# -- what cannot be read --------------------------------------------------------------------------------------
+# --- What cannot be read ---------------------------------------------------------------------------------------------
 
 
 def test_images_that_cannot_be_used(tmp_path, monkeypatch):
@@ -366,7 +366,7 @@ def register_heif_opener():
     assert done.stdout.startswith("['a.HEIC'] [(1, 2, 3), (4, 5, 6)]") and "HEIC" not in done.stdout[30:], done.stderr
 
 
-# -- EXIF -----------------------------------------------------------------------------------------------------
+# --- EXIF ------------------------------------------------------------------------------------------------------------
 
 TOP = np.zeros((48, 64, 3), np.uint8)
 TOP[:24] = 200  # bright above
@@ -443,7 +443,7 @@ def test_an_image_is_turned_once(tmp_path, extension, orientation):
     assert abs(len(lines) - 24) <= 1 and (lines.min() < 2) == (expected in ("top", "left"))
 
 
-# -- pixels ---------------------------------------------------------------------------------------------------
+# --- Pixels ----------------------------------------------------------------------------------------------------------
 
 
 def pixels(image):

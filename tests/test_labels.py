@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import Settings
 from labels import ClassNumbers, class_name, class_order, read_labels, slips
 from messages import UserError
+from tasks import Classification
 
 
 def message(cell):
@@ -23,10 +25,10 @@ def names_of(cells, **options):
     return names, [str(error) for error in errors]
 
 
-def notes(cells):
+def notes(cells, **options):
     names, errors = names_of(cells)
     assert errors == []
-    return slips(cells, names)
+    return slips(cells, names, **options)
 
 
 @pytest.mark.parametrize("cell, name", [
@@ -44,13 +46,13 @@ def test_classes(cell, name):
 @pytest.mark.parametrize("cell, part", [
     (None, "the label is empty"), ("", "the label is empty"), (" \t", "the label is empty"),
     (math.nan, "the label is empty"),
-    (0.5, "label 0.5 is no class: for numbers say --task regression"),
-    ("0.333", "label '0.333' is no class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
+    (0.5, "label 0.5 is not a class: for numbers say --task regression"),
+    ("0.333", "label '0.333' is not a class: for numbers say --task regression"), ("1.5e-3", "--task regression"),
     ("1e-05", "--task regression"), (".5", "--task regression"), ("0,5", "--task regression"),
     ("1,2", "if it is a list, separate its names by ';' and say --task multilabel"), (math.inf, "--task regression"),
-    (["a", "b"], "label ['a', 'b'] is no class; give one, as text or a whole number, or for items with any number of"),
+    (["a", "b"], "label ['a', 'b'] is not a class; give one, as text or a whole number, or for items with any number"),
     ({"a": 1}, "--task multilabel"), (b"a", "write text"), ("\ud83d", "half a surrogate pair"),
-    ("\u200b", "nothing that can be seen"), ("\0", "nothing that can be seen"),
+    ("\u200b", "no visible characters"), ("\0", "no visible characters"),
     ("x" * 1001, "has 1001 characters; name the column by --label_column"),
 ])  # fmt: skip
 def test_what_is_no_class(cell, part):
@@ -74,8 +76,11 @@ def test_missing_beside_numbers_is_missing():
     """As NaN in an array is; beside words it may be one, and in a known class it is none."""
     names, errors = names_of(["1", "nan", "0", "None", "1"])
     assert names == ["1", None, "0", None, "1"]
-    assert errors == [f"line {n}: label {text!r} beside numbers is a missing one; fill it in, or remove the row"
+    assert errors == [f"line {n}: label {text!r} among numbers is a missing value; fill it in, or remove the row"
                       for n, text in ((1, "nan"), (3, "None"))]  # fmt: skip
+    remedy = "label 'None' among numbers is a missing value; fill it in, or remove the row"
+    for cells in (["1", "None"], ["None", "None"]):  # once the classes are known, it is still no class of other data
+        assert f"line 1: {remedy}" in names_of(cells, known=["0", "1"])[1]
     assert names_of(["1", "nan"], known=["1", "nan"]) == (["1", "nan"], [])
     assert names_of(["yes", "None"])[1] == []
     assert names_of(["1", "NA"])[1] == []
@@ -93,7 +98,7 @@ def test_class_order():
     assert class_order(["1.0", "01", "1"]) == ["01", "1", "1.0"]
 
 
-# -- slips ----------------------------------------------------------------------------------------------------
+# --- Slips -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cells", [
@@ -148,15 +153,23 @@ def test_several_names_in_a_cell_are_said(cells):
 
 
 def test_what_helps_is_said_where_it_is_needed():
-    (note,) = notes(["ok"] * 95 + ["fault"] * 5)
-    assert "'ok' has 95 of 100 training items, 'fault' 5" in note
-    assert "--class_weights balanced" in note and "--select_by balanced_accuracy" in note
+    cells = ["ok"] * 95 + ["fault"] * 5
+    said = "the classes are unequal: 'ok' has 95 of 100 training items, 'fault' 5; look at the balanced accuracy"
+    assert notes(cells) == [said]
+    assert notes(cells, remedies=["--one", "--other"]) == [f"{said}, and see --one and --other"]
+    places = [f"line {n}" for n in range(len(cells))]
+    for flags, left in (
+        ({}, ", and see --class_weights balanced and --select_by balanced_accuracy"),
+        ({"class_weights": "balanced"}, ", and see --select_by balanced_accuracy"),
+        ({"class_weights": "balanced", "select_by": "balanced_accuracy"}, ""),
+    ):
+        assert Classification.fit(cells, places, Settings(**flags))[1] == [said + left]
     assert notes(["ok"] * 90 + ["fault"] * 10) == []
     (note,) = notes([str(1000 + n) for n in range(30)])
     assert "30 classes for 30 items" in note and "if the labels are measurements, say --task regression" in note
 
 
-# -- numbers --------------------------------------------------------------------------------------------------
+# --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_classes_are_found_under_the_names_of_an_older_checkpoint():

@@ -948,8 +948,8 @@ def test_labels_mean_the_same_in_every_format(kind, tmp_path):
     names, (note,) = notes("several", ["a|b", "a", "b"] * 3)
     assert names == ["a", "a|b", "b"] and "for items with any number of labels say --task multilabel" in note
     for name, labels, part in (
-        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is no class: for numbers say --task regression"),
-        ("gap", ["1", "nan", "0"] * 3, "label 'nan' beside numbers is a missing one"),
+        ("fraction", ["0.5", "1.5", "1"] * 3, "label '0.5' is not a class: for numbers say --task regression"),
+        ("gap", ["1", "nan", "0"] * 3, "label 'nan' among numbers is a missing value"),
     ):
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=part):
@@ -1095,9 +1095,9 @@ def test_settings_that_say_nothing_to_the_file_are_noted(series_run, tmp_path):
     folder, _ = series_run
     (tmp_path / "train.ts").write_bytes((folder / "train.ts").read_bytes())
     done = trained(tmp_path, "--dataset=sequences", "--data_path=train.ts", "--label_column=kind")
-    assert "note: label_column has no effect: .ts files have no such thing" in done.out
+    assert "note: label_column has no effect on .ts files" in done.out
     done = infer(folder, "--input=test.ts", "--id_column=name")
-    assert "note: id_column has no effect: .ts files have no such thing" in done.out
+    assert "note: id_column has no effect on .ts files" in done.out
 
 
 @pytest.mark.parametrize("error", [MemoryError("Unable to allocate 7 TiB"), RuntimeError("can't allocate memory: x")])

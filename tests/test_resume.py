@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +28,12 @@ from running import ROOT, before_step, end, output, stamp, succeed, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
+from torch.nn import functional as F
 
 import evaluation
 import files
 import plots
+import progress
 import run_log
 import train
 from checkpoint import BEST, LAST, build_model, load_checkpoint
@@ -38,6 +41,7 @@ from config import DATASET_DEFAULTS, Settings
 from data_utils import EpochBatchSampler, load_splits
 from perceiver_model import PerceiverModel
 from progress import FINAL_RATE, Progress, Schedule, average_decay, moving_average, parameter_groups
+from tasks import Classification
 
 MODEL = (
     "--model_size=tiny --d_model=16 --num_heads=2 --num_latents=4 --num_cross_attention_layers=1 "
@@ -245,7 +249,7 @@ def test_a_signal_finishes_the_step_and_saves(start, tmp_path, number, send, wor
     assert checkpoint["progress"]["batch"] == step * batches < 180
     assert output(tmp_path / "stopped").endswith(
         f"{number.name}: saved checkpoints/{LAST} at step {step}. "
-        f"Go on with: python train.py --resume checkpoints/{LAST}\n"
+        f"Continue with: python train.py --resume checkpoints/{LAST}\n"
     )
     with ThreadPoolExecutor() as threads:
         unbroken = threads.submit(succeed, start, tmp_path / "unbroken", flags)
@@ -318,11 +322,11 @@ def test_a_run_killed_at_its_end_is_ended_by_resume(run, monkeypatch, tmp_path, 
 
     with monkeypatch.context() as patch:
         if moment == "in the curves":
-            patch.setattr(plots, "plot_training_curves", lambda history, path, best: (path.write_text("half"), kill()))
+            patch.setattr(plots, "plot_training_curves", lambda history, path, *_: (path.write_text("half"), kill()))
         elif moment == "in the test":
             patch.setattr(train, "build_model", kill)
         elif moment == "before it says so":
-            patch.setattr(train, "log_end", kill)
+            patch.setattr(run_log.RunLog, "close", kill)
         else:
             patch.setattr(train, "finish", kill)
         assert run(f"{SMALL_BATCHES} --epochs=2").status == 130
@@ -345,7 +349,7 @@ def test_a_run_that_goes_on_has_not_ended(copy, run, monkeypatch, tmp_path):
     assert not (copy / "training_curves.png").exists()
     assert load_checkpoint(copy / LAST)["progress"]["test"] == {}
     drawn = []
-    plot = lambda history, path, best: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
+    plot = lambda history, path, *_: (path.write_text("curves"), drawn.append(len(history)))  # noqa: E731
     monkeypatch.setattr(plots, "plot_training_curves", plot)
     result = run("--resume")
     assert result.status == 0 and "test accuracy" in result.out and drawn == [3]
@@ -450,7 +454,7 @@ def test_what_came_after_the_checkpoint_is_set_aside(copy, run, tmp_path):
     assert result.status == 0, result.err
     (kept,) = copy.glob("run_until_*")
     assert re.search(
-        rf"note: the run goes on from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
+        rf"note: the run continues from checkpoints/{BEST} \(epoch 1, step 9\); .* moved to checkpoints/{kept.name}",
         result.out,
     )
     moved = hashes(kept)
@@ -506,7 +510,7 @@ def test_a_folder_whose_best_model_is_gone(copy, run, tmp_path):
     torch.save(contents, moved / LAST)
     result = run(f"--resume moved/{LAST} --epochs=3")
     assert result.status == 0, result.err
-    assert f"note: moved/{BEST} does not hold this run's best model (epoch 1) any more" in result.out
+    assert f"note: moved/{BEST} no longer holds this run's best model (epoch 1)" in result.out
     last = log_of_file(moved / "log.jsonl")[-1]
     assert f"last epoch 3: validation accuracy {last['val_accuracy']:.4f}, test accuracy " in result.out
     assert f"python inference.py --model_path moved/{LAST}" in result.out
@@ -529,7 +533,7 @@ def test_the_closing_lines_are_about_the_best_model_of_this_run(copy, run, made,
     torch.save(contents, copy / LAST)
     before_step(monkeypatch, 2, replace)
     result = run("--resume --epochs=3")
-    assert result.status == 0 and "does not hold this run's best model" in result.out and "last epoch 3" in result.out
+    assert result.status == 0 and "no longer holds this run's best model" in result.out and "last epoch 3" in result.out
 
 
 # --- Two runs in one folder ------------------------------------------------------------------------------------------
@@ -627,7 +631,7 @@ def test_the_curves_on_the_disk_are_never_behind_the_checkpoint(monkeypatch, tmp
 
     monkeypatch.setattr(os, "replace", watching)
     assert train.main(f"{SMALL_BATCHES} --epochs=1 --save_every=3".split()) == 0
-    assert compared == [True] * 3
+    assert compared == [True] * 4  # after 3, 6 and 9 steps, and at the end
 
 
 class Killed(BaseException):
@@ -810,14 +814,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path, rate):
 def test_the_step_and_its_samples_are_named(run, monkeypatch, tmp_path, part):
     step = 12  # the third of the second epoch
     if part == "loss":
-        function, count = train.F.cross_entropy, -1  # the rehearsal is none
+        function, count = F.cross_entropy, -1  # the rehearsal is none
 
         def broken(*args, **kwargs):
             nonlocal count
-            count += 1
+            count += torch.is_grad_enabled()  # the one whose gradient is taken, not the one that is shown
             return function(*args, **kwargs) * (math.nan if count == step else 1)
 
-        monkeypatch.setattr(train.F, "cross_entropy", broken)
+        monkeypatch.setattr(F, "cross_entropy", broken)
     else:
         function, count = nn.utils.clip_grad_norm_, 0
 
@@ -903,8 +907,8 @@ def no_memory(*_, **__):
         ("data", "out of memory while reading the data (5 GiB more were asked for); .*a smaller --num_samples or "),
         ("rehearsal", "out of memory with batch_size 6 .*--batch_size 3 --accumulation_steps 2 (the same training)"),
         ("validation", "out of memory in validation with batch_size 6 .*--batch_size 3"),
-        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
-        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, go on from it with"),
+        ("curves", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
+        ("test", "out of memory at the end .*--batch_size.*; the last checkpoint is whole, continue from it with"),
         ("elsewhere", "out of memory on this machine .*--batch_size"),
     ],
 )
@@ -918,13 +922,13 @@ def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, sa
         owner, name, act = {
             "model": (nn.Linear, "reset_parameters", no_memory),
             "device": (PerceiverModel, "to", no_memory),
-            "average": (train, "moving_average", no_memory),
+            "average": (progress, "moving_average", no_memory),
             "data": (train, "load_splits", no_array),
             "rehearsal": (torch.Tensor, "backward", no_memory),
             "validation": (evaluation, "collect", no_memory),
             "curves": (plots, "plot_training_curves", no_memory),
             "test": (train, "build_model", no_memory),
-            "elsewhere": (train, "print_run", no_memory),
+            "elsewhere": (run_log.RunLog, "start", no_memory),
         }[place]
         patch.setattr(owner, name, act)
         result = run(f"{SMALL_BATCHES} --epochs=1 --ema_decay=0.5")
@@ -939,7 +943,7 @@ def test_out_of_memory_wherever_it_happens(run, monkeypatch, tmp_path, place, sa
 
 
 def test_what_is_no_lack_of_memory_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(train, "print_run", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_log.RunLog, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(SMALL_BATCHES)
 
@@ -989,7 +993,7 @@ def test_a_step_is_rehearsed_without_a_trace(run, monkeypatch, tmp_path, saved):
     def fail(*_, **__):
         raise RuntimeError("a fault in the first step")
 
-    monkeypatch.setattr(train.F, "cross_entropy", fail)
+    monkeypatch.setattr(F, "cross_entropy", fail)
     with pytest.raises(RuntimeError, match="a fault in the first step"):
         run(SMALL_BATCHES)
     assert files_of(tmp_path) == before
@@ -1033,7 +1037,7 @@ def test_a_validation_that_cannot_work_fails_before_the_first_epoch(run, monkeyp
 
     steps = []
     before_step(monkeypatch, 1, lambda: steps.append(1))
-    monkeypatch.setattr(evaluation, "compute_metrics", fail)
+    monkeypatch.setattr(evaluation, "class_metrics", fail)
     with pytest.raises(RuntimeError, match="a metric that fails"):
         run(SMALL_BATCHES)
     assert not steps
@@ -1087,7 +1091,7 @@ def test_a_disk_that_is_full_for_tensorboard(start, tmp_path):
     folder = tmp_path / "run"
     assert end(start(folder, f"{SMALL_BATCHES} --epochs=3", change=fill_the_disk_in_step_12)) == 2
     (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
-    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then go on with --resume", line)
+    assert re.match(r"error: cannot write runs/[\w-]+: File too large; free space, then continue with --resume", line)
     assert "Traceback" not in output(folder) and "Exception" not in output(folder)
     assert load_checkpoint(folder / "checkpoints" / LAST)["epoch"] == 1
     succeed(start, folder, "--resume")
@@ -1175,13 +1179,16 @@ def test_the_loss_is_that_of_smoothed_labels(run, saved, smoothing):
     before = {state["epoch"]: build_model(state).double() for state in saved}
     train_set = load_splits(Settings.from_dict(saved[0]["settings"]))[0]["train"]
     for line in saved[-1]["progress"]["history"]:
-        losses, right = [], []
+        losses, smoothed, right = [], [], []
         for number in range(len(train_set)):
             item = train_set[number]
             log_p = before[line["epoch"] - 1](torch.as_tensor(item["input"]).double()[None])[0].log_softmax(0)
-            losses.append((1 - smoothing) * -log_p[item["label"]] + smoothing * -log_p.mean())
+            losses.append(-log_p[item["label"]])
+            smoothed.append((1 - smoothing) * losses[-1] + smoothing * -log_p.mean())
             right.append(log_p.argmax().item() == item["label"])
         assert line["train_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
+        objective = line.get("train_objective", line["train_loss"])
+        assert objective == pytest.approx(sum(smoothed).item() / len(smoothed), rel=1e-5)
         assert line["train_accuracy"] == pytest.approx(np.mean(right))
 
 
@@ -1324,12 +1331,12 @@ def test_the_rate_in_figures():
 
 
 def test_the_best_epoch_has_the_highest_accuracy_and_of_those_the_lowest_loss():
-    progress = Progress("run", Schedule(1.0, 0, 10))
+    task, progress = Classification(["a", "b"]), Progress("run", Schedule(1.0, 0, 10))
     epochs = [(0.5, 1.0, True), (0.5, 0.9, True), (0.5, 0.9, False), (0.5, 1.1, False), (0.4, 0.1, False),
               (0.6, 3.0, True), (0.6, 2.9, True)]  # fmt: skip
     for number, (accuracy, loss, better) in enumerate(epochs, 1):
         record = {"epoch": number, "val_accuracy": accuracy, "val_loss": loss}
-        assert progress.end_epoch(record) is better, number
+        assert progress.end_epoch(record, partial(task.score, select_by=None)) is better, number
     assert progress.best["epoch"] == 7 and len(progress.history) == progress.epoch == 7
 
 

@@ -46,7 +46,7 @@ def rows_of(path, **told):
     return read_cells(path, Settings(**told)).rows
 
 
-# -- encodings ------------------------------------------------------------------------------------------------
+# --- Encodings -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -82,7 +82,7 @@ def test_utf_16_without_its_mark_is_recognised(tmp_path):
 @pytest.mark.parametrize("encoding", ["klingon", "rot13", "hex", "데이터"])
 def test_what_is_no_encoding_of_text(tmp_path, encoding):
     path = write(tmp_path / "a.csv", "text\nx\n")
-    assert f"encoding: '{encoding}' is no encoding of text" in message(read_cells, path, Settings(encoding=encoding))
+    assert f"encoding: '{encoding}' is not a text encoding" in message(read_cells, path, Settings(encoding=encoding))
 
 
 def test_utf_8_that_is_read_as_something_else_is_noted(tmp_path):
@@ -100,7 +100,7 @@ def test_comments_may_be_in_any_encoding(tmp_path):
     assert "line 1" in message(read_text, path)
 
 
-# -- files ----------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path):
@@ -122,7 +122,7 @@ def test_a_file_is_found_under_either_form_of_its_name(tmp_path, there, asked):
     assert FileFinder()(absent) == absent and FileFinder()(tmp_path / "é" / "x") == tmp_path / "é" / "x"
 
 
-# -- delimiters -----------------------------------------------------------------------------------------------
+# --- Delimiters ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delimiter, name", [(";", "semicolons"), ("\t", "tabs"), ("|", "pipes"), (",", "")])
@@ -133,7 +133,7 @@ def test_delimiters_are_told_apart(tmp_path, delimiter, name, extension):
     cells = read_cells(path)
     assert cells.rows == rows and cells.delimiter == delimiter
     expected = delimiter != ("\t" if extension == "tsv" else ",")
-    note = f"{path}: {name or 'commas'} separate its cells, by its looks (--delimiter overrides)"
+    note = f"{path}: its cells seem to be separated by {name or 'commas'} (--delimiter overrides)"
     assert cells.notes == [note] * expected
 
 
@@ -174,7 +174,7 @@ def test_a_column_that_is_not_there_hints_at_the_cause(tmp_path):
     assert "its first line must name the columns" in found
 
 
-# -- quoting --------------------------------------------------------------------------------------------------
+# --- Quoting ---------------------------------------------------------------------------------------------------------
 
 
 def corpus(delimiter):
@@ -244,7 +244,7 @@ def test_what_was_quoted_comes_back(tmp_path, rows, delimiter):
         assert cells.rows == rows or cells.notes
 
 
-# -- headers --------------------------------------------------------------------------------------------------
+# --- Headers ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_index_of_pandas_is_left_out(tmp_path):
@@ -283,7 +283,7 @@ def test_objects_lack_what_others_have(tmp_path):
     assert (table.column("a"), table.column("b"), table.lines) == ([1, None], [None, [2]], [1, 3])
 
 
-# -- size -----------------------------------------------------------------------------------------------------
+# --- Size ------------------------------------------------------------------------------------------------------------
 
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import zipfile
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +27,11 @@ import plots
 import run_log
 import tasks
 import train
-from checkpoint import LAST, load_checkpoint
+from checkpoint import LAST, build_model, load_checkpoint
 from inference import load_model, predict
 from messages import UserError
 from perceiver_model import PerceiverModel
-from progress import restore_scaler
+from progress import parameter_groups, restore_optimizer, restore_scaler
 from schema import Positive, Size, read
 
 MODEL = (
@@ -274,7 +275,7 @@ def test_any_forged_entry_is_refused_on_resume_or_leaves_the_run_whole(contents,
     assert refused > 80
 
 
-# --- Forgeries of more than one entry, and what was tried before ------------------------------------------------------
+# --- Forgeries of more than one entry, and what was tried before -----------------------------------------------------
 
 
 def refusal(function, *args):
@@ -291,6 +292,7 @@ def refusal(function, *args):
         (("optimizer", "state", 0, "exp_avg_sq"), -1, "negative"),
         (("optimizer", "state"), {}, "missing exp_avg of parameter 0"),
         (("optimizer",), GONE, "optimizer is missing"),
+        (("model_args", "other"), 1, "the checkpoint's model arguments are refused: 'other' is unknown"),
         (("progress", "batch"), 10**9, "has done 1000000000 batches of an epoch that has 5"),
         (("progress", "epoch"), 10**9, "must be those of the 1000000000 epochs"),
         (("progress", "run_name"), "../../outside", "progress.run_name must be the name of a folder"),
@@ -322,6 +324,44 @@ def test_a_forged_run_is_refused(contents, run, place, value, says):
     done = run(train.main, "--resume")
     assert done.status == 2 and says in done.err, done.err
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["fingerprints", "split_sizes", "split_seed"])
+def test_an_evaluation_needs_no_more_of_the_data_than_it_says(contents, run, name):
+    torch.save(forged(contents, ("data", name), GONE), "forged.pth")
+    assert run(inference.main, "--model_path", "forged.pth").status == 0
+
+
+def test_the_optimizers_state_may_lie_in_memory_as_it_likes(contents):
+    """The fused kernels take it for one stretch of memory: what is not would be read, and written, beyond its end.
+
+    Where the file holds as many bytes as the tensors claim, they may still be those of another tensor.
+    """
+
+    def resumed(state):
+        model = build_model(contents)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.1, fused=True)
+        restore_optimizer(optimizer, forged(contents, ("optimizer", "state"), deepcopy(state)))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for known in optimizer.state.values():
+            assert all(tensor.untyped_storage().nbytes() >= tensor.nbytes for tensor in known.values())
+        return [parameter.detach() for parameter in model.parameters()]
+
+    def with_averages(change):
+        return {number: known | {"exp_avg": change(number, known["exp_avg"])} for number, known in plain.items()}
+
+    plain = contents["optimizer"]["state"]
+    turned = with_averages(lambda _, values: values.t().contiguous().t() if values.dim() == 2 else values)
+    for one, other in zip(resumed(plain), resumed(turned), strict=True):
+        assert torch.equal(one, other)
+    # All but the first of one number each, and of that one a storage that pays for all
+    paying = torch.zeros(10**6)[: plain[0]["exp_avg"].numel()].view_as(plain[0]["exp_avg"])
+    one_number = with_averages(lambda number, values: torch.ones(1).expand(values.shape) if number else paying)
+    full = with_averages(lambda number, values: torch.ones(values.shape) if number else torch.zeros(values.shape))
+    for one, other in zip(resumed(one_number), resumed(full), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_scaler_of_float16_is_restored_or_begins_anew():
@@ -504,10 +544,10 @@ class Memory:
 def test_what_is_neither_tensor_nor_plain_is_refused_before_it_is_made(contents, tmp_path, value, monkeypatch):
     torch.save(contents | {"more": value}, tmp_path / "forged.pth")
     monkeypatch.setattr(torch, "load", None)
-    assert "holds other objects than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
+    assert "holds objects other than tensors and plain values" in refusal(load_model, tmp_path / "forged.pth")
 
 
-# --- The reader of plain data -----------------------------------------------------------------------------------------
+# --- The reader of plain data ----------------------------------------------------------------------------------------
 
 
 @dataclass

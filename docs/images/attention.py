@@ -20,7 +20,8 @@ from batches import collate  # noqa: E402
 from evaluation import collect_attention  # noqa: E402
 from inference import load_model, predict  # noqa: E402
 
-SENTENCE = "Minun täytyy palauttaa kirjat kirjastoon ennen lauantaita."
+DIGIT = 4  # its number in the data set
+SENTENCE = "Könnten Sie mir bitte sagen, wo der Bahnhof ist?"
 
 
 def draw(checkpoint: str, item: Any, path: Path) -> None:
@@ -29,7 +30,7 @@ def draw(checkpoint: str, item: Any, path: Path) -> None:
     ((modality, adapter),) = model.adapters.items()
     batch = collate([{"input": {modality: adapter(item)}}])
     (answer,) = predict(model, [item])
-    caption = f"{answer['class']}, {answer['confidence']:.0%}"
+    caption = f"predicted {answer['class']} ({answer['confidence']:.0%})"
     mask = batch["mask"][modality].numpy()
     adapter.draw_attention(batch["input"][modality], mask, collect_attention(model, batch), [caption], path)
 
@@ -37,7 +38,7 @@ def draw(checkpoint: str, item: Any, path: Path) -> None:
 def main(digits: str, languages: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = [Path(folder) / "digit.png", Path(folder) / "sentence.png"]
-        draw(digits, load_digits().images[8], parts[0])
+        draw(digits, load_digits().images[DIGIT], parts[0])
         draw(languages, SENTENCE, parts[1])
         pictures = [Image.open(part).convert("RGB") for part in parts]
     width = max(picture.width for picture in pictures)
@@ -46,7 +47,7 @@ def main(digits: str, languages: str) -> None:
     for picture in pictures:
         page.paste(picture, ((width - picture.width) // 2, top))
         top += picture.height
-    page.quantize(128).save(HERE / "attention.png", optimize=True)
+    page.save(HERE / "attention.png", optimize=True)
 
 
 if __name__ == "__main__":
