@@ -552,10 +552,8 @@ class SeriesAdapter(Adapter):
 def _series_stem(settings: Settings) -> tuple[str | None, int | None, int | None]:
     """(stem, window, stride) that the settings ask for. Raises UserError where these do not go together."""
     stem, window, stride = settings.stem, settings.series_window, settings.series_stride
-    if stem == "auto":
-        stem = "conv" if window is None else "none"
     if stem == "conv" and window is not None:
-        raise UserError("series_window: --stem conv reads no windows; leave one of the two out")
+        raise UserError("series_window: the stem conv reads no windows; leave series_window out, or say --stem none")
     if stem == "none" and window is None and stride is not None:
         raise UserError("series_stride: without a stem every step is a token; add --series_window or --stem conv")
     return {"conv": "conv"}.get(stem, "windows" if window is not None else None), window, stride

@@ -42,11 +42,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
         "model_size": "tiny",
-        "series_shift": 0.1,
-        "series_warp": 0.2,
-        "series_scale": 0.1,
-        "num_epochs": 40,
-        "epoch_samples": 1600,
+        "num_epochs": 100,
         "learning_rate": 1e-3,
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
@@ -60,6 +56,18 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "max_seq_len": 2048,
     },
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
+}
+# Defaults of series_recipe, over those of the data set sequences.
+SERIES_RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "strong": {
+        "stem": "conv",
+        "series_shift": 0.1,
+        "series_warp": 0.2,
+        "series_scale": 0.1,
+        "num_epochs": 40,
+        "epoch_samples": 1600,
+    },
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -174,11 +182,13 @@ class Settings:
         None, "bits in use of your 16-bit grey images; none = what the training images need", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
     patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1,
-        applies=_IMAGES | {"stem": ("auto", "none")})
+        applies=_IMAGES | {"stem": ("none",)})
+    series_recipe: str = _data(
+        "plain", "defaults for series: strong = convolutions, random changes, at least 2,000 steps",
+        choices=tuple(SERIES_RECIPES), applies=_SERIES)
     stem: str = _data(
-        "auto", "what the encoder reads: convolutions over the steps of series and the pixels of images, or these "
-        "themselves (windows, patches); auto = conv for series without series_window",
-        choices=("auto", "conv", "none"), applies=_STEMS)
+        "none", "what the encoder reads: convolutions over the steps of series and the pixels of images, or these "
+        "themselves (windows, patches)", choices=("none", "conv"), applies=_STEMS)
     series_window: int | None = _data(
         None, "consecutive steps of a series that make a token; none = one, or what the stem makes of them", "steps",
         at_least=1, at_most=10_000, applies=_OWN_SERIES)
@@ -510,7 +520,7 @@ def resolve(
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(the settings in force, where each came from: 'default', 'data set', 'checkpoint', 'file' or 'flag').
+    """(the settings in force, where each came from: 'default', 'data set', 'recipe', 'checkpoint', 'file' or 'flag').
 
     Args:
         flags, file: the settings given there, by name.
@@ -523,8 +533,11 @@ def resolve(
     flags, file, checkpoint = flags or {}, file or {}, base or {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
-    dataset = DATASET_DEFAULTS[ChainMap(flags, file, checkpoint, defaults)["dataset_type"]]
-    layers = {"default": defaults, "data set": dataset, "checkpoint": checkpoint, "file": file, "flag": flags}
+    chosen = ChainMap(flags, file, checkpoint, defaults)
+    dataset, of_series = DATASET_DEFAULTS[chosen["dataset_type"]], chosen["dataset_type"] == "sequences"
+    recipe = SERIES_RECIPES[chosen["series_recipe"]] if of_series else {}
+    layers = {"default": defaults, "data set": dataset, "recipe": recipe, "checkpoint": checkpoint, "file": file,
+              "flag": flags}  # fmt: skip
     values, sources = {}, {}
     for source, layer in layers.items():
         values.update(layer)

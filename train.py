@@ -91,7 +91,7 @@ from schema import shown
 from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
-SMALL_VALIDATION = 50  # samples; with fewer, own series keep the last epoch
+SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series keeps the last epoch
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
@@ -318,7 +318,8 @@ def chooses_noise(settings: Settings, num_validation: int) -> bool:
     Of 50 samples the accuracy has a standard deviation of up to 7 points, and the best of 40 epochs is mostly luck.
     """
     chosen = settings.select_by is None and not settings.early_stopping_patience
-    return chosen and settings.dataset_type == "sequences" and num_validation < SMALL_VALIDATION
+    strong = settings.dataset_type == "sequences" and settings.series_recipe == "strong"
+    return chosen and strong and num_validation < SMALL_VALIDATION
 
 
 def passes_of(settings: Settings, num_samples: int) -> int:

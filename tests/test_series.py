@@ -29,7 +29,7 @@ from adapters import (
 from augmentation import SeriesAugmentation, series_augmentation
 from batches import Mixed, create_dataloader, random_stream, set_epoch
 from checkpoint import load_checkpoint
-from config import Settings
+from config import Settings, resolve
 from messages import UserError
 from perceiver_model import PerceiverModel
 from tasks import Classification, MultiLabel, Regression
@@ -482,6 +482,18 @@ def test_the_partners_of_a_mixture_depend_on_seed_epoch_and_sample_alone():
     assert all(0.5 <= share <= 1 for _, share in first.values()) and len({partner for partner, _ in first.values()}) > 2
 
 
+def test_the_recipe_is_a_layer_of_defaults():
+    plain, _ = resolve({"dataset_type": "sequences"})
+    assert (plain.stem, plain.num_epochs, plain.epoch_samples, plain.series_shift) == ("none", 100, 0, 0.0)
+    strong, sources = resolve({"dataset_type": "sequences", "series_recipe": "strong"}, {"series_shift": 0.3})
+    assert (strong.stem, strong.num_epochs, strong.epoch_samples, strong.series_shift) == ("conv", 40, 1600, 0.3)
+    assert (sources["stem"], sources["series_shift"], sources["learning_rate"]) == ("recipe", "file", "data set")
+    again, _ = resolve({}, {}, base=strong.to_dict())
+    assert again == strong
+    text, _ = resolve({"dataset_type": "text", "series_recipe": "strong"})
+    assert text == replace(resolve({"dataset_type": "text"})[0], series_recipe="strong")
+
+
 # --- A run ------------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +511,7 @@ def files(tmp_path, monkeypatch):
 RUN = (
     "--dataset sequences --data_path own.npz --d_model 16 --num_heads 2 --num_latents 3 --epochs 2 --batch_size 4 "
     "--epoch_samples 20 --amp off --device cpu --series_shift 0.1 --series_circular --series_warp 0.2 "
-    "--series_crop 0.1 --series_scale 0.1 --series_jitter 0.1 --mixup 0.4"
+    "--series_crop 0.1 --series_scale 0.1 --series_jitter 0.1 --mixup 0.4 --series_recipe strong"
 )
 
 
@@ -543,9 +555,9 @@ def test_what_a_run_on_series_says(files, capsys):
 
 
 @pytest.mark.parametrize("words, expected", [
-    ("--stem conv --series_window 4", "series_window: --stem conv reads no windows"),
+    ("--series_window 4", "series_window: the stem conv reads no windows"),
     ("--stem none --series_stride 2", "series_stride: without a stem every step is a token"),
-    ("--series_window 4 --series_stride 5", "series_stride 5 is larger than series_window 4"),
+    ("--stem none --series_window 4 --series_stride 5", "series_stride 5 is larger than series_window 4"),
     ("--select_by last --early_stopping_patience 3", "early_stopping_patience"),
     ("--series_shift 1", "--series_shift: expected a number"),
     ("--mixup -1", "--mixup: expected a number"),
@@ -560,7 +572,7 @@ def test_settings_of_series_that_do_not_go_together(files, capsys, words, expect
 
 
 @pytest.mark.parametrize("words, features", [
-    ("--series_window 4", {"input_dim": 2, "stem": "windows", "window": 4, "stride": 1}),
+    ("--stem none --series_window 4", {"input_dim": 2, "stem": "windows", "window": 4, "stride": 1}),
     ("--stem none", {"input_dim": 2}),
     ("--stem conv --series_stride 3", {"input_dim": 2, "stem": "conv", "stride": 3}),
 ])  # fmt: skip
