@@ -10,11 +10,12 @@ them:
 It is plain data, the same in training, evaluation and prediction: `describe` gives what a checkpoint stores,
 `from_description` rebuilds the adapter. A `UserError` says what is wrong with an item; the caller adds which item.
 
-To add a modality, write a subclass of `Adapter` and enter it in ADAPTERS.
+To add a modality, write a subclass of `Adapter` and enter it in ADAPTERS; or leave it in a file of your own, see
+own_data.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -187,6 +188,9 @@ class Source:
 @dataclass(frozen=True)
 class Adapter:
     """The base of all adapters. A subclass defines `features` and `__call__`, and overrides what it does differently.
+
+    It is a frozen dataclass, whose fields are what a checkpoint stores: numbers, text, and lists and dicts of these,
+    each with its type, by which it is checked when it is read (see schema.py).
     """
 
     modality: ClassVar[str]
@@ -271,6 +275,12 @@ class TensorAdapter(Adapter):
     @property
     def features(self) -> dict[str, Any]:
         return {"input_dim": self.input_dim}
+
+    @classmethod
+    def read_items(
+        cls, path: Path, settings: Settings, labelled: bool, on_error: OnError, trained: Any = None
+    ) -> Items:
+        return read_series(path, settings, labelled, on_error)
 
     def __call__(self, item: Any) -> Tensor:
         tokens = as_numbers(item, "input", np.float32)
@@ -790,7 +800,8 @@ class ImageDataset(Dataset):
         return {"input": tokens, "mask": mask, "label": self.targets.stack(self.labels[numbers])}
 
     def __getitem__(self, number: int) -> Item:
-        return {name: values[0] for name, values in self.__getitems__([number]).items()}
+        item = {name: values[0] for name, values in self.__getitems__([number]).items()}
+        return item | {"label": self.labels[number]}  # as it is before `stack`, which collate calls
 
 
 def image_stem(settings: Settings) -> str | None:
@@ -971,21 +982,44 @@ ADAPTERS: dict[str, type[Adapter]] = {
 MODALITIES: dict[str, type[Adapter]] = {"image": ImageAdapter, "text": TextAdapter, "series": SeriesAdapter}  # of files
 
 
+OWN = "own"  # the kind of the user's own classes
+
+
 def describe(adapter: Adapter) -> dict[str, Any]:
-    """Plain values that a checkpoint can store."""
+    """Plain values that a checkpoint can store. Raises UserError for a class of the user's that holds others."""
     kind = next((name for name, cls in ADAPTERS.items() if type(adapter) is cls), None)
-    if kind is None:
-        raise UserError(f"{type(adapter).__name__} is no known adapter; enter it in adapters.ADAPTERS")
-    return {"kind": kind, **asdict(adapter)}
+    if kind is not None:
+        return {"kind": kind, **asdict(adapter)}
+    cls = type(adapter)
+    described = {"kind": OWN, "class": cls.__name__, **asdict(adapter)}
+    rule = "an adapter is stored as plain data: numbers, text, and lists and dicts of these, as its fields declare"
+    try:
+        again = from_description(described, cls.__name__, {cls.__name__: cls})
+    except UserError as error:
+        raise UserError(f"{error}; {rule}") from error
+    if again != adapter:
+        raise UserError(f"{cls.__name__} is not the same when it is read again from its fields; {rule}")
+    return described
 
 
-def from_description(description: dict[str, Any], where: str = "the adapter") -> Adapter:
+def from_description(
+    description: dict[str, Any], where: str = "the adapter", own: Mapping[str, type[Adapter]] | None = None
+) -> Adapter:
     """The adapter that `describe` described.
+
+    own: the user's own classes, by name. No other code of theirs is run, whatever the description says.
 
     Raises:
         UserError: `describe` never writes this; the message begins with `where`.
     """
-    kind = description.get("kind")
+    kind, fields = description.get("kind"), {name: value for name, value in description.items() if name != "kind"}
+    if kind == OWN:
+        name = fields.pop("class", None)
+        if not isinstance(name, str) or name not in (own or {}):
+            there = f"there is only {', '.join(own)}" if own else "which a checkpoint does not run by itself"
+            raise UserError(f"{where} is {shown(name)}, a class of the user's own code, {there}; name its file with "
+                            "--dataset path/to/my_data.py, or in Python give load_model the class: adapters=[...]")
+        return read(fields, own[name], where)
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(ADAPTERS)}")
-    return read({name: value for name, value in description.items() if name != "kind"}, ADAPTERS[kind], where)
+    return read(fields, ADAPTERS[kind], where)

@@ -18,7 +18,7 @@ import pickletools
 import platform
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
@@ -27,6 +27,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+import tasks
+from adapters import Adapter, from_description
 from config import LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
 from files import remedy, written_whole
 from messages import UserError
@@ -73,6 +75,7 @@ class Data(TypedDict):
     split_sizes: NotRequired[SplitSizes]
     split_seed: NotRequired[int]
     fingerprints: NotRequired[dict[str, str]]
+    code: NotRequired[dict[str, str]]  # name and checksum of a file of the user's own, see own_data.py
 
 
 class Contents(TypedDict):
@@ -234,6 +237,47 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     weights = check_weights(model, checkpoint["model"])
     model.to_empty(device="cpu").load_state_dict(weights)  # without drawing initial values, which would take long
     return model.eval()
+
+
+def equipped_model(
+    checkpoint: dict[str, Any], device: str | torch.device = "cpu", own: Mapping[str, type[Adapter]] | None = None
+) -> PerceiverModel:
+    """The model of a checkpoint with what prediction needs of it: its `data_info`, `task` and `adapters`.
+
+    Args:
+        own: the user's own classes of adapters, by name; see `adapters.from_description`.
+
+    Raises:
+        UserError: as `build_model`; or model, task and adapters do not agree.
+    """
+    model, data = build_model(checkpoint), checkpoint["data"]
+    equip(model, data, own)
+    if model.task.num_outputs != data["num_outputs"]:
+        told, names = data["num_outputs"], model.task.num_outputs
+        raise UserError(f"the checkpoint's task names {names} outputs, its model has {told}")
+    made = {name: adapter.features for name, adapter in model.adapters.items()}
+    if data.get("features", made) != made:
+        raise UserError(f"the checkpoint's adapters make {made}, its features are {data['features']}")
+    taken = checkpoint["model_args"]["input_dim"]
+    taken = taken if isinstance(taken, dict) else dict.fromkeys(model.modalities, {"input_dim": taken})
+    for name in sorted(made.keys() | taken.keys()):
+        makes, takes = made.get(name, {}), taken.get(name, {})
+        if not makes or any(_as_list(takes.get(what)) != value for what, value in makes.items()):
+            raise UserError(f"the checkpoint's adapter of {shown(name)} makes {makes}, its model takes {takes}")
+    return model.to(device)
+
+
+def equip(model: PerceiverModel, data: dict[str, Any], own: Mapping[str, type[Adapter]] | None = None) -> None:
+    """Give a model its `data_info`, the `task` that knows what an answer is, and the `adapters` of raw items."""
+    model.data_info, model.task = data, tasks.from_description(data["task"], "the checkpoint's task")
+    model.adapters = {
+        name: from_description(known, f"the checkpoint's adapter of {name}", own)
+        for name, known in data["adapters"].items()
+    }
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_model_arguments(arguments: dict[str, Any]) -> None:

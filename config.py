@@ -5,7 +5,7 @@ take the place of both defaults. A new setting is one more line in `Settings`.
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
-    print(format_settings(settings, sources))
+    print(format_settings(settings, sources, {}))
 """
 
 import argparse
@@ -15,7 +15,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import typing
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -70,6 +72,7 @@ SERIES_RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
+PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # --resume without a path, until checkpoint_dir is known
 _TOO_LARGE = 2**31  # upper bound of every integer setting
@@ -98,10 +101,12 @@ _files = functools.partial(_setting, group="Files", on_resume="free")
 
 _SYNTHETIC = {"dataset_type": ("synthetic",)}
 _CIFAR10 = {"dataset_type": ("cifar10",)}
-_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
-_OWN_IMAGES = {"dataset_type": ("images", "multimodal")}
-_SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal")}
-_OWN = {"dataset_type": OWN_DATA}
+_OUR_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
+_IMAGES = {"dataset_type": (*_OUR_IMAGES["dataset_type"], PYTHON)}
+_OWN_IMAGES = {"dataset_type": ("images", "multimodal", PYTHON)}
+_SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal", PYTHON)}
+_FILES = {"dataset_type": OWN_DATA}
+_OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
 _STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
@@ -127,22 +132,25 @@ class Settings:
         UserError: a line for each wrong value.
     """
 
-    dataset_type: str = _data("synthetic", "data set", flag="dataset", choices=tuple(DATASET_DEFAULTS))
+    dataset_type: str = _data(
+        "synthetic", "data set: built in, of your files (--data_path), or a file of your code (docs/data.md)",
+        flag="dataset", choices=tuple(DATASET_DEFAULTS))
     data_path: str | None = _data(None, "your data, a file or folder", applies=_OWN, on_resume="free")
     test_path: str | None = _data(
-        None, "your test data; none = the folder test/, or test_fraction", applies=_OWN, on_resume="free")
+        None, "your test data; none = the folder test/, or test_fraction", applies=_FILES, on_resume="free")
     test_fraction: float = _data(
         0.2, "share of your data kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is predicted: one class, numbers, or several labels at once",
-        choices=("classification", "regression", "multilabel"), applies=_OWN)
+        "classification", "what is predicted: classification, regression, or multilabel (several labels at once)",
+        metavar="NAME", applies=_OWN)  # tasks.py knows which there are
     id_column: str = _column("id", "column of an item's name", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})
     image_column: str = _column("image", "column of the image's file", applies=_MULTIMODAL)
     series_column: str = _column("series", "column of the series' file", applies=_MULTIMODAL)
     label_column: str = _column(
-        "label", "column of the label; several for regression: price,weight", applies=_TABLES)
+        "label", "column of the label; of numbers, and of labels that are 1 or 0, several: price,weight",
+        applies=_TABLES)
     feature_columns: str | None = _column(
         None, "columns of the features, in this order: acc,gyro; none = all others", applies=_SERIES)
     ignore_columns: str | None = _column(None, "columns to leave out of the features: time,station", applies=_SERIES)
@@ -162,7 +170,7 @@ class Settings:
         100, "how large an unpacked .npz may be (256 MiB are always read)", "times its size", at_least=1,
         applies=_SERIES)
     group_column: str | None = _data(
-        None, "column of groups that a split must not divide: patient, speaker, device", applies=_OWN)
+        None, "column of groups that a split must not divide: patient, speaker, device", applies=_FILES)
     group_pattern: str | None = _data(
         None, "the same, as a regular expression in an item's id or path: '(patient[0-9]+)'", applies=_OWN)
     data_dir: str = _data("data", "folder of the downloaded data", applies=_CIFAR10, on_resume="free")
@@ -198,7 +206,7 @@ class Settings:
     augment: bool = _data(
         True, "change training samples at random, as the next settings say; images are moved, too", on_resume="inexact")
     flip: bool = _data(
-        False, "mirror training images at random, half of them", applies=_IMAGES | {"augment": (True,)},
+        False, "mirror training images at random, half of them", applies=_OUR_IMAGES | {"augment": (True,)},
         on_resume="inexact")
     series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
     series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
@@ -320,6 +328,11 @@ def flag_of(name: str) -> str:
     return "--" + FIELDS[name].metadata.get("flag", name)
 
 
+def is_code(dataset: Any) -> bool:
+    """Whether a data set is a file of the user's own Python code, which own_data.py reads."""
+    return isinstance(dataset, str) and dataset.endswith(".py")
+
+
 def _is_optional(field: dataclasses.Field) -> bool:
     return type(None) in typing.get_args(field.type)
 
@@ -371,7 +384,8 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
         if low > high:
             raise ValueError
         return low, high
-    if not isinstance(value, kind) or value not in rules.get("choices", [value]):
+    of_code = field.name == "dataset_type" and (is_code(value) or value == PYTHON)
+    if not isinstance(value, kind) or (value not in rules.get("choices", [value]) and not of_code):
         raise ValueError
     if kind is str and (not value or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)):
         raise ValueError  # an empty path, or one that cannot be written as UTF-8
@@ -411,7 +425,8 @@ def _expected(field: dataclasses.Field, none: str) -> str:
     """What a valid value looks like: 'a whole number (epochs) of at least 1'."""
     kind, rules = _kind(field), field.metadata
     if "choices" in rules:
-        return "one of " + ", ".join(rules["choices"])
+        file = ", or a file of yours such as my_data.py" if field.name == "dataset_type" else ""
+        return "one of " + ", ".join(rules["choices"]) + file
     nouns = {int: "a whole number", float: "a number", tuple: "two whole numbers"}
     text = nouns.get(kind, "text" if kind is str else "true or false")
     text += f" ({rules['unit']})" if rules["unit"] else ""
@@ -519,6 +534,7 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """(the settings in force, where each came from: 'default', 'data set', 'recipe', 'checkpoint', 'file' or 'flag').
 
@@ -526,6 +542,7 @@ def resolve(
         flags, file: the settings given there, by name.
         base: the settings of the checkpoint to resume from; they take the place of the defaults, and a change to one
             that is 'fixed' on resume is refused.
+        own: the defaults of a data set of the user's own code.
 
     Raises:
         UserError: a line for each problem.
@@ -534,8 +551,8 @@ def resolve(
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
     chosen = ChainMap(flags, file, checkpoint, defaults)
-    dataset, of_series = DATASET_DEFAULTS[chosen["dataset_type"]], chosen["dataset_type"] == "sequences"
-    recipe = SERIES_RECIPES[chosen["series_recipe"]] if of_series else {}
+    dataset = DATASET_DEFAULTS.get(chosen["dataset_type"], own or {})
+    recipe = SERIES_RECIPES[chosen["series_recipe"]] if chosen["dataset_type"] == "sequences" else {}
     layers = {"default": defaults, "data set": dataset, "recipe": recipe, "checkpoint": checkpoint, "file": file,
               "flag": flags}  # fmt: skip
     values, sources = {}, {}
@@ -555,17 +572,19 @@ def resolve(
 def has_effect(settings: Settings, name: str) -> bool:
     """Whether a setting has an effect in this run: num_samples, say, has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
-    return all(getattr(settings, other) in values for other, values in conditions.items())
+    in_force = vars(settings) | ({"dataset_type": PYTHON} if is_code(settings.dataset_type) else {})
+    return all(in_force[other] in values for other, values in conditions.items())
 
 
 def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
     """A line for each setting that was given in the file or as a flag and has no effect in this run."""
     notes = []
     for name, field in FIELDS.items():
-        if sources[name] in ("file", "flag") and not has_effect(settings, name):
+        if sources[name] in ("file", "flag", "given") and not has_effect(settings, name):
             for other, values in field.metadata["applies"].items():
-                notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} "
-                             f"{' or '.join(map(_text, values))}, not {_text(getattr(settings, other))}")
+                needed = " or ".join("FILE.py" if value == PYTHON else _text(value) for value in values)
+                notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {needed}, "
+                             f"not {_text(getattr(settings, other))}")
     return notes
 
 
@@ -598,18 +617,30 @@ def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *sig
                         f"if that is right, say so with {flag_of(name)}")
 
 
-def format_settings(settings: Settings, sources: Mapping[str, str]) -> str:
-    """The settings with an effect in this run, grouped and aligned, with unit and source."""
-    rows: list[str] = []
+def format_settings(settings: Settings, sources: Mapping[str, str], in_force: Mapping[str, Any]) -> str:
+    """The settings that were given or are not at their default, aligned, with unit and source.
+
+    in_force: what `auto` and `none` stand for in this run, by name.
+    """
+    rows = []
     for name, field in FIELDS.items():
-        group, unit = field.metadata["group"], field.metadata["unit"]
-        if group not in rows:
-            rows.append(group)
+        value, unit = getattr(settings, name), field.metadata["unit"]
+        if sources[name] in ("default", "checkpoint") and value == field.default and name != "dataset_type":
+            continue
         if has_effect(settings, name):
-            value = _text(getattr(settings, name))
-            shown = f"{value} [{unit}]" if unit and value != "none" else value
-            rows.append(f"  {name:<28}{printable(shown):<28}  {sources[name]}")
-    return "\n".join(rows)
+            shown = _text(value)
+            if value in ("auto", None):
+                shown += f" = {in_force.get(name) or _meaning(field, shown)}"
+            elif unit:
+                shown += f" [{unit}]"
+            rows.append((name, printable(shown), sources[name]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"  {name:<{widths[0]}}  {shown:<{widths[1]}}  {source}" for name, shown, source in rows)
+
+
+def _meaning(field: dataclasses.Field, word: str) -> str:
+    """What the help says that `auto` or `none` is: 'no limit' of '...; none = no limit'."""
+    return field.metadata["help"].partition(f"{word} = ")[2].partition(";")[0].partition(",")[0] or "none"
 
 
 # --- What "auto" means on this machine -------------------------------------------------------------------------------
@@ -690,12 +721,18 @@ class Parser(argparse.ArgumentParser):
     and `file`, the settings in the file that `--config` names.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, common: Mapping[str, Iterable[str]] | None = None, **kwargs: Any) -> None:
+        """common: settings that most people use, by purpose. --help shows only these, --help_all shows all."""
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, add_help=False, **kwargs)
+        self.common, self.default = common or {}, ""
+        self.add_argument("-h", "--help", nargs=0, action=_Help, help="show the settings that most people use")
+        self.add_argument("--help_all", nargs=0, action=_Help, help="show all settings")
 
     def add_settings(self, names: Iterable[str] = tuple(FIELDS), default: str = "") -> None:
         """Add the flags of these settings by group. Their help shows `default` instead of each one's own, if given."""
         groups: dict[str, Any] = {}
+        self.default = default
         for name in names:
             field, flag, kind = FIELDS[name], flag_of(name), _kind(FIELDS[name])
             title = field.metadata["group"]
@@ -715,6 +752,25 @@ class Parser(argparse.ArgumentParser):
                     options |= {"nargs": "+", "action": _Names}
                     metavar = "NAME"
                 groups[title].add_argument(flag, metavar=metavar, **options)
+
+    def format_common_help(self) -> str:
+        """What --help shows: the first lines of the description, and the common settings by purpose."""
+        first = "\n\n".join(self.description.split("\n\n")[:2])
+        parts = [f"usage: {self.usage % {'prog': self.prog}}\n\n{first.strip()}"]
+        groups = {"": [(_flag(action), action.help) for action in self._actions if action.dest not in FIELDS]}
+        flags = {action.dest: _flag(action) for action in self._actions}
+        for purpose, names in self.common.items():
+            groups[purpose] = [(flags[name], _brief_help(FIELDS[name], not self.default)) for name in names]
+        width = 2 + max(len(flag) for rows in groups.values() for flag, _ in rows)
+        columns = min(120, shutil.get_terminal_size().columns)
+        for purpose, rows in groups.items():
+            default = f" (default {self.default})" if self.default else ""
+            lines = [f"{purpose}{default}:"] if purpose else []
+            for flag, text in rows:
+                wrap = {"initial_indent": f"  {flag:<{width}}", "subsequent_indent": " " * (width + 2)}
+                lines += textwrap.wrap(text, max(columns, width + 40), break_on_hyphens=False, **wrap)
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts) + "\n"
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = []
@@ -774,6 +830,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Help(argparse.Action):
+    """--help and --help_all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        everything = option_string == "--help_all" or not parser.common
+        sys.stdout.write(parser.format_help() if everything else parser.format_common_help())
+        parser.exit()
+
+
 class _Names(argparse.Action):
     """--name a b and --name a,b set 'a,b'."""
 
@@ -798,15 +863,49 @@ def _help(field: dataclasses.Field, default: str) -> str:
     return f"{field.metadata['help']}{unit} (default {default})"
 
 
+def _flag(action: argparse.Action) -> str:
+    """'--batch_size N'; of a choice and a switch the name alone."""
+    if isinstance(action, _Switch) or action.nargs == 0:
+        return ", ".join(option for option in action.option_strings if not option.startswith("--no_"))
+    metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else str(action.metavar)
+    if metavar.startswith("{") and action.dest in FIELDS:  # whose help names the choices
+        metavar = "NAME"
+    return f"{action.option_strings[0]} " + (f"[{metavar}]" if action.nargs == "?" else metavar)
+
+
+def _brief_help(field: dataclasses.Field, with_default: bool) -> str:
+    """'what is answered: classification, regression, multilabel (default classification)'."""
+    text = field.metadata["help"].partition(";")[0]
+    text = text if field.name == "task" else text.partition(":")[0]
+    if "choices" in field.metadata:
+        text += f": {', '.join(field.metadata['choices'])}" + ", or FILE.py" * (field.name == "dataset_type")
+    differs = any(values.get(field.name, field.default) != field.default for values in DATASET_DEFAULTS.values())
+    if not with_default or (field.default is None and not differs):
+        return text
+    return f"{text} (default {'by data set' if differs else _text(field.default)})"
+
+
+# What most people set, by purpose: what --help shows
+COMMON = {
+    "Data": ("dataset_type", "data_path", "test_path", "label_column", "task", "max_seq_len", "image_size"),
+    "Model": ("model_size", "num_latents"),
+    "Training": (
+        "num_epochs", "batch_size", "learning_rate", "class_weights", "select_by", "early_stopping_patience", "seed",
+        "checkpoint_dir",
+    ),
+    "Speed": ("device", "amp", "compile", "num_workers"),
+}  # fmt: skip
+
+
 def make_parser(description: str) -> Parser:
     """The parser of the training command: every setting, --config and --resume.
 
     Its `parse_args` gives, beside `flags` and `file`, `resume`: the checkpoint to resume from, or None.
     """
     usage = "%(prog)s [--config FILE] [--resume [FILE]] [--SETTING VALUE ...]"
-    parser = Parser(description=description, usage=usage)
+    parser = Parser(COMMON, description=description, usage=usage)
     parser.add_argument("--config", metavar="FILE", help="JSON file of settings; flags override it")
     parser.add_argument("--resume", metavar="FILE", nargs="?", const=_LAST,
-                        help=f"continue from this checkpoint (no FILE: {LAST_CHECKPOINT} in checkpoint_dir)")
+                        help="continue from this checkpoint, or from the last one in checkpoint_dir")
     parser.add_settings()
     return parser

@@ -141,8 +141,9 @@ def read_series(
     .arff       as in these archives: a row per series with numeric attributes and a nominal label, or with a relational
                 attribute, a line for each channel, and a label.
     .tsv, .txt  without a header, as in the UCR archive: a line per series, its label first.
-    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text; id: (N,) optional; the groups
-                (N,), numbers or text, under the name settings.group_column, optional.
+    .npz        x: (N, L, C), or (N, L) for one channel; y: (N,) labels, numbers or text, or (N, K) of numbers, or of
+                several labels that are 1 or 0, named by target_names or class_names (K,), optional; id: (N,) optional;
+                the groups (N,), numbers or text, under the name settings.group_column, optional.
                 lengths: (N,) optional: with x (N, L, C), how many steps of each series count; with x (T, C), the series
                 follow one another and their lengths sum to T.
     .npy        one series (L, C) or (L,), without label.

@@ -13,7 +13,7 @@ import shutil
 import unicodedata
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+import own_data
 import tasks
 from adapters import (  # noqa: F401
     MODALITIES,
@@ -56,10 +57,11 @@ from batches import (  # noqa: F401 (for those who import them from here)
     to_sample,
     unshared,
 )
-from config import FIELDS, OWN_DATA, Settings, check_memory
+from config import FIELDS, OWN_DATA, PYTHON, Settings, check_memory, is_code
 from data_files import Items, OnError, read_manifest, without_effect
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, printable, refuse_together
+from own_data import OwnData
 from tables import FileFinder
 from tasks import Classification, Task
 
@@ -80,8 +82,9 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
         members = rng.permutation(np.flatnonzero(labels == label))
         held_out.extend(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     if not held_out:
-        each = ", one of each class," if len(labels) > 1 else ""
-        raise UserError(f"{len(labels)} sample{'s' * (len(labels) > 1)}{each} cannot be split; more are needed")
+        if len(labels) == 1:
+            raise UserError("1 sample cannot be split; more are needed")
+        raise UserError(f"{len(labels)} samples, one of each class, cannot be split; more of a class are needed")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
@@ -140,13 +143,10 @@ def _split_off_validation(labels: np.ndarray, settings: Settings) -> tuple[np.nd
 # --- Descriptions ----------------------------------------------------------------------------------------------------
 
 
-def known_adapters(info: Info | None) -> dict[str, Adapter]:
-    """The adapters of a description made in training; {} without one."""
-    if not info:
-        return {}
-    return {
-        name: from_description(known, f"the checkpoint's adapter of {name}") for name, known in info["adapters"].items()
-    }
+def known_adapters(info: Info | None, own: Mapping[str, type[Adapter]] | None = None) -> dict[str, Adapter]:
+    """The adapters of a description made in training; {} without one. own: see `adapters.from_description`."""
+    known = info["adapters"] if info else {}
+    return {name: from_description(one, f"the checkpoint's adapter of {name}", own) for name, one in known.items()}
 
 
 def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
@@ -447,9 +447,11 @@ def read_items(
             lacking = [name for name in columns if not any(name in value for value in items.values)]
             items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
-    if modality is None:
+    if modality is None and len(known) == 1:
+        (modality,) = known
+    elif modality is None:
         modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
-    reader = MODALITIES[modality]
+    reader = type(known[modality]) if modality in known else MODALITIES[modality]
     items = reader.read_items(path, settings, labelled, on_error, known.get(modality) or trained)
     items.values = [{modality: value} for value in items.values]
     return items
@@ -475,10 +477,10 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     given = [name for name in FIELDS if getattr(settings, name) != FIELDS[name].default]
     notes += without_effect(paths.values(), given)
 
-    task, targets, more = _targets(items, known_task(info), settings, errors)
+    task, targets, more = _targets(items, known_task(info), settings, errors, settings.data_path)
     notes += more
     if "train" in items:
-        notes += _split_off(items, targets, task, settings)
+        notes += _split_off(items, targets, task, settings, str(settings.data_path))
     if not info:
         task = task.learn(targets["train"], settings)
     refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
@@ -519,9 +521,9 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
 
 
 def _targets(
-    items: dict[str, Items], known: Task | None, settings: Settings, errors: list[UserError]
+    items: dict[str, Items], known: Task | None, settings: Settings, errors: list[UserError], where: str | None
 ) -> tuple[Task, dict[str, np.ndarray], list[str]]:
-    """(the task, the targets of each split, notes on labels).
+    """(the task, the targets of each split, notes on labels). where: names the data in messages.
 
     Raises:
         UserError: the `errors` of reading and those of impossible labels, together.
@@ -529,14 +531,14 @@ def _targets(
     task, notes = known, []
     if task is None:
         train = items["train"]
-        task, notes = tasks.TASKS[settings.task].fit(train.labels, train.places, settings)
+        task, notes = tasks.task_named(settings.task).fit(train.labels, train.places, settings)
     targets = {}
     for name, found in items.items():
         targets[name], wrong = task.read(found.labels, found.places)
         errors = errors + wrong
     refuse_together(errors)
     if known is None:
-        task.check_names(settings.data_path)
+        task.check_names(where)
     return task, targets, notes
 
 
@@ -592,9 +594,12 @@ def _paths(settings: Settings, info: Info | None, only: str | None) -> tuple[dic
 
 
 def _split_off(
-    items: dict[str, Items], targets: dict[str, np.ndarray], task: Task, settings: Settings
+    items: dict[str, Items], targets: dict[str, np.ndarray], task: Task, settings: Settings, where: str
 ) -> list[str]:
-    """Take missing test and validation items out of the training items. Returns notes."""
+    """Take missing test and validation items out of the training items. Returns notes.
+
+    where: names the data in messages.
+    """
     for found in items.values():
         found.groups = _group_names(found, settings)
     _refuse_shared_groups(items)
@@ -607,10 +612,11 @@ def _split_off(
         if name in items:
             given = name == "test" and settings.test_path  # unused_settings has a note on that
             if fraction != FIELDS[f"{name}_fraction"].default and not given:
-                notes.append(f"{name}_fraction has no effect: there is a folder for {PURPOSES[name]}")
+                there = "there is a folder" if settings.dataset_type == "images" else "there are items of their own"
+                notes.append(f"{name}_fraction has no effect: {there} for {PURPOSES[name]}")
             continue
         train, values = items["train"], targets["train"]
-        with naming(f"{settings.data_path}, to set aside data for {PURPOSES[name]}"):
+        with naming(f"{where}, to set aside data for {PURPOSES[name]}"):
             strata = task.strata(values)
             if train.groups:
                 kept, held_out = grouped_split(strata, train.groups, fraction, rng)
@@ -719,6 +725,75 @@ def _file_checksum(path: Path) -> int:
     return result
 
 
+# --- Data given in Python --------------------------------------------------------------------------------------------
+
+
+def load_given_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None, own: OwnData | None = None
+) -> tuple[Splits, Info]:
+    """What the user's own code gives, see own_data.py; what it does not give is split off as by `load_own_splits`."""
+    given = own_data.load(own, settings)
+    sources = given.sources
+    if info and only in sources and only != "train":
+        sources = {only: sources[only]}
+    items = own_data.read_items(sources, own)
+    task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
+    if "train" in items:
+        notes += _split_off(items, targets, task, settings, own.path or "data")
+    if not info:
+        task = task.learn(targets["train"], settings)
+    absent = {name: task.absent(values) for name, values in targets.items()}
+    notes += [text.format(name) for name, text in absent.items() if text]
+
+    fitted = known_adapters(info, own.classes) if info and given.adapters else {}
+    fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
+    splits = {
+        name: own_data.PreparedDataset(
+            found.values, found.places, found.ids, targets[name], fitted, settings.max_seq_len, name == "train",
+            f"preparing {name}",
+        )
+        for name, found in items.items()
+    }  # fmt: skip
+    adapters = fitted or known_adapters(info, own.classes) or {
+        name: TensorAdapter(width, settings.max_seq_len) for name, width in splits["train"].widths.items()
+    }
+    for name, data in splits.items():
+        for modality, width in data.widths.items():
+            own_data.check_width(modality, width, adapters, items[name].places[0])
+    prints = {name: own_data.fingerprint(data, task.texts(targets[name])) for name, data in splits.items()}
+    code = {"code": {"name": own.name, "checksum": own.checksum}} if own.path else {}
+    return splits, description(task, adapters, notes, fingerprints=prints, **code)
+
+
+def _given_targets(
+    items: dict[str, Items], known: Task | None, class_names: list[str] | None, settings: Settings, own: OwnData
+) -> tuple[Task, dict[str, Any], list[str]]:
+    """As `_targets`. Where names are given, labels are numbers of classes, or names; else they are the names."""
+    where = own.path or "data"
+    if class_names is None:
+        if settings.task == "multilabel":
+            refuse_together(
+                UserError(f"{place}: label {label!r:.40} is no list of names; give class_names for numbers 0 and 1")
+                for found in items.values()
+                for label, place in zip(found.labels, found.places, strict=True)
+                if not own_data.is_name(label)
+            )
+        return _targets(items, known, settings, [], where)
+    task = known or tasks.task_named(settings.task)(class_names)
+    if getattr(task, "class_names", class_names) != class_names:
+        raise UserError(f"{where}: class_names are {class_names}, the checkpoint's {task.class_names}")
+    targets, errors = {}, []
+    for name, found in items.items():
+        targets[name], wrong = own_data.read_targets(task, found)
+        errors += wrong
+    refuse_together(errors)
+    for name, values in targets.items():
+        targets[name] = np.array(values)
+        with naming(f"{where}: {name}"):
+            task.check(targets[name], for_training=False)
+    return task, targets, []
+
+
 # --- By name ---------------------------------------------------------------------------------------------------------
 
 DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
@@ -729,7 +804,9 @@ DATASETS: dict[str, Callable[..., tuple[Splits, Info]]] = {
 }
 
 
-def load_splits(settings: Settings, info: Info | None = None, only: str | None = None) -> tuple[Splits, Info]:
+def load_splits(
+    settings: Settings, info: Info | None = None, only: str | None = None, own: OwnData | None = None
+) -> tuple[Splits, Info]:
     """The data sets {'train', 'val', 'test'} of settings.dataset_type and their description.
 
     The description holds plain values that a checkpoint can store: dataset_type; the task (see tasks.py) with
@@ -740,9 +817,14 @@ def load_splits(settings: Settings, info: Info | None = None, only: str | None =
     Args:
         info: a description made in training; its adapters and its task are then used.
         only: the split that is asked for. Of the user's own data, it alone is read unless it is part of another one.
+        own: the user's own code, run for a data set of that name; no name makes code run by itself.
     """
-    asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
-    splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
+    if is_code(settings.dataset_type) or settings.dataset_type == PYTHON:
+        own_data.require(own, settings.dataset_type)
+        splits, specific = load_given_splits(settings, info, only, own)
+    else:
+        asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
+        splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
     prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions used file names only: if these are the same, nothing more can be said

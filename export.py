@@ -256,15 +256,14 @@ class OnnxModel(nn.Module):
 
 
 def largest_difference(model: PerceiverModel, runner: ProgramModel | OnnxModel, attention: bool) -> float:
-    """Between the outputs of a file and those of its model, over all CASES, padded and not; NaN if one is."""
+    """Between the outputs of a file and of its model, over all CASES, padded and not; NaN for NaN and wrong shapes."""
     random, differences = torch.Generator().manual_seed(1), []
-    cases = [(*case, padded) for case in CASES for padded in (False, True)]
-    for case in tqdm(cases, "comparing", leave=False, disable=None):
-        x, mask = map(unwrapped, random_inputs(model, *case, random))
+    for samples, tokens, padded in [(*case, padded) for case in CASES for padded in (False, True)]:
+        x, mask = map(unwrapped, random_inputs(model, samples, tokens, padded, random))
         with torch.inference_mode():
             expected, found = flat(model(x, mask, return_attention=attention)), runner.outputs(x, mask)
         if [each.shape for each in expected] != [each.shape for each in found]:
-            return math.inf
+            return math.nan
         differences += [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
     return float(torch.stack(differences).max())
 
@@ -276,12 +275,12 @@ def flat(answered: Any) -> list[Tensor]:
 
 def headline(model: PerceiverModel, runner: OnnxModel, loader: DataLoader) -> float | None:
     """The task's most telling metric of a file, over a data set."""
-    rows = evaluation.collect(runner, tqdm(loader, "evaluating", leave=False, disable=None), model.task)
+    rows = evaluation.collect(runner, tqdm(loader, "test data", leave=False, disable=None), model.task)
     return model.task.metrics(rows)[model.task.headline] if rows["finite"].all() else math.nan
 
 
 def read_test_data(model: PerceiverModel, stored: dict[str, Any], flags: dict[str, Any]) -> DataLoader:
-    """The test split of the data of training, of which `flags` say where they are now."""
+    """The test split of the training run's data; `flags` say where the data are now."""
     settings, sources = resolve(base={**stored, "device": "cpu", "augment": False}, flags=flags)
     for note in unused_settings(settings, sources):
         print_note(note)
@@ -369,32 +368,39 @@ def export(
         raise UserError(f"an .onnx file holds 2 GiB at most, and the weights take {weights / 2**30:.1f}; export a .pt2")
     description = describe(model, quantize, ["torch", *(PACKAGES if path.suffix == ".onnx" else ())])
 
-    def checked(file: IO, limit: float = LIMIT) -> dict[str, float | None]:
+    def checked(kind: str, file: IO, limit: float = LIMIT) -> dict[str, float | None]:
         file.flush()
+        bar.set_description(f"comparing {kind}")
         runner = (ProgramModel if path.suffix == ".pt2" else OnnxModel)(file.name, model)
         difference = largest_difference(model, runner, attention)
+        bar.update()
         if not difference <= limit:
-            raise UserError(f"the outputs of {path} differ from the model's by up to {difference:.2g}, more than "
-                            f"{limit:g}, so it is not kept; try other versions of the packages, or the other format")
+            raise UserError(f"the {kind} outputs of {path} differ from the model's by up to {difference:.2g}, so it is "
+                            "not kept; try other versions of the packages, or the other format")
         known = {} if test_data is None else {"headline": headline(model, runner, test_data)}
         return {"bytes": Path(file.name).stat().st_size, "difference": difference, **known}
 
+    stages = 2 + (path.suffix == ".onnx") + bool(quantize)
+    bar = tqdm(total=stages, desc="tracing", leave=False, disable=None)
     try:
-        program = trace(model, attention)
-        with written_whole(path) as file:
+        with bar, written_whole(path) as file:
+            program = trace(model, attention)
+            bar.update()
             if path.suffix == ".pt2":
                 whole = io.BytesIO()  # errors of writing into it pass through C++ and lose their kind
                 torch.export.save(program, whole, extra_files={f"{KEY}.json": description})
                 file.write(whole.getbuffer())
-                return {"float32": checked(file)}
+                return {"float32": checked("float32", file)}
+            bar.set_description("translating")
             data = to_onnx(model, program, attention, description)
+            bar.update()
             file.write(data)
-            figures = {"float32": checked(file)}
+            figures = {"float32": checked("float32", file)}
             if quantize:
                 file.seek(0)
                 file.truncate()
                 file.write(to_int8(data))
-                figures[quantize] = checked(file, math.inf)
+                figures[quantize] = checked(quantize, file, limit=sys.float_info.max)
             return figures
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error

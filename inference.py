@@ -3,6 +3,7 @@
     python inference.py --model_path checkpoints/best_model.pth
     python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
     python inference.py --model_path checkpoints/best_model.pth --input new_images/
+    python inference.py --model_path checkpoints/best_model.pth --dataset path/to/my_data.py    # trained with this file
 
 The first two write results.json, items.csv (each item with its true and its predicted answer) and the figures of the
 task; for a classifier, these are confusion_matrix.png, confidence_histogram.png and confidence_analysis.png. --analyze
@@ -30,19 +31,21 @@ import torch
 from torch.utils.data import Dataset
 
 import evaluation
+import own_data
 import plots
-import tasks
-from adapters import from_description
+from adapters import Adapter, ImageAdapter
 from batches import Item, check_batch_size, collate, create_dataloader, inputs_for
-from checkpoint import build_model, load_checkpoint
+from checkpoint import equipped_model, load_checkpoint
 from config import (
     FIELDS,
     OWN_DATA,
+    PYTHON,
     Parser,
     Settings,
     check_folder,
     choose_device,
     choose_precision,
+    is_code,
     resolve,
     unused_settings,
     usable_device,
@@ -51,8 +54,8 @@ from data_files import Items, without_effect
 from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
 from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
+from own_data import OwnData
 from perceiver_model import PerceiverModel
-from schema import shown
 from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
@@ -63,6 +66,7 @@ OVERRIDES = (
     "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
     "amp", "device",
 )  # fmt: skip
+COMMON = {"Settings": ("data_path", "test_path", "label_column", "batch_size", "num_workers", "amp", "device")}
 EXAMPLES = 3  # samples whose attention maps are drawn
 REPORTED = 10  # how many unreadable items are named; the rest are only counted
 READING_REMEDIES = ("fewer items", "--max_unpacking", "closing other programs")
@@ -73,8 +77,12 @@ NOT_FINITE = "the model's answers are not all finite: its numbers overflow; use 
 # --- In a notebook ---------------------------------------------------------------------------------------------------
 
 
-def load_model(path: str, device: str | torch.device = "cpu") -> tuple[PerceiverModel, dict[str, Any]]:
+def load_model(
+    path: str, device: str | torch.device = "cpu", adapters: Sequence[type[Adapter]] = ()
+) -> tuple[PerceiverModel, dict[str, Any]]:
     """The model of a checkpoint, ready for prediction, and the settings that it was trained with.
+
+    adapters: classes of your own that it was trained with; a checkpoint does not load their code by itself.
 
     `model.data_info` describes the data (class names, splits, ...; see data_utils.py), `model.adapters` prepares raw
     items of each modality (see adapters.py), `model.task` knows what an answer is (see tasks.py).
@@ -85,34 +93,8 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[Perceiver
     """
     checkpoint = load_checkpoint(path)
     Settings.from_dict(checkpoint["settings"])
-    return _model(checkpoint, usable_device(device)), checkpoint["settings"]
-
-
-def _model(checkpoint: dict[str, Any], device: torch.device) -> PerceiverModel:
-    model = build_model(checkpoint)
-    model.data_info = checkpoint["data"]
-    model.task = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task")
-    if model.task.num_outputs != checkpoint["data"]["num_outputs"]:
-        told, names = checkpoint["data"]["num_outputs"], model.task.num_outputs
-        raise UserError(f"the checkpoint's task names {names} outputs, its model has {told}")
-    model.adapters = {
-        name: from_description(known, f"the checkpoint's adapter of {name}")
-        for name, known in checkpoint["data"]["adapters"].items()
-    }
-    made = {name: adapter.features for name, adapter in model.adapters.items()}
-    if checkpoint["data"].get("features", made) != made:
-        raise UserError(f"the checkpoint's adapters make {made}, its features are {checkpoint['data']['features']}")
-    taken = checkpoint["model_args"]["input_dim"]
-    taken = taken if isinstance(taken, dict) else dict.fromkeys(model.modalities, {"input_dim": taken})
-    for name in sorted(made.keys() | taken.keys()):
-        makes, takes = made.get(name, {}), taken.get(name, {})
-        if not makes or any(_as_list(takes.get(what)) != value for what, value in makes.items()):
-            raise UserError(f"the checkpoint's adapter of {shown(name)} makes {makes}, its model takes {takes}")
-    return model.to(device)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    own = own_data.own_classes(adapters)
+    return equipped_model(checkpoint, usable_device(device), own), checkpoint["settings"]
 
 
 def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
@@ -253,7 +235,7 @@ def _analysis_figures(
     def mistakes(path: Path) -> None:
         worst = task.worst(rows)
         tokens = [dataset[number]["input"] for number in worst]
-        images = adapters["image"].images(torch.stack(tokens)) if tokens else []
+        images = adapters[only].images(torch.stack(tokens)) if tokens else []
         ids = getattr(dataset, "ids", samples)
         titles = [[plots.short(printable(str(ids[i])), 28), *task.mistake(rows, i)] for i in worst]
         plots.plot_mistakes(images, titles, path)
@@ -264,7 +246,7 @@ def _analysis_figures(
         figures = {"attention.png": partial(attention, only)}
     figures["latents.png"] = latents
     figures |= task.analysis_figures(analysis)
-    if only == "image":
+    if isinstance(adapters.get(only), ImageAdapter):
         figures["mistakes.png"] = mistakes
     return figures
 
@@ -365,15 +347,38 @@ def predict_files(
     return 0
 
 
+def code_again(path: str | None, checkpoint: dict[str, Any], for_data: bool) -> OwnData | None:
+    """The file of the user's own code that a checkpoint was trained with, named again; None where it needs none."""
+    dataset = checkpoint["settings"].get("dataset_type")
+    of_code = is_code(dataset) or dataset == PYTHON
+    if path is None:
+        if of_code and for_data:
+            own_data.require(None, dataset)
+        return None
+    if not of_code:
+        raise UserError(f"dataset: the model was trained on {dataset}, which needs no file of yours; leave it out")
+    if not is_code(path):
+        raise UserError(f"dataset: {path} is no file of Python code, such as my_data.py")
+    own = own_data.load_file(path)
+    if is_code(dataset) and own.name != dataset:
+        print_note(f"the model was trained with {dataset}; {path} takes its place")
+    for note in own.changed(checkpoint["data"]) if own.name == dataset else []:
+        print_note(note)
+    return own
+
+
 @exit_on_user_error
 @memory_advice("in evaluation", MEMORY_REMEDIES)
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, usage="%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [...]")
+    usage = "%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [--SETTING VALUE ...]"
+    parser = Parser(COMMON, description=__doc__, usage=usage)
     parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
     parser.add_argument("--analyze", action="store_true", help="add the analysis and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
     parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"),
                         help="what to evaluate on (default test); train is read without augmentation")  # fmt: skip
+    parser.add_argument("--dataset", dest="code", metavar="FILE.py",
+                        help="the file of your own code that the model was trained with")  # fmt: skip
     parser.add_argument("--input", metavar="PATH", help="predict these items, instead of evaluating")
     parser.add_settings(OVERRIDES, default="as in training; device and data are looked for here")
     args = parser.parse_args(argv)
@@ -382,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_processes("inference.py runs in one process, start it with python")
 
     checkpoint = load_checkpoint(args.model_path)
+    own = code_again(args.code, checkpoint, for_data=args.input is None)
     # A test file of the user's own can be evaluated without the training data
     new_data = "test_path" in args.flags and args.split in (None, "test") and args.input is None
     new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
@@ -400,17 +406,18 @@ def main(argv: list[str] | None = None) -> int:
         without_effect += ["amp"] * ("amp" in args.flags and settings.amp not in ("off", "auto"))
         for name in without_effect:
             print_note(f"{name} has no effect with --input" + " (predictions are made in float32)" * (name == "amp"))
-        return predict_files(_model(checkpoint, device), args.input, settings, args.output_dir, args.flags)
+        model = equipped_model(checkpoint, device, own and own.classes)
+        return predict_files(model, args.input, settings, args.output_dir, args.flags)
     split = args.split or "test"
     if settings.amp == "fp16" and device.type != "cuda" and "amp" not in args.flags:
         print_note(f"trained in fp16, which needs CUDA; evaluating in float32 on {device.type}")
         amp_dtype = None
     else:
         amp_dtype = choose_precision(settings.amp, device)
-    model = _model(checkpoint, device)
+    model = equipped_model(checkpoint, device, own and own.classes)
     check_folder("data_dir", settings, sources, *CIFAR10_FILES)
     with memory_advice("while reading the data", READING_REMEDIES):
-        splits, data = load_splits(settings, model.data_info, split)
+        splits, data = load_splits(settings, model.data_info, split, own)
     for note in data["notes"]:
         print_note(note)
     about = {

@@ -1,12 +1,12 @@
 """The Perceiver (Jaegle et al. 2021, arXiv 2103.03206) and Perceiver IO (2107.14795), in the order of the data flow.
 
-A Perceiver reads any number of input tokens through a small set of learned latents. A cross-attend copies what the
-latents ask for out of the input, self-attention layers work on the latents, and a head reads the answer out of them:
-time and memory grow as O(L N) with the input. Keys and values come straight from the input channels.
+A Perceiver reads any number of input tokens through a small set of learned latents. In a cross-attend, the latents
+collect what they need from the input; self-attention layers then work on the latents, and a head reads the answer out
+of them. Time and memory grow as O(L N) with the input. Keys and values come straight from the input channels.
 
     x (B, L, features) -> + positions -> [cross-attend, self-attention layers] x repeats -> latents -> head -> logits
 
-Several modalities are read at once as tokens one after another, filled up to the same channels by learned encodings.
+Several modalities are read at once, as tokens one after another, padded to the same channels by learned encodings.
 
 Letters used for shapes in this file:
 
@@ -32,23 +32,23 @@ from torch.utils.checkpoint import checkpoint
 
 from token_features import TokenFeatures, check_effects, check_names, check_shares, check_sizes, check_switches
 
-MAX_FUSED_WIDTH = 256  # of a head, for the fast attention kernels of CUDA; wider ones take ten times as long
-CPU_THREADS = torch.get_num_threads()  # read once: a compiled forward pass cannot ask for it
+MAX_FUSED_WIDTH = 256  # widest head that CUDA's fast attention kernels take; wider ones take ten times as long
+CPU_THREADS = torch.get_num_threads()  # read once, since a compiled forward pass cannot ask for it
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), self or cross, on torch's fused kernels.
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), self or cross, with torch's fused kernels.
 
     Args:
         d_model: channels of the queries and of the result (D).
         num_heads: H.
         input_dim: channels of the tokens attended to (C); default d_model.
         attention_dim: total width of the heads' queries and keys (E), a multiple of num_heads; default d_model.
-        dropout: probability of dropping an attention weight in training. Above 0 the fused kernels of the CPU do not
-            apply, and the (N, L) weights are held in memory.
+        dropout: probability of dropping an attention weight in training. Above 0, the CPU has no fused kernel, and the
+            (N, L) weights are held in memory.
         value_dim: total width of the heads' values (V), a multiple of num_heads; default E.
         query_bias: whether the queries have a bias (those of the published Perceiver IO models have).
 
@@ -61,10 +61,10 @@ class MultiHeadAttention(nn.Module):
 
         scores   q (X Wk)^T = (q Wk^T) X^T          result   softmax(.) (X Wv) = (softmax(.) X) Wv
 
-    so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the
-    N results. The parameters and the function are the same, dropout of attention weights included; what changes is
-    the cost: 2 H N C multiply-adds a token against (E + V) (C + N). `forward` takes the cheaper one; on CUDA, where
-    these are not what takes the time, the one that was measured to be faster.
+    so keys and values need not be made: C-wide queries of all heads attend to the one shared X, and Wv acts on the N
+    results. Parameters and function are the same, including dropout of attention weights. What changes is the cost:
+    2 H N C multiply-adds per token instead of (E + V) (C + N). `forward` takes the cheaper form; on CUDA, where these
+    are not what takes the time, the form that was measured to be faster.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.Module):
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
     def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H). What can be one product is one."""
+        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H), in as few products as possible."""
         together = [self.query, self.key, self.value] if inputs is None else [self.key, self.value]
         if not self._layers_are_plain():
             inputs = queries if inputs is None else inputs
@@ -148,7 +148,7 @@ class MultiHeadAttention(nn.Module):
     def _fold(self, queries: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B or 1, G, H N / G, C) in G groups, and the tokens (B, G, L, C) as keys and as values.
 
-        C is filled up with zeros to a multiple of 8, which fused CUDA kernels want.
+        C is padded with zeros to a multiple of 8, which fused CUDA kernels need.
         """
         q = self._split_heads(self.query(queries))  # (B or 1, H, N, E/H)
         q = q @ _filled_up(self._head_weight(self.key))  # (B or 1, H, N, C)
@@ -174,8 +174,8 @@ class MultiHeadAttention(nn.Module):
         return 2 * self.num_heads * num_queries * channels < (keys + values) * (channels + num_queries)
 
     def _layers_are_plain(self) -> bool:
-        """Whether the projections are just their weights, so that a product with these stands for calling the layers:
-        no hooks (pruning, FSDP), no replacement (LoRA, quantisation), no parametrisation."""
+        """Whether the projections are nothing but their weights, so that a product with these can replace calling the
+        layers: no hooks (pruning, FSDP), no replacement (LoRA, quantisation), no parametrisation."""
         return all(
             type(layer) is nn.Linear
             and "forward" not in vars(layer)
@@ -186,11 +186,11 @@ class MultiHeadAttention(nn.Module):
 
     @staticmethod
     def _query_groups(inputs: Tensor, num_queries: int) -> int:
-        """Groups G that the folded queries form, as if each were a head.
+        """The number of groups G into which the folded queries are split, as if each group were a head.
 
-        The CPU kernel gives a thread of the backward pass one head of one sample, so a small batch needs a few groups
-        to keep the threads busy. Each costs the memory of one gradient to the keys and one to the values, (L, C),
-        which groups of fewer than 512 queries do not pay back.
+        In the backward pass, the CPU kernel gives each thread one head of one sample, so a small batch needs a few
+        groups to keep the threads busy. Each group costs the memory of a gradient of the keys and one of the values,
+        (L, C), which does not pay for fewer than 512 queries.
         """
         wanted = 1
         if inputs.device.type == "cpu" and not torch.compiler.is_exporting():  # which leaves the batch size open
@@ -205,7 +205,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def _filled_up(x: Tensor) -> Tensor:
-    """x with its last dimension filled up with zeros to a multiple of 8."""
+    """x with its last dimension padded with zeros to a multiple of 8."""
     missing = -x.size(-1) % 8
     return F.pad(x, (0, missing)) if missing else x
 
@@ -229,7 +229,7 @@ class CrossAttentionBlock(nn.Module):
         num_heads, attention_dim, attention_dropout, and further arguments: see `MultiHeadAttention`.
         mlp_ratio: hidden width of the MLP over D.
         dropout: probability of dropping a channel of what either branch adds.
-        query_residual: whether what is attended is added to the latents or takes their place.
+        query_residual: whether the attended values are added to the latents or replace them.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class CrossAttentionBlock(nn.Module):
         super().__init__()
         self.query_residual = query_residual
         self.latent_norm = nn.LayerNorm(d_model)
-        # The norm of a single channel is a constant, whatever the token holds
+        # Normalising a single channel would give a constant, whatever the token holds
         self.input_norm = nn.LayerNorm(input_dim) if input_dim > 1 else nn.Identity()
         self.attention = MultiHeadAttention(
             d_model, num_heads, input_dim, attention_dim, dropout=attention_dropout, **attention
@@ -300,7 +300,11 @@ class SelfAttentionBlock(nn.Module):
 
 
 def check_heads(*rows: tuple[str, int | None, str, int]) -> None:
-    """Refuse by name, with a ValueError, a width that its heads do not divide: (name, width, name of heads, heads)."""
+    """Check that each width is divisible by its heads; rows are (name, width, name of the heads, heads).
+
+    Raises:
+        ValueError: names the width that is not.
+    """
     for name, width, heads_name, heads in rows:
         if width is not None:
             check_sizes(**{name: width})
@@ -311,14 +315,14 @@ def check_heads(*rows: tuple[str, int | None, str, int]) -> None:
 class PerceiverEncoder(nn.Module):
     """Learned latents that cross-attend to the input and then to each other, repeatedly (paper section 3.1).
 
-    The self-attention layers are shared out over the cross-attends as evenly as they go, in order: 2 and 8 give cross,
-    4 self, cross, 4 self; 2 and 3 give cross, 2 self, cross, 1 self.
+    The self-attention layers are distributed over the cross-attends as evenly as possible, in order: 2 and 8 give
+    cross, 4 self, cross, 4 self; 2 and 3 give cross, 2 self, cross, 1 self.
 
     Args:
         input_dim: input channels C.
         d_model, num_heads, num_latents: D, H and N.
         num_cross_attention_layers: cross-attends.
-        num_self_attention_layers: self-attention layers in all.
+        num_self_attention_layers: self-attention layers in total.
         num_cross_attention_heads: heads of the cross-attends; default num_heads (the paper uses 1).
         cross_attention_dim, cross_attention_value_dim: widths E and V of the cross-attends; default d_model (the paper
             uses C), and E.
@@ -436,8 +440,8 @@ class PerceiverDecoder(nn.Module):
     Args:
         query_dim: channels of a query (Q), and the width of the block.
         d_model: latent width D.
-        num_outputs: numbers of an answer; None leaves the Q channels as they are.
-        query_residual: whether the query is added to what it attends to (for classification in the paper, not for
+        num_outputs: numbers in an answer; None leaves the Q channels as they are.
+        query_residual: whether the query is added to the attended values (in the paper, for classification but not for
             language).
         num_heads, mlp_ratio, dropout, and further arguments: see `CrossAttentionBlock`.
     """
@@ -466,7 +470,7 @@ class PerceiverDecoder(nn.Module):
         Args:
             queries: (B, O, Q), or (1, O, Q) to put the same queries to every sample.
             latents: (B, N, D).
-            mask: bool (B, O), True at real queries. What the others hold reaches no gradient; their answers are 0.
+            mask: bool (B, O), True at real queries. The others affect no gradient, and their answers are 0.
             return_attention: also return the attention weights.
 
         Returns:
@@ -533,19 +537,19 @@ class OutputQueries(nn.Module):
         )
 
     def forward(self, latents: Tensor, num_queries: int | None = None) -> Tensor:
-        """latents (B, N, D) -> the answers (B, O, outputs) to the first num_queries, by default to all."""
+        """latents (B, N, D) -> the answers (B, O, outputs) to the first num_queries queries, by default to all."""
         return self.decoder(self.queries[None, :num_queries], latents)
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 HEADS = ("mean", "query", "positions")
-MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are filled up to its width
-Modal = Tensor | dict[str, Tensor]  # of one modality, or of each by its name
+MODALITY_CHANNELS = 4  # learned channels of the widest of several modalities; the others are padded to its width
+Modal = Tensor | dict[str, Tensor]  # one modality, or several by name
 
 
 def keyword_arguments(of: Callable, *without: str) -> dict[str, inspect.Parameter]:
-    """The arguments of a class or function that can be given by name, but for some and for what it only passes on."""
+    """The arguments of a class or function that can be given by name, without some and without its `**kwargs`."""
     return {
         name: argument.replace(kind=argument.KEYWORD_ONLY)
         for name, argument in inspect.signature(of).parameters.items()
@@ -554,7 +558,7 @@ def keyword_arguments(of: Callable, *without: str) -> dict[str, inspect.Paramete
 
 
 def naming(arguments: dict[str, inspect.Parameter]) -> Callable[[Callable], Callable]:
-    """Decorator: help and completion show these arguments in the place of the function's `**kwargs`."""
+    """Decorator: help and completion show these arguments instead of the function's `**kwargs`."""
 
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function)
@@ -573,8 +577,8 @@ DECODER = keyword_arguments(OutputQueries, "d_model", "num_outputs", "query_resi
 class PerceiverModel(nn.Module):
     """A Perceiver: token features, encoder, and a head that reads the answer out of the latents.
 
-    The tokens of several modalities stand one after another; each has its own positions, and channels filled up to a
-    common width by a learned encoding (as the paper does for audio and video). One modality is the case of one entry.
+    The tokens of several modalities follow one another; each modality has its own positions, and its channels are
+    padded to a common width by a learned encoding (as in the paper, for audio and video).
 
     Args:
         input_dim: features of a token; or, for several modalities, a dict from the name of each to its arguments of
@@ -585,8 +589,8 @@ class PerceiverModel(nn.Module):
 
             - "mean": mean over the normalised latents, linear layer; (B, num_classes), as in the Perceiver paper.
             - "query": the answer to one learned query; (B, num_classes), as Perceiver IO classifies.
-            - "positions": the answers to a learned query for each position, num_queries in all; (B, L, num_classes), as
-              Perceiver IO's masked language model. What the mask hides is answered, too.
+            - "positions": the answers to a learned query for each position, num_queries in total; (B, L, num_classes),
+              as in Perceiver IO's masked language model. Masked positions are answered too.
         tie_embedding: with head "positions", the logits of an answer are its products with the embeddings of the
             vocabulary, plus a bias.
         features_encoder_decoder: the other arguments are described where they are used. Those of tokens, in
@@ -595,7 +599,7 @@ class PerceiverModel(nn.Module):
             "query" and "positions" have, are in `OutputQueries`; it shares dropouts and query_bias.
 
     Raises:
-        ValueError: a value that one of these classes refuses, arguments that do not go together or have no effect.
+        ValueError: a value that one of these classes refuses; arguments that contradict each other or have no effect.
         TypeError: an unknown argument; the nearest valid name is given.
     """
 
@@ -674,11 +678,11 @@ class PerceiverModel(nn.Module):
         """Answer a batch.
 
         Args:
-            x: float (B, L, input_dim), or a dict of them by modality. What it holds at padding (NaN and infinity
-                included) reaches no result. A modality that the dict lacks is missing in every sample.
-            mask: (B, L) of bool or of 1 and 0 in any dtype, True at real tokens, or a dict of them; None when all are
-                real. A sample misses a modality where its mask is 0 throughout; a sample without any real token gets
-                the logits of the latents alone.
+            x: float (B, L, input_dim), or a dict of these by modality. Its values at padding (NaN and infinity
+                included) affect no result. A modality that the dict lacks is missing in every sample.
+            mask: (B, L) of bool or of 1 and 0 in any dtype, True at real tokens, or a dict of these; None if all are
+                real. A sample lacks a modality if its mask is 0 throughout; a sample without any real token gets the
+                logits of the latents alone.
             return_attention: also return the cross-attention maps.
             mix: for training, other samples (x and mask, as above, B of them) and the weights (B,) from 0 to 1 of those
                 of x beside them: the features of each two are mixed before the stem (of text, the embeddings).
@@ -686,7 +690,7 @@ class PerceiverModel(nn.Module):
         Returns:
             logits (B, num_classes), with head "positions" (B, L, num_classes); and with `return_attention` one map
             (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0 at padding. L runs over the
-            modalities in the order of the model, each behind its stem.
+            modalities in the order of the model, as they leave their stems.
 
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
@@ -702,11 +706,11 @@ class PerceiverModel(nn.Module):
         return self.encoder(*self._tokens(x, mask))
 
     def pooled_latents(self, x: Modal, mask: Modal | None = None) -> Tensor:
-        """One vector for a sample. Arguments as for forward.
+        """One vector per sample. Arguments as for forward.
 
         Returns:
-            what the last linear layer classifies: with head "mean" the mean over the normalised latents (B, D), with
-            "query" the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
+            the input of the last linear layer: with head "mean", the mean over the normalised latents (B, D); with
+            "query", the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
         """
         return self._pool(self.encode(x, mask))
 
@@ -734,7 +738,7 @@ class PerceiverModel(nn.Module):
         return F.linear(answers, features.embedding.weight, self.output_bias)
 
     def token_ranges(self, x: Modal) -> dict[str, slice]:
-        """Where the tokens of each modality stand along the L of the attention maps of this input."""
+        """Where the tokens of each modality lie along the dimension L of the attention maps of this input."""
         x, start, ranges = self._by_modality(x, "input"), 0, {}
         for name, tokens in self.modalities.items():
             length = tokens.num_tokens(x[name].size(1) if name in x else tokens.missing_length)
@@ -744,7 +748,7 @@ class PerceiverModel(nn.Module):
     def _tokens(
         self, x: Modal, mask: Modal | None, mix: tuple[Modal, Modal | None, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the encoder reads (B, L, C) and its mask (B, L), which is None where nothing can be masked."""
+        """The encoder's input (B, L, C) and its mask (B, L), which is None if nothing can be masked."""
         several, given = len(self.modalities) > 1, self._inputs(x, mask)
         others = self._inputs(*mix[:2]) if mix else {}
         inputs, masks = [], []
@@ -795,10 +799,10 @@ def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Weights from a truncated normal of variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
+    """Weights from a truncated normal with variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         inputs = module.weight[0].numel()
-        sigma = inputs**-0.5 / 0.87962566  # a normal cut at two sigma has 0.88 of its deviation
+        sigma = inputs**-0.5 / 0.87962566  # cutting a normal at two sigma leaves 0.88 of its deviation
         nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

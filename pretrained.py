@@ -13,14 +13,14 @@ deepmind/language-perceiver, or what save_pretrained() of transformers wrote for
     preprocessor_config.json                  images: crop, size, mean and deviation
     tokenizer_config.json                     texts: longest text, names of the special symbols
 
-Without the last two, transformers' own defaults hold, which are the values of the published models. Nothing in a file
-is executed: pytorch_model.bin is read with `weights_only=True`. model.safetensors is read by the package safetensors;
-it is optional, because the published models come in both formats.
+Without the last two, transformers' defaults apply, which are the values of the published models. Nothing in a file is
+executed: pytorch_model.bin is read with `weights_only=True`. model.safetensors needs the package safetensors, which is
+optional, since the published models come in both formats.
 
 **What becomes of the weights.** The result is a PerceiverModel that computes what transformers' class computes, with
 fewer parameters (perceiver_model.MultiHeadAttention has the derivation): a bias of the keys changes nothing and is
-dropped; a bias b of the values becomes W b, added to the bias of the output projection W. Training goes on slightly
-otherwise than there, since W has its gradient without the part by b.
+dropped; a bias b of the values becomes W b, added to the bias of the output projection W. Further training differs
+slightly from transformers', since the gradient of W lacks the part that comes from b.
 
     model                       transformers has    biases of keys and values    ours has
     vision-perceiver-fourier          48,440,627             7,429 +  7,429    48,425,769
@@ -29,8 +29,8 @@ otherwise than there, since W has its gradient without the part by b.
     language-perceiver               201,108,230             7,168 + 35,328   201,065,734
 
 **What was tested.** The tests compare every layer and the logits with transformers on small models with random weights,
-benchmarks/parity.py on models of the published sizes with random weights. The published files were not at hand. Where
-they are, this makes the same comparison with them:
+benchmarks/parity.py on models of the published sizes with random weights. The published files were not available. If
+you have them, this makes the same comparison with them:
 
     python benchmarks/parity.py path/to/vision-perceiver-fourier/ path/to/language-perceiver/
 """
@@ -113,7 +113,7 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
 
 
 def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All but the weights: the arguments of PerceiverModel, and the data, see `Pretrained`."""
+    """Everything but the weights: the arguments of PerceiverModel, and the data, see `Pretrained`."""
     config = _read_json(folder / "config.json")
     architecture = config.get("architectures")
     if isinstance(architecture, list) and len(architecture) == 1:
@@ -177,7 +177,7 @@ SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in 
 
 @dataclass(frozen=True)
 class PretrainedImageAdapter(ImageAdapter):
-    """An image as its pixels, of which the published models see the middle square, scaled to the size of training.
+    """An image as its pixels. The published models see its middle square, scaled to the size of training.
 
     Args:
         crop: side of that square, as a share of the image's shorter side.
@@ -186,7 +186,7 @@ class PretrainedImageAdapter(ImageAdapter):
     crop: float = 224 / 256
 
     def pixels(self, image: Any) -> np.ndarray:
-        """uint8 (H, W, 3) of a PIL image, a uint8 array (H, W) or (H, W, channels), or the path of a file."""
+        """uint8 (H, W, 3) from a PIL image, a uint8 array (H, W) or (H, W, channels), or the path of a file."""
         name = str(image) if isinstance(image, (str, Path)) else "the image"
         if isinstance(image, (str, Path)):
             image = open_image(image)
@@ -238,7 +238,7 @@ class PretrainedTextAdapter:
         return [*numbers, SYMBOLS.index("[SEP]")]
 
     def text(self, numbers: list[int]) -> str:
-        """The text of these numbers; bytes that are no UTF-8 together become U+FFFD."""
+        """The text of these numbers; bytes that are not valid UTF-8 become U+FFFD."""
         offset = len(SYMBOLS)
         pieces = [self.symbols[number].encode() if number < offset else bytes([number - offset]) for number in numbers]
         return b"".join(pieces).decode(errors="replace")
@@ -283,7 +283,11 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 
 def _arguments(config: dict[str, Any], architecture: str, vocab_size: int | None) -> dict[str, Any]:
-    """The arguments of PerceiverModel but for input_dim. Raises KeyError where config.json lacks one."""
+    """The arguments of PerceiverModel except input_dim.
+
+    Raises:
+        KeyError: config.json lacks one.
+    """
     _check_values(
         config,
         hidden_act="gelu",
@@ -321,7 +325,7 @@ def _arguments(config: dict[str, Any], architecture: str, vocab_size: int | None
 
 
 def _class_names(config: dict[str, Any]) -> list[str]:
-    """The names of the classes; one that several have (ImageNet has two cranes) is followed by the class number."""
+    """The names of the classes; a name that several classes have (ImageNet has two cranes) gets the class number."""
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # of two classes transformers writes none
     numbers = [str(number) for number in range(len(names))]
     if not isinstance(names, dict) or set(numbers) != names.keys() or not _are(names.values(), str):
@@ -421,7 +425,7 @@ NAMED = 10  # weights that do not fit and are named; of more the number is given
 
 
 def published_name(name: str, language_model: bool = False) -> str:
-    """What transformers calls a weight of ours."""
+    """The name that transformers gives to one of our weights."""
     part = next(part for part in NAMES if name == part or name.startswith(f"{part}."))
     prefix, rest = NAMES[part], name[len(part) :]  # such as ".3.attention.query.weight"
     if language_model:
@@ -466,7 +470,7 @@ OTHERS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def _folder(source: str | Path) -> Path:
-    """The folder with the files of a model. Those of a name on the hub are downloaded into the cache of its package."""
+    """The folder with the files of a model. For a name on the hub, they are downloaded into its package's cache."""
     if Path(source).is_dir():
         return Path(source)
     by_hand = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
@@ -511,7 +515,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Of both formats, which hold the same weights, the one that can be read."""
+    """The format that can be read here; both hold the same weights."""
     there = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not there:
         raise UserError(f"{folder} has no weights; put {' or '.join(WEIGHTS)} there")

@@ -21,7 +21,7 @@ import distributed
 import evaluation
 import plots
 from checkpoint import BEST, LAST, load_checkpoint
-from config import FIELDS, Settings
+from config import FIELDS, PYTHON, Settings, has_effect
 from files import disk_advice, make_folder, new_folder, replace, written_whole
 from messages import UserError, figure_text, print_note, printable, quoted
 from progress import Progress
@@ -59,6 +59,9 @@ class RunLog:
             f"device  {device}, {str(precision).removeprefix('torch.')}"
             + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
         )
+        if weights := self.task.weights_text():
+            print(f"weights {weights}")
+        print(f"loss    {losses(self.task, settings)}")
         if "augmentation" in data:
             print(f"images  in training {data['augmentation']}")
         for note in data["notes"]:
@@ -129,7 +132,8 @@ class RunLog:
         if steps and self.bar is not None and not self.bar.disable:
             totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
             values = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
-            shown = ", ".join(f"{name.removeprefix('train_')[:8]} {value:.3f}" for name, value in values.items())
+            names = [name.removeprefix("train_").replace("accuracy", "acc")[:8] for name in values]  # in 80 columns
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values.values(), strict=True))
             speed = self._samples() / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"{shown}, lr {rate:.1e}, {speed:,.0f} samples/s")
 
@@ -211,19 +215,22 @@ class RunLog:
                 history, best = self.progress.history, self.progress.best["epoch"]
                 plots.plot_training_curves(history, self.folder / CURVES, best, self.task.headline)
 
-    def end(self, tested: Mapping[str, Any], model: Path, is_best: bool) -> None:
-        """The closing lines: the epoch whose model was tested, and the model's file."""
+    def end(self, tested: Mapping[str, Any], model: Path, is_best: bool, options: str = "") -> None:
+        """The closing lines: the epoch whose model was tested, and its file; `options` that opening it needs."""
         progress, headline = self.progress, self.task.headline
         label, test = headline.replace("_", " "), progress.test
         beside = f"the training mean as answer: {figure_text(test['baseline'])}; " if "baseline" in test else ""
         if progress.epoch < self.settings.num_epochs:
             print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
+        following = f"python inference.py --model_path {quoted(model)}{options} --analyze --output_dir results/"
+        if self.settings.dataset_type == PYTHON:
+            following = "from inference import evaluate, predict; evaluate(result.model, result.splits['test'])"
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
             f"{figure_text(tested[f'val_{headline}'])}, test {label} {figure_text(test[headline])} ({beside}"
             f"{test['num_samples']} samples, touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
-            f"next:   python inference.py --model_path {quoted(model)} --analyze --output_dir results/"
+            f"next:   {following}"
         )
 
     def close(self) -> None:
@@ -263,6 +270,17 @@ def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
         kind = f"{known['vocab_size']} kinds" if "vocab_size" in known else f"{known['input_dim']} features"
         parts.append(f"{name} {grid}tokens of {kind}")
     return ", ".join(parts)
+
+
+def losses(task: Task, settings: Settings) -> str:
+    """What the losses of an epoch's line are: both the same figure, of other weights."""
+    extras = {"label smoothing": has_effect(settings, "label_smoothing") and settings.label_smoothing,
+              "class weights": has_effect(settings, "class_weights") and settings.class_weights != "none"}  # fmt: skip
+    without = " or ".join(name for name, is_on in extras.items() if is_on)
+    dropout = " and dropout" if settings.dropout or settings.attention_dropout else ""
+    val = "the moving average of the weights" if settings.ema_decay else "the weights at the epoch's end"
+    without = f" without {without}" if without else ""
+    return f"{task.loss_name}{without}; train: with each step's weights{dropout}; val: with {val}"
 
 
 def share_of_a_batch(settings: Settings) -> str:

@@ -240,7 +240,8 @@ def _matrix(table: Table, names: list[str]) -> np.ndarray:
     columns = [table.column(name) for name in names]
     values = np.stack([_numbers(cells) for cells in columns], axis=1)
     wrong = np.isinf(values)
-    if comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong))):
+    comma = comma_is_point(table.delimiter, (columns[c][row] for row, c in np.argwhere(wrong)))
+    if comma:
         note_comma(table)
         values = np.stack([_numbers(cells, comma=True) for cells in columns], axis=1)
         wrong = np.isinf(values)
@@ -250,6 +251,8 @@ def _matrix(table: Table, names: list[str]) -> np.ndarray:
         remedy = f"leave it out if it is no feature: --ignore_columns {name}"
         if re.fullmatch(r"\s*[+-]?[\d.,]*\d,\d[\d.,]*\s*", cell):
             remedy = "write numbers with a decimal point, and without a separator of thousands"
+        elif comma and "." in cell:
+            remedy = "in other cells of the table a comma is the decimal point; write all its numbers alike"
         raise UserError(f"{table.place(row)}, column {name!r}: {shown(cell)} is not a finite number, nor is any other "
                         f"cell of the column; {remedy}")
     return values

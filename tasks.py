@@ -35,7 +35,7 @@ import plots
 from batches import ClassTargets
 from config import Settings
 from labels import ClassNumbers, class_names_of, class_order, is_zero, label_parts, number_of, read_labels, slips
-from messages import UserError, figure_text
+from messages import UserError, figure_text, printable
 from schema import Positive, read, shown
 from tables import label_columns, listed
 
@@ -51,6 +51,7 @@ class Task:
 
     kind: ClassVar[str]
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
+    loss_name: ClassVar[str]  # what the loss of a sample is, on the screen
     step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
     higher_is_better: ClassVar[dict[str, bool]]  # what --select_by may name; the first one is the default
 
@@ -104,6 +105,10 @@ class Task:
     def about(self) -> str:
         """A few words for the start of a run: '10 classes'."""
         raise NotImplementedError
+
+    def weights_text(self) -> str:
+        """The weights of classes in what is minimised, for the first lines of a run; '' without."""
+        return ""
 
     def objective(
         self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
@@ -215,6 +220,13 @@ def _total(loss: Callable[..., Tensor], weights: Tensor | None) -> Tensor:
     return (loss(reduction="none").reshape(len(weights), -1).sum(1) * weights).sum()
 
 
+def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) -> str:
+    """'cat 0.5, dog 2'; of many classes the first ones."""
+    pairs = [f"{printable(name)} {weight}" for name, weight in zip(names, weights, strict=False)]
+    more = f", and {len(pairs) - most} more" if len(pairs) > most else ""
+    return ", ".join(pairs[:most]) + more
+
+
 def _refuse_infinite(rows: Rows) -> None:
     if broken := int((~rows["finite"]).sum()):
         raise ValueError(f"the outputs of {broken} of {len(rows['finite'])} samples are not finite")
@@ -241,6 +253,7 @@ class Classification(Task, ClassTargets):
 
     kind = "classification"
     headline = "accuracy"
+    loss_name = "cross-entropy"
     step_names = ("loss", "correct")
     higher_is_better = {"accuracy": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
 
@@ -315,12 +328,17 @@ class Classification(Task, ClassTargets):
 
     # --- Training ---
 
+    def weights_text(self) -> str:
+        return _weights_of(self.class_names, [f"{weight:.4g}" for weight in self.class_weights or ()])
+
     def objective(
         self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
     ) -> Tensor:
         of_classes = None
         if self.class_weights is not None:
-            of_classes = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
+            dtype = torch.promote_types(outputs.dtype, torch.float32)  # that of the loss, also under autocast
+            outputs = outputs.to(dtype)
+            of_classes = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device)
         smoothing = settings.label_smoothing
         return _total(partial(F.cross_entropy, outputs, targets, of_classes, label_smoothing=smoothing), weights)
 
@@ -433,6 +451,7 @@ class Regression(Task):
 
     kind = "regression"
     headline = "rmse"
+    loss_name = "squared error in units of the training deviation"
     step_names = ("loss",)
     higher_is_better = {"rmse": False, "mae": False, "loss": False}
 
@@ -576,7 +595,7 @@ class Regression(Task):
         mean, std = self.mean[number], self.std[number]
         standardised = np.float32((value - mean) / std)
         first = -math.ceil(math.log10(max(abs(value), abs(mean), std)))  # from here on, places after the point
-        shorter = (round(value, places) for places in range(first, first + 18))
+        shorter = (round(value, places) + 0.0 for places in range(first, first + 18))  # 0.0 instead of -0.0
         return next((short for short in shorter if np.float32((short - mean) / std) == standardised), value)
 
     def _errors(self, rows: Rows) -> np.ndarray:
@@ -630,7 +649,7 @@ class Regression(Task):
 
 # --- Several labels at once ------------------------------------------------------------------------------------------
 
-FREQUENT = 10  # samples of a combination of labels, of which a split takes its share
+FREQUENT = 10  # samples that a combination of labels needs to be a stratum of its own
 Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
@@ -646,6 +665,7 @@ class MultiLabel(Task):
 
     kind = "multilabel"
     headline = "macro_f1"
+    loss_name = "binary cross-entropy, mean of the labels"
     step_names = ("loss", "right")
     higher_is_better = {
         "macro_f1": True, "micro_f1": True, "mean_average_precision": True, "subset_accuracy": True, "loss": False,
@@ -727,8 +747,8 @@ class MultiLabel(Task):
             raise UserError(f"all {len(values)} training samples have the same labels; nothing can be learnt")
 
     def strata(self, targets: np.ndarray) -> np.ndarray:
-        """The frequent combinations of labels. All other samples by their rarest label, of which some stay in training;
-        each of many rare combinations on its own would hold out far more than was asked for.
+        """Each frequent combination of labels is a stratum. All other samples are put together by their rarest label:
+        if each rare combination were a stratum, far more samples than asked for would be held out.
         """
         _, strata, counts = np.unique(targets, axis=0, return_inverse=True, return_counts=True)
         frequency = np.where(targets > 0, targets.sum(0), np.inf)
@@ -750,6 +770,10 @@ class MultiLabel(Task):
         return replace(self, weights=pairs)
 
     # --- Training ---
+
+    def weights_text(self) -> str:
+        pairs = _weights_of(self.class_names, [f"{without:.4g}/{there:.4g}" for without, there in self.weights or ()])
+        return f"without/with the label: {pairs}" if pairs else ""
 
     def objective(
         self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
@@ -864,6 +888,13 @@ class MultiLabel(Task):
 # --- Descriptions ----------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel)}
+
+
+def task_named(name: str) -> type[Task]:
+    """The class of a task by settings.task. Raises UserError for a name that there is not."""
+    if name not in TASKS:
+        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {shown(name)}")
+    return TASKS[name]
 
 
 def describe(task: Task) -> dict[str, Any]:

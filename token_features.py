@@ -1,4 +1,4 @@
-"""What the encoder reads of a token: its features, its position and, among several modalities, which one it is.
+"""What the encoder reads of a token: its features, its position and, with several modalities, its modality.
 
     tokens (B, L, features) -> [embedding or stem] -> + positions -> [+ encoding of the modality] -> (B, L, C)
 
@@ -26,28 +26,44 @@ from torch import Tensor, nn
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse by name, with a ValueError, a size that is not a whole number of 1 or more."""
+    """Check that each size is a whole number of 1 or more.
+
+    Raises:
+        ValueError: names the one that is not.
+    """
     for name, value in sizes.items():
         if not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
 
 
 def check_shares(**shares: float) -> None:
-    """Refuse by name, with a ValueError, a share that is not a number from 0 to 1."""
+    """Check that each share is a number from 0 to 1.
+
+    Raises:
+        ValueError: names the one that is not.
+    """
     for name, value in shares.items():
         if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= value <= 1):
             raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
 
 
 def check_switches(**switches: bool) -> None:
-    """Refuse by name, with a ValueError, a switch that is neither True nor False."""
+    """Check that each switch is True or False.
+
+    Raises:
+        ValueError: names the one that is not.
+    """
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def check_grids(**grids: tuple[int, int] | None) -> None:
-    """Refuse by name, with a ValueError, a grid that is neither (rows, cols) of whole numbers of 1 or more nor None."""
+    """Check that each grid is (rows, cols), whole numbers of 1 or more, or None.
+
+    Raises:
+        ValueError: names the one that is not.
+    """
     for name, grid in grids.items():
         if grid is None:
             continue
@@ -57,7 +73,11 @@ def check_grids(**grids: tuple[int, int] | None) -> None:
 
 
 def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Refuse, with a TypeError, a name that is not valid; the nearest valid ones, or the nearest one, are given."""
+    """Check that all names are valid.
+
+    Raises:
+        TypeError: names the first that is not, and the nearest valid ones.
+    """
     for name in sorted(map(str, set(given) - set(valid))):
         nearest = difflib.get_close_matches(name, valid, 2, 0.7) or difflib.get_close_matches(name, valid, 1, 0)
         raise TypeError(f"{where} got an unknown argument {name!r}; did you mean {' or '.join(map(repr, nearest))}?")
@@ -136,7 +156,7 @@ class PositionFeatures(nn.Module):
         return sequence_positions(length, self.num_bands, exact).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; what x holds does not matter."""
+        """x (B, L, features) -> (L, num_channels) on its device and in its dtype; the values of x do not matter."""
         length, table = x.size(1), self.table
         fits = table.size(0) >= length and table.device == x.device
         if torch.compiler.is_compiling() and not (fits and self.grid_shape):
@@ -404,7 +424,7 @@ def mixture(
 
 
 class TokenFeatures(nn.Module):
-    """What the encoder reads of one modality's tokens: features, positions and, among several, which modality it is.
+    """What the encoder reads of one modality's tokens: features, positions and, with several modalities, an encoding.
 
     Args:
         input_dim: features of a token.
@@ -414,7 +434,7 @@ class TokenFeatures(nn.Module):
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
         num_frequency_bands, max_resolution: of computed positions, see `PositionFeatures`.
-        stem: what the features pass first. "linear": `LinearStem`; "conv": `ConvStem` for images,
+        stem: a first layer for the features. "linear": `LinearStem`; "conv": `ConvStem` for images,
             `SequenceConvStem` for sequences; "windows": `WindowStem`, for sequences.
         stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
         window: steps of a token of the stem "windows".
@@ -484,10 +504,10 @@ class TokenFeatures(nn.Module):
         self.max_length, self.add_positions = max_length, add_positions
         if self.positions is not None and not add_positions:
             self.num_channels += self.positions.num_channels
-        self.missing_length = math.prod(grid_shape) if grid_shape else 1  # tokens of a modality that is not there
+        self.missing_length = math.prod(grid_shape) if grid_shape else 1  # tokens that stand for a missing modality
 
     def pad_channels(self, width: int) -> None:
-        """Fill up to `width` channels with a learned encoding of the modality (as in the paper, audio and video)."""
+        """Pad to `width` channels with a learned encoding of the modality (as in the paper, for audio and video)."""
         self.encoding = nn.Parameter(nn.init.trunc_normal_(torch.empty(width - self.num_channels), std=0.02))
 
     def num_tokens(self, length: int) -> int:
@@ -504,10 +524,10 @@ class TokenFeatures(nn.Module):
         Args:
             x: (B, L, input_dim).
             mask: bool (B, L), or None.
-            mix: (other samples, their mask, weight (B,) of x beside them), see :class:`PerceiverModel`.
+            mix: (other samples, their mask, weight (B,) of x beside them), see `PerceiverModel`.
 
         Returns:
-            (B, L, C) and its mask (B, L), L behind the stem.
+            (B, L, C) and its mask (B, L), L after the stem.
         """
         x = self._features(x, mask)
         if mix is not None:
@@ -533,7 +553,11 @@ class TokenFeatures(nn.Module):
         return x if self.embedding is None else self.embedding(x[..., 0].long())
 
     def check(self, x: Tensor, name: str) -> None:
-        """Raise ValueError if x is no batch of these tokens."""
+        """Check that x is a batch of these tokens.
+
+        Raises:
+            ValueError: it is not.
+        """
         if x.dim() != 3 or x.size(2) != self.input_dim or not x.size(1):
             shape = tuple(x.shape)
             raise ValueError(f"{name} has shape {shape}, but the model takes (batch, tokens, {self.input_dim})")
@@ -590,8 +614,12 @@ _DEFAULTS = {name: each.default for name, each in inspect.signature(TokenFeature
 
 
 def check_effects(shared: dict[str, Any], modalities: dict[str, dict[str, Any]]) -> None:
-    """Refuse, with a ValueError, arguments of TokenFeatures without effect: a modality's own ones in this modality, and
-    those that all share in each of them."""
+    """Check that every argument of TokenFeatures has an effect: a modality's own ones in this modality, and the shared
+    ones in at least one.
+
+    Raises:
+        ValueError: names one that has none.
+    """
     complete = {name: _DEFAULTS | shared | own for name, own in modalities.items()}
     groups = [(shared, list(complete.values()))]
     groups += [(own, [complete[name]]) for name, own in modalities.items()]

@@ -4,11 +4,15 @@
     python train.py --dataset synthetic --epochs 10 --batch_size 16     # sequences of different lengths
     python train.py --dataset cifar10 --model_size small --epochs 100 --lr 1e-4
     python train.py --dataset cifar10 --config config.json --lr 2e-4    # flags override the file
+    python train.py --dataset path/to/my_data.py                        # data of your own code (own_data.py)
     python train.py --resume                                            # continue from checkpoints/last_model.pth
     torchrun --standalone --nproc_per_node=2 train.py --dataset digits  # the same run on two devices (distributed.py)
 
 A run writes into --checkpoint_dir: best_model.pth (best on validation data), last_model.pth (for --resume),
 settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorBoard events under --log_dir.
+
+    from train import train                                             # the same from Python, see `train`
+    result = train(Settings(...), data={"train": items}, class_names=["falls", "rises"])
 """
 
 import dataclasses
@@ -17,12 +21,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +37,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 import evaluation
+import own_data
 import tasks
 from batches import (
     Mixed,
@@ -48,16 +54,17 @@ from batches import (
 from checkpoint import (
     BEST,
     LAST,
-    build_model,
     check_model_arguments,
     check_weights,
+    equip,
+    equipped_model,
     load_checkpoint,
     model_arguments,
     save_checkpoint,
 )
 from config import (
     FIELDS,
-    OWN_DATA,
+    PYTHON,
     Settings,
     changed_settings,
     check_folder,
@@ -67,6 +74,7 @@ from config import (
     flag_of,
     format_settings,
     has_effect,
+    is_code,
     make_parser,
     resolve,
     unused_settings,
@@ -74,7 +82,8 @@ from config import (
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
 from messages import UserError, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable, quoted
-from perceiver_model import PerceiverModel
+from own_data import OwnData
+from perceiver_model import MODEL_SIZES, PerceiverModel
 from progress import (
     STOP_SIGNALS,
     Progress,
@@ -123,7 +132,7 @@ def data_remedies(settings: Settings) -> list[str]:
     sizes = [flag_of(name) for name in names if has_effect(settings, name)]
     return [
         *([f"a smaller {' or '.join(sizes)}"] if sizes else []),
-        *(["fewer items"] if settings.dataset_type in OWN_DATA else []),
+        *(["fewer items"] if has_effect(settings, "task") else []),
         *(["fewer processes (each holds the data)"] if distributed.size() > 1 else []),
         "closing other programs",
     ]
@@ -164,6 +173,7 @@ class Run:
     sums: StepSums
     log: RunLog
     stop: StopRequest
+    own: OwnData | None  # the user's own code, where the data come from there
 
     @property
     def folder(self) -> Path:
@@ -188,31 +198,43 @@ class Run:
                 distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.folder / LAST))
 
 
-def train(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> int:
-    """Start or continue a training run. Returns the exit status: 0, or 128 + the signal that stopped it.
+def execute(
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    own: OwnData | None = None,
+) -> Run:
+    """Start or continue a training run; `Run.stop.agreed` is the signal that stopped it, if one did.
 
     Args:
         checkpoint, resumed: what to continue from, and its file; None for a new run.
+        own: the user's own code, for data that come from there.
 
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory that ran out, a loss that is
             not finite.
     """
-    run = prepare(settings, checkpoint, resumed)
+    run = prepare(settings, checkpoint, resumed, own)
     if checkpoint is None:
         run.save(LAST)
     with run.stop:
         fit(run)
         if run.stop.agreed:
-            return stopped(run)
+            stopped(run)
+            return run
     finish(run)
-    return 0
+    return run
 
 
 # --- Before the first step -------------------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resumed: Path | None = None) -> Run:
+def prepare(
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    own: OwnData | None = None,
+) -> Run:
     """Read the data, make the model and everything else, and rehearse a step before any file is written or moved."""
     device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
@@ -220,9 +242,10 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
 
+    tasks.task_named(settings.task)
     check_size(settings, device)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
-        splits, data = load_splits(settings, checkpoint and checkpoint["data"])
+        splits, data = load_splits(settings, checkpoint and checkpoint["data"], None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
@@ -281,7 +304,7 @@ def prepare(settings: Settings, checkpoint: dict[str, Any] | None = None, resume
     evaluated = state.kept if state.average else run_model
     sums = StepSums(progress, ("objective", *task.step_names), scaled, stop)
     run = Run(settings, data, task, splits, loaders, device, amp_dtype, model_args, state, run_model, evaluated, sums,
-              log, stop)  # fmt: skip
+              log, stop, own)  # fmt: skip
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
     with compiler_advice() if settings.compile else nullcontext():
         if settings.compile:
@@ -508,16 +531,23 @@ def objective(run: Run, outputs: torch.Tensor, batch: dict[str, Any]) -> torch.T
     return task.objective(outputs, targets, settings, weight) + task.objective(outputs, others, settings, 1 - weight)
 
 
-def stopped(run: Run) -> int:
-    """Save, say how to continue, and return the exit status of a run that a signal stopped."""
+def stopped(run: Run) -> None:
+    """Save the run that a signal stopped, and say how to continue it."""
     run.save(LAST)
     last = run.folder / LAST
+    command = f"{distributed.launcher()} train.py --resume {quoted(last)}{named_again(run.own)}"
+    if run.settings.dataset_type == PYTHON:
+        command = f"train(settings, data=..., resume={str(last)!r})"
     say(
         f"{signal.Signals(run.stop.agreed).name}: saved {printable(str(last))} at step {run.state.progress.step}. "
-        f"Continue with: {distributed.launcher()} train.py --resume {quoted(last)}"
+        f"Continue with: {command}"
     )
     distributed.barrier()
-    return 0 if distributed.is_started_again() else 128 + run.stop.agreed
+
+
+def named_again(own: OwnData | None) -> str:
+    """What a command needs that opens a checkpoint of the user's own code again."""
+    return f" --dataset {quoted(own.path)}" if own and own.path else ""
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
@@ -549,11 +579,13 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
         rows = collect(run, run.evaluated, run.loaders["val"], batches)
+    task = run.task
     if settings.tune_thresholds:
-        run.task = distributed.broadcast(lambda: run.task.tuned(rows))
-        run.data["task"] = tasks.describe(run.task)
-    metrics = metrics_of(run.task, rows, "validation")
-    return metrics, run.task.epoch_figures(metrics, settings.select_by)
+        task = distributed.broadcast(lambda: task.tuned(rows))
+    if batches is None:
+        run.task, run.data["task"] = task, tasks.describe(task)
+    metrics = metrics_of(task, rows, "validation")
+    return metrics, task.epoch_figures(metrics, settings.select_by)
 
 
 # --- After the last step ---------------------------------------------------------------------------------------------
@@ -561,30 +593,35 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
 
 def finish(run: Run) -> None:
     """Draw the curves, test the best model, record that the run has ended, and say what to do next."""
-    progress, folder, device = run.state.progress, run.folder, run.device
-    tested, name, task = progress.best, BEST, run.task
+    progress = run.state.progress
     with memory_advice("at the end", ("a smaller --batch_size", "closing other programs"), GO_ON):
         run.log.draw_curves()
-        checkpoint = distributed.broadcast(best_checkpoint, folder, progress)
-        if checkpoint:
-            model = build_model(checkpoint).to(device)
-            task = tasks.from_description(checkpoint["data"]["task"])
-        else:
-            model, tested, name = run.state.kept, progress.history[-1], LAST
-            print_note(
-                f"{folder / BEST} no longer holds this run's best model (epoch {progress.best['epoch']}); the last "
-                f"one, {folder / LAST}, is tested instead"
-            )
+        model, tested, file = best_model(run)
         share = distributed.rank(), distributed.size()
-        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=task)
-        metrics = metrics_of(task, collect(run, model, loader), "test")
-    progress.test = {"epoch": tested["epoch"], task.headline: metrics[task.headline],
-                     "num_samples": metrics["num_samples"]}  # fmt: skip
-    if (baseline := metrics.get(f"baseline_{task.headline}")) is not None:
+        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task)
+        metrics = metrics_of(model.task, collect(run, model, loader), "test")
+    headline = model.task.headline
+    progress.test = {"epoch": tested["epoch"], headline: metrics[headline], "num_samples": metrics["num_samples"]}
+    if (baseline := metrics.get(f"baseline_{headline}")) is not None:
         progress.test["baseline"] = baseline
-    run.log.end(tested, folder / name, is_best=checkpoint is not None)
+    run.log.end(tested, file, file.name == BEST, named_again(run.own))
     run.save(LAST)  # with the test figures: the run has ended
     run.log.close()
+
+
+def best_model(run: Run) -> tuple[PerceiverModel, dict[str, Any], Path]:
+    """(the model of the best epoch, the log's line of that epoch, its file); else those of the last one."""
+    progress, folder, own = run.state.progress, run.folder, run.own.classes if run.own else None
+    if checkpoint := distributed.broadcast(best_checkpoint, folder, progress):
+        return equipped_model(checkpoint, run.device, own), progress.best, folder / BEST
+    model = run.state.kept
+    equip(model, run.data, own)
+    if progress.best:
+        print_note(
+            f"{folder / BEST} no longer holds this run's best model (epoch {progress.best['epoch']}); the last one, "
+            f"{folder / LAST}, is tested instead"
+        )
+    return model, progress.history[-1] if progress.history else {}, folder / LAST
 
 
 def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
@@ -594,7 +631,86 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
         found = checkpoint["progress"]["run_name"], checkpoint["epoch"]
     except (UserError, KeyError, TypeError):  # not written by a run
         return None
-    return checkpoint if found == (progress.run_name, progress.best["epoch"]) else None
+    return checkpoint if found == (progress.run_name, progress.best.get("epoch")) else None
+
+
+# --- From Python ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """What `train` returns.
+
+    Args:
+        model: of the best epoch on validation data, on the device of training; for `inference.predict` and `evaluate`.
+        history: a dict per epoch, as in log.jsonl: train_loss, val_loss, val_accuracy, ...
+        best: that of the best epoch.
+        test: figures of the best model on the test data; empty where the run was stopped.
+        checkpoint: the model's file, for `inference.load_model`.
+        splits: the data sets 'train', 'val' and 'test' as the model read them, for `inference.evaluate`.
+        stopped: the signal that stopped the run (in a notebook, the button "interrupt": SIGINT), or None.
+    """
+
+    model: PerceiverModel
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    test: dict[str, Any]
+    checkpoint: Path
+    splits: dict[str, Any]
+    stopped: int | None
+
+
+def train(
+    settings: Settings,
+    data: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    adapters: Any = None,
+    resume: str | Path | None = None,
+) -> Result:
+    """Train from Python, in a notebook or a script, as the command does: the same checks, splits, files and figures.
+
+        settings = Settings(model_size="tiny", num_epochs=20)
+        result = train(settings, data={"train": items}, class_names=["falls", "rises"])
+        predict(result.model, [array])
+
+    Args:
+        settings: of the run, `task` among them. `config.resolve({...})[0]` gives those with a data set's defaults.
+        data: {'train': ..., 'val': ..., 'test': ...}, each a list of items or a `Dataset`, see own_data.py; a missing
+            val or test is split off. None for a data set by name, settings.dataset_type.
+        class_names: of classes 0, 1, ...; None where labels are the names.
+        adapters: what makes tokens of the items' inputs, where these are not tokens (L, C).
+        resume: the checkpoint to continue from, with the same settings and data.
+
+    Raises:
+        UserError: as `execute`.
+    """
+    own = None
+    if data is not None:
+        if settings.dataset_type not in (Settings.dataset_type, PYTHON):
+            raise UserError(f"dataset_type is {settings.dataset_type}, and data are given; leave one of them out")
+        settings = dataclasses.replace(settings, dataset_type=PYTHON)
+        own = own_data.of_python(data, class_names, adapters)
+    elif class_names is not None or adapters is not None:
+        raise UserError("class_names, adapters: they go with data, which is not given")
+    with distributed.processes():
+        if resume is None:
+            default = {name for name, value in vars(settings).items() if value == FIELDS[name].default}
+            sources = {name: "default" if name in default else "given" for name in FIELDS}
+            with owned_by_first(settings.checkpoint_dir):
+                run = show_and_train(settings, sources, own=own)
+        else:
+            known = load_checkpoint(resume)["settings"]
+            changes = {name: value for name, value in settings.to_dict().items() if known.get(name) != value}
+            run = resume_run(SimpleNamespace(resume=str(resume), flags=changes, file={}), own)
+        last = run.folder / LAST if run else Path(resume)
+        checkpoint = distributed.broadcast(load_checkpoint, last)
+        progress = Progress.from_dict(checkpoint["progress"])
+        best = distributed.broadcast(best_checkpoint, last.parent, progress)
+    device = run.device if run else distributed.own_device(choose_device(settings.device))
+    model = equipped_model(best or checkpoint, device, own and own.classes)
+    file = last.parent / BEST if best else last
+    splits = run.splits if run else load_splits(settings, checkpoint["data"], None, own)[0]
+    return Result(model, progress.history, progress.best, progress.test, file, splits, run and run.stop.agreed)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -617,11 +733,15 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
     progress["batch"] = math.ceil(done / size)
 
 
-def resumed(args: Any) -> tuple[Settings, dict[str, str], dict[str, Any]]:
+def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, str], dict[str, Any]]:
     """(the settings of a resumed run, where they came from, its checkpoint)."""
     path = Path(args.resume)
     checkpoint = distributed.broadcast(load_checkpoint, path)
     check_run(checkpoint, path)
+    if is_code(dataset := checkpoint["settings"].get("dataset_type")) or dataset == PYTHON:
+        own_data.require(own, dataset)
+    for note in own.changed(checkpoint["data"]) if own else []:
+        print_note(note)
     asked = {**args.file, **args.flags}
     if Path(asked.get("checkpoint_dir", path.parent)).resolve() != path.parent.resolve():
         raise UserError(
@@ -661,14 +781,35 @@ def command(argv: list[str] | None) -> int:
     if earlier := distributed.recall(CHECKPOINT_OF_THIS_LAUNCH):
         print_note("torchrun restarted the processes")
         args.resume = earlier
-    if args.resume:
-        folder = Path(args.resume).parent
-        writable = os.access(folder, os.W_OK)  # a finished run may lie in a folder that is not
-        with owned_by_first(folder) if writable else nullcontext():
-            return resume(args)
-    settings, sources = resolve(args.flags, args.file)
+    own = own_code(args)
+    try:
+        run = resume_run(args, own) if args.resume else new_run(args, own)
+    except KeyboardInterrupt:  # before the first step, after the last, or the second one
+        print("interrupted; --resume continues from the last checkpoint, if one was saved")
+        return 128 + signal.SIGINT
+    if run is None or not run.stop.agreed or distributed.is_started_again():
+        return 0
+    return 128 + run.stop.agreed
+
+
+def own_code(args: Any) -> OwnData | None:
+    """The file of the user's own code that --dataset names. Code runs where the command names it, and nowhere else."""
+    dataset = args.flags.get("dataset_type")
+    if dataset is None and is_code(args.file.get("dataset_type")):
+        name = Path(args.file["dataset_type"]).name
+        raise UserError(f"{args.config}: dataset_type: {name} is code, which a file of settings does not run; name it "
+                        f"on the command line: --dataset path/to/{name}")  # fmt: skip
+    if not is_code(dataset):
+        return None
+    own = own_data.load_file(dataset)
+    args.flags["dataset_type"] = own.name
+    return own
+
+
+def new_run(args: Any, own: OwnData | None) -> Run:
+    settings, sources = resolve(args.flags, args.file, own=own and own.defaults)
     with owned_by_first(settings.checkpoint_dir):
-        return show_and_train(settings, sources)
+        return show_and_train(settings, sources, own=own)
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
@@ -676,9 +817,16 @@ def owned_by_first(folder: str | Path) -> AbstractContextManager:
     return owned(folder) if distributed.is_first() else nullcontext()
 
 
-def resume(args: Any) -> int:
+def resume_run(args: Any, own: OwnData | None) -> Run | None:
     """Continue a run, unless it has ended."""
-    settings, sources, checkpoint = resumed(args)
+    folder = Path(args.resume).parent
+    writable = os.access(folder, os.W_OK)  # a finished run may lie in a folder that is not
+    with owned_by_first(folder) if writable else nullcontext():
+        return _resume(args, own)
+
+
+def _resume(args: Any, own: OwnData | None) -> Run | None:
+    settings, sources, checkpoint = resumed(args, own)
     progress = Progress.from_dict(checkpoint["progress"])
     curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
     finished = progress.is_finished(settings.num_epochs, settings.early_stopping_patience)
@@ -688,28 +836,40 @@ def resume(args: Any) -> int:
             f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
             f"epochs; to train longer, raise {more}"
         )
-        return 0
+        return None
     headline = tasks.from_description(checkpoint["data"]["task"], "the checkpoint's task").headline
     print(
         f"resuming {printable(args.resume)}: {progress.epoch} of {settings.num_epochs} epochs done, batch "
         f"{progress.batch} of the next, step {progress.step}, best validation {headline.replace('_', ' ')} "
         + (figure_text(progress.best[f"val_{headline}"]) if progress.best else "none yet")
     )
-    return show_and_train(settings, sources, checkpoint, Path(args.resume))
+    return show_and_train(settings, sources, checkpoint, Path(args.resume), own)
 
 
 def show_and_train(
-    settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None = None, resumed: Path | None = None
-) -> int:
+    settings: Settings,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    own: OwnData | None = None,
+) -> Run:
     """Show the settings and train."""
-    print(format_settings(settings, sources))
+    file = Path(settings.checkpoint_dir, "settings.json")
+    print(f"settings that are not at their default, or were given (all of them: {printable(str(file))})")
+    print(format_settings(settings, sources, in_force(settings)))
     for note in unused_settings(settings, sources):
         print_note(note)
-    try:
-        return train(settings, checkpoint, resumed)
-    except KeyboardInterrupt:  # before the first step, after the last, or the second one
-        print("interrupted; --resume continues from the last checkpoint, if one was saved")
-        return 128 + signal.SIGINT
+    return execute(settings, checkpoint, resumed, own)
+
+
+def in_force(settings: Settings) -> dict[str, Any]:
+    """What `auto` and `none` stand for on this machine and in this model."""
+    device = choose_device(settings.device)
+    preset = MODEL_SIZES[settings.model_size]
+    width, heads = settings.d_model or preset["d_model"], settings.num_heads or preset["num_heads"]
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(choose_precision(settings.amp, device), "off")
+    others = {"cross_attention_dim": width, "num_cross_attention_heads": heads}
+    return {**preset, **others, "device": device.type, "amp": amp}
 
 
 @exit_on_user_error

@@ -31,8 +31,8 @@ def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]
     labels = rng.integers(10, size=images)
 
     if spec["name"] == OURS:
-        from adapters import ImageAdapter
-        from data_utils import ImageDataset, create_dataloader
+        from adapters import ImageAdapter, ImageDataset
+        from batches import create_dataloader
 
         adapter = ImageAdapter([32, 32, 3], patch_size, MEAN, STD)
         dataset = ImageDataset(pixels, labels, adapter, margin=4, flip=True)

@@ -77,7 +77,7 @@ class Run:
 
     @contextmanager
     def attempt(self, **row: Any) -> Iterator[None]:
-        """Report what fails in the block, such as running out of memory, and go on after it."""
+        """Report what fails in the block, such as running out of memory, and continue after it."""
         try:
             yield
         except Exception as error:  # each result stands for itself
@@ -519,10 +519,10 @@ def loader(run: Run) -> None:
     import numpy as np
     import torch
 
-    import evaluation
-    from adapters import ImageAdapter
+    from adapters import ImageAdapter, ImageDataset
+    from batches import create_dataloader, model_inputs
     from config import resolve
-    from data_utils import ImageDataset, create_dataloader, load_splits
+    from data_utils import load_splits
     from perceiver_model import MODEL_SIZES, PerceiverModel
 
     rng = np.random.default_rng(0)
@@ -561,7 +561,7 @@ def loader(run: Run) -> None:
                     optimizer.zero_grad(set_to_none=True)
 
                 def on_device(batch: dict) -> tuple:
-                    return *evaluation.model_inputs(batch, run.device), batch["label"].to(run.device, non_blocking=True)
+                    return *model_inputs(batch, run.device), batch["label"].to(run.device, non_blocking=True)
 
                 def epoch(source: Any, place: Callable) -> float:
                     def turn() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py                                          # all four, with random weights
     python benchmarks/parity.py --models fourier language --dtypes float32
-    python benchmarks/parity.py path/to/vision-perceiver-fourier/        # the published files, where they are at hand
+    python benchmarks/parity.py path/to/vision-perceiver-fourier/        # the published files, if you have them
     python benchmarks/parity.py path/to/vision-perceiver-conv/ --image cat.jpg
 
 Both read the same folder. Differences are divided by the largest number that transformers has there, if it is above 1.

@@ -43,6 +43,8 @@ def run_train(folder, flags, file_limit=None, change=None, terminal=None):
         screen = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
+    if terminal:  # the streams of the process still take it for what the server's output was, a file with a position
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default one

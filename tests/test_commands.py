@@ -263,15 +263,17 @@ def test_the_printed_settings_are_those_stored(digits_run):
     text = {name: str(value).lower() if value is None or value is True or value is False else str(value)
             for name, value in stored.items()}  # fmt: skip
     assert printed == {name: text[name] for name in printed}
-    only_sequences = {"num_samples", "seq_len_range", "feature_dim", "num_classes", "max_seq_len", "bucket_by_length"}
-    own_data = {"data_path", "test_path", "test_fraction", "image_size", "image_bits", "group_pattern"}
-    own_data |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
-    own_data |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    assert stored.keys() - printed.keys() == {"data_dir", *only_sequences, *own_data}
     assert {name for name, _, source in rows if source == "flag"} == {
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
         "learning_rate", "num_cross_attention_layers", "num_self_attention_layers",
     }  # fmt: skip
+    assert {name for name, _, source in rows if source != "flag"} == {"label_smoothing", "ema_decay"}
+
+
+def test_the_losses_on_the_screen_are_said_to_be_of_which_weights(digits_run):
+    (line,) = re.findall(r"^loss +(.*)$", digits_run[0].stdout, re.MULTILINE)
+    assert line == ("cross-entropy without label smoothing; train: with each step's weights and dropout; "
+                    "val: with the moving average of the weights")  # fmt: skip
 
 
 def test_tensorboard_holds_the_run(digits_run):
@@ -768,7 +770,7 @@ def test_batch_sizes_that_are_none(sequences, size):
 
 def test_one_item_is_no_list(sequences):
     model, _ = load_model(sequences)
-    with pytest.raises(UserError, match=r"this is one DataFrame; write predict\(model, \[item\]\)"):
+    with pytest.raises(UserError, match=r"this is one DataFrame, .*; write predict\(model, \[frame\]\)"):
         predict(model, pd.DataFrame(GOOD))
 
 
@@ -902,7 +904,7 @@ def test_folders_that_cannot_be_written(call, quick, flag, place):
 def test_the_example_file_with_flags_over_it(call, monkeypatch):
     """The longest command that the README has, up to where it needs the data."""
 
-    def no_data(settings, info=None):
+    def no_data(*_):
         raise UserError("no data here")
 
     monkeypatch.setattr(train, "load_splits", no_data)
@@ -913,7 +915,7 @@ def test_the_example_file_with_flags_over_it(call, monkeypatch):
     assert [note.split()[1] for note in notes] == ["num_samples", "seq_len_range"]
     assert all("(file) has no effect: it needs dataset_type synthetic, not cifar10" in note for note in notes)
     expected = [("batch_size", "64", "flag"), ("num_epochs", "200", "flag"), ("learning_rate", "0.0002", "flag"),
-                ("weight_decay", "0.0001", "file"), ("patch_size", "4", "data")]  # fmt: skip
+                ("weight_decay", "0.0001", "file"), ("flip", "true", "data")]  # fmt: skip
     for name, value, source in expected:
         assert re.search(rf"^  {name} +{re.escape(value)} .* {source}", done.out, re.MULTILINE), name
 
@@ -925,9 +927,9 @@ def scripted(monkeypatch, accuracies):
     """Let the validations (after the rehearsal) give these accuracies."""
     validate, values = train.validate, iter([0.0, *accuracies])
 
-    def give(*args):
-        metrics, matrix = validate(*args)
-        return metrics | {"val_accuracy": next(values)}, matrix
+    def give(*args, **options):
+        metrics, figures = validate(*args, **options)
+        return metrics, figures | {"val_accuracy": next(values)}
 
     monkeypatch.setattr(train, "validate", give)
 
@@ -1026,7 +1028,7 @@ def test_importing_changes_nothing(processes):
 def test_the_tour(processes):
     result, folder = processes(tour)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("12345678")
+    assert re.findall(r"^(\d)\. ", result.stdout, re.MULTILINE) == list("123456789")
     assert files_below(folder) == set()
 
 

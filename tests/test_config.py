@@ -1,5 +1,6 @@
 """Settings: precedence, checks, the JSON file, the command line, resume."""
 
+import importlib
 import json
 import math
 import pathlib
@@ -506,21 +507,44 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     assert f"(default base; synthetic tiny; digits tiny; {own})" in text
 
 
-def test_the_printed_settings_are_those_in_force():
-    chosen, sources = resolve({"num_epochs": 3}, {"weight_decay": 1e-4})
-    rows = [row.split() for row in config.format_settings(chosen, sources).splitlines()]
-    assert ["num_epochs", "3", "[epochs]", "flag"] in rows
-    assert ["weight_decay", "0.0001", "[times", "the", "rate]", "file"] in rows
-    assert ["model_size", "tiny", "data", "set"] in rows
-    assert ["seq_len_range", "50", "200", "[tokens]", "default"] in rows
-    printed = {row[0] for row in rows}
-    others = {"data_dir", "patch_size", "flip", "image_size", "data_path", "test_path", "test_fraction"}
-    others |= {f"{name}_column" for name in ("id", "text", "image", "series", "label", "group")}
-    others |= {"feature_columns", "ignore_columns", "table_rows", "delimiter", "encoding", "quoting", "max_unpacking"}
-    others |= {"group_pattern", "image_bits", "tune_thresholds", "task", "stem", "epoch_samples"}
-    others |= {name for name in FIELDS if name.startswith("series_")}
-    assert FIELDS.keys() - printed == others
-    assert printed - FIELDS.keys() == {"Data", "Model", "Training", "Files"}
+@pytest.mark.parametrize("script", ["train", "inference"])
+def test_help_is_one_screen_and_says_where_the_rest_is(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "100")
+    texts = {}
+    for flag in ("--help", "-h", "--help_all"):
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(script).main([flag])
+        texts[flag] = capsys.readouterr().out
+        assert ended.value.code == 0
+    short = texts["--help"].splitlines()
+    assert texts["-h"] == texts["--help"] and len(short) <= 50 and max(map(len, short)) <= 120
+    assert "--help_all" in texts["--help"] and "--batch_size N" in texts["--help"]
+    flags = set(re.findall(r"^  (--\w+)", texts["--help"], re.M))
+    everything = set(re.findall(r"^  (?:-h, )?(--\w+)", texts["--help_all"], re.M))
+    assert flags < everything and len(everything) > 25
+    if script == "train":
+        assert everything >= set(map(flag_of, FIELDS))
+
+
+def test_the_settings_shown_are_those_given_and_those_not_at_their_default():
+    chosen, sources = resolve({"num_epochs": 3, "amp": "auto", "d_model": None}, {"weight_decay": 1e-4, "seed": 0})
+    text = config.format_settings(chosen, sources, {"amp": "bf16", "d_model": 128})
+    rows = [row.split() for row in text.splitlines()]
+    assert sorted(rows) == sorted([
+        ["dataset_type", "synthetic", "default"],
+        ["model_size", "tiny", "data", "set"],
+        ["d_model", "none", "=", "128", "flag"],
+        ["num_epochs", "3", "[epochs]", "flag"],
+        ["learning_rate", "0.0005", "[per", "step]", "data", "set"],
+        ["weight_decay", "0.0001", "[times", "the", "rate]", "file"],
+        ["amp", "auto", "=", "bf16", "flag"],
+        ["seed", "0", "file"],
+    ])  # fmt: skip
+    chosen, sources = resolve({"max_seq_len": None, "select_by": None, "patch_size": 8}, base=chosen.to_dict())
+    rows = [row.split("  ") for row in config.format_settings(chosen, sources, {}).splitlines()]
+    rows = {name: " ".join(others).split(" flag")[0].strip() for _, name, *others in rows}
+    assert rows["max_seq_len"] == "none = no limit" and rows["select_by"] == "none = the task's own: accuracy"
+    assert "patch_size" not in rows and "mlp_ratio" not in rows and rows["num_epochs"].startswith("3 [epochs]")
 
 
 # --- What "auto" means -----------------------------------------------------------------------------------------------

@@ -296,6 +296,8 @@ def test_decimal_commas(tmp_path):
     assert items.notes[1] == f"{path}: a comma is the decimal point in it"
     path = write(path, "id;x;y;label\n1;-1,5;2;a\n1;1.234;4;a\n")
     assert "line 3, column 'x': '1.234' is not a finite number" in message(read_series, path)
+    path = write(path, "id;x;y;label\n1;-1,5;2.5;a\n1;1,25;4.5;a\n")
+    assert "in other cells of the table a comma is the decimal point; write all" in message(read_series, path)
     path = write(path, 'id,x,label\n1,"1,5",a\n')
     assert "write numbers with a decimal point" in message(read_series, path)
     same([read_one_series(write(path, "1,5;2\n3;4,5\n"))], [np.array([[1.5, 2], [3, 4.5]])])
@@ -651,7 +653,7 @@ COLUMNS = {"image": "photo", "text": "text", "series": "series"}
 def test_manifest(tmp_path):
     image, series = image_file(tmp_path / "p/1.png"), write(tmp_path / "s.csv", "1\n")
     expected = [{"image": image, "text": " hi "}, {"series": series}]
-    table = write(tmp_path / "m.csv", f"photo,text,series,label\np/1.png, hi ,,a\n,,{series},b\n")
+    table = write(tmp_path / "m.csv", f"photo,text,series,label\n p/1.png , hi ,,a\n,,{series},b\n")
     rows = [{"photo": "p/1.png", "text": " hi ", "label": "a"}, {"photo": None, "series": "s.csv", "label": "b"}]
     for path in (table, write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))):
         items = read_manifest(path, COLUMNS)

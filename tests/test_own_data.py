@@ -688,6 +688,16 @@ def test_an_unreadable_item_is_reported_and_the_others_are_there(kind, make, req
     check_predictions(folder, tmp_path / "results", ids, items)
 
 
+def test_of_many_unreadable_items_a_few_are_named_and_the_others_counted(text_run, tmp_path):
+    folder, _ = text_run
+    (tmp_path / "a.csv").write_text("words\n" + '" "\n' * 12 + "good\n" + '" "\n')
+    done = run(inference.main, tmp_path, f"--model_path={folder}/checkpoints/{BEST}", "--input=a.csv")
+    *named, last = done.err.splitlines()
+    assert [line.partition(",")[0] for line in named] == ["error: a.csv"] * 10
+    assert "line 2," in named[0] and "line 11," in named[-1] and last == "error: and 3 more"
+    assert done.status == 0 and "1 prediction; 13 could not be read" in done.out
+
+
 @pytest.mark.parametrize("kind, name, content, part", [
     ("images_run", "new/a.png", "no image", "new/a.png"),
     ("images_run", "a.png", "no image", "a.png"),
@@ -966,7 +976,7 @@ def test_labels_of_test_data_are_found_by_what_they_mean(tmp_path):
     assert info["class_names"] == ["0", "1", "é"] and splits["test"].labels.tolist() == [1, 0, 2]
     (tmp_path / "b.csv").write_text(f"text;label\nx;1.0\ny;0.0\nz;{apart}\n")
     notes = load_splits(Settings(dataset_type="text", **paths))[1]["notes"]
-    assert any("b.csv: semicolons separate its cells" in note for note in notes)
+    assert any("b.csv: its cells seem to be separated by semicolons" in note for note in notes)
     write_table(tmp_path / "b.csv", {"text": list("xyz"), "label": ["1", "É", "2"]})
     with pytest.raises(ValueError) as caught:
         load_splits(Settings(dataset_type="text", **paths))
