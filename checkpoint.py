@@ -330,8 +330,9 @@ def check_weights(model: PerceiverModel, weights: dict[str, Any]) -> dict[str, T
 def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
     """Why the tensors of a file cannot replace the expected ones, which may be on the meta device; [] if they can.
 
-    They must be real, finite and of the same shapes. Nothing is computed, and no memory is used, before the file is
-    known to hold as many bytes as they claim: tensors with stride 0, or many on one storage, may claim any size.
+    They must be real (whole where the expected ones are), finite and of the same shapes. Nothing is computed, and no
+    memory is used, before the file is known to hold as many bytes as they claim: tensors with stride 0, or many on one
+    storage, may claim any size.
     """
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {shown(name)}" for name in tensors.keys() - expected.keys()]
@@ -339,8 +340,9 @@ def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> lis
         tensor, shape = tensors[name], expected[name].shape
         if not isinstance(tensor, Tensor):
             problems.append(f"{name} is not a tensor")
-        elif not _is_real(tensor):
-            problems.append(f"{name} is {_kind(tensor)}, not real numbers")
+        elif not _is_like(tensor, expected[name]):
+            numbers = "real" if expected[name].is_floating_point() else "whole"
+            problems.append(f"{name} is {_kind(tensor)}, not {numbers} numbers")
         elif tensor.shape != shape:
             problems.append(f"{name} is {tuple(tensor.shape)} where the model has {tuple(shape)}")
     if problems:
@@ -356,9 +358,11 @@ def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> lis
     ]
 
 
-def _is_real(tensor: Tensor) -> bool:
+def _is_like(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether it holds real numbers or, where batch norm counts its batches, whole ones."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested and not tensor.is_meta
-    return plain and tensor.layout == torch.strided and tensor.is_floating_point()
+    real = tensor.is_floating_point() if expected.is_floating_point() else tensor.dtype == expected.dtype
+    return plain and tensor.layout == torch.strided and real
 
 
 def _kind(tensor: Tensor) -> str:
