@@ -15,6 +15,7 @@ own_data.py.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -228,6 +229,13 @@ class Adapter:
         """(the adapter, fitted on the training split if it is not known; the raw items of each split)."""
         return known or cls.fit(source.values["train"], settings), source.values
 
+    def taken_over(self, source: Source, settings: Settings) -> "Adapter | None":
+        """This adapter for a run that starts from the model that it was made for, with what these settings change.
+
+        None where the data are others than it knows; a note of the source says why.
+        """
+        return replace(self, max_seq_len=settings.max_seq_len)
+
     def datasets(
         self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
         settings: Settings, targets: Targets,
@@ -340,6 +348,66 @@ class TextAdapter(Adapter):
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
+
+
+SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in transformers' code; then come the bytes
+
+
+@dataclass(frozen=True)
+class PretrainedTextAdapter(TextAdapter):
+    """A text as DeepMind's language model reads it (pretrained.py): [CLS], its UTF-8 bytes and [SEP], a token each.
+
+    Numbers 0 to 5 are special symbols, 6 to 261 the bytes. A special symbol that the text spells out, such as [MASK],
+    is one token. A longer text is cut to max_seq_len tokens, [CLS] and [SEP] included.
+
+    Args:
+        symbols: how the special symbols are spelt, in the order of SYMBOLS.
+    """
+
+    symbols: list[str] = field(default_factory=lambda: list(SYMBOLS))
+
+    def __post_init__(self) -> None:
+        if len(set(self.symbols)) != len(SYMBOLS) or len(self.symbols) != len(SYMBOLS) or "" in self.symbols:
+            raise UserError(f"the special symbols must be six different words, not {self.symbols}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise UserError(f"the longest text must have 2 tokens or more, not {self.max_seq_len}")
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {"vocab_size": len(SYMBOLS) + 256}
+
+    def __call__(self, text: str) -> Tensor:
+        """(L, 1), float32: numbers below the vocab_size."""
+        TextAdapter()(text)  # refuses what is no text
+        numbers = self.numbers(text)
+        if self.max_seq_len and len(numbers) > self.max_seq_len:
+            numbers = [*numbers[: self.max_seq_len - 1], numbers[-1]]
+        return torch.tensor(numbers).float()[:, None]
+
+    def length(self, raw: str) -> int:
+        return len(self.numbers(raw))
+
+    def numbers(self, text: str) -> list[int]:
+        """All of [CLS], text and [SEP], however long."""
+        numbers = [SYMBOLS.index("[CLS]")]
+        for piece in re.split(f"({'|'.join(map(re.escape, self.symbols))})", text):
+            special = piece in self.symbols
+            numbers += [self.symbols.index(piece)] if special else [len(SYMBOLS) + byte for byte in piece.encode()]
+        return [*numbers, SYMBOLS.index("[SEP]")]
+
+    def text(self, numbers: Sequence[int]) -> str:
+        """The text of these numbers; bytes that are not UTF-8 together become U+FFFD."""
+        offset = len(SYMBOLS)
+        pieces = [self.symbols[number].encode() if number < offset else bytes([number - offset]) for number in numbers]
+        return b"".join(pieces).decode(errors="replace")
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        """As for any text; a special symbol is drawn as one character that says nothing."""
+        numbers = tokens[..., 0].numpy()
+        symbols = numbers < len(SYMBOLS)
+        plots.plot_text_attention(np.where(symbols, 0, numbers - len(SYMBOLS)), mask, attention, captions, path)
 
 
 # --- Series ----------------------------------------------------------------------------------------------------------
@@ -518,6 +586,23 @@ class SeriesAdapter(Adapter):
                 )
         return made
 
+    def taken_over(self, source: Source, settings: Settings) -> "SeriesAdapter | None":
+        values = source.values["train"]
+        in_files = isinstance(values[0], Path)
+        names = _series_names(values) if in_files else source.names
+        series = read_one_series(values[0]) if in_files else values[0]
+        new = SeriesAdapter([0.0] * series.shape[1], [1.0] * series.shape[1], [], None, names, source.table_rows)
+        unnamed = new.channels is None or self.channels is None
+        if len(new.mean) == len(self.mean) and (unnamed or new.channels == self.channels):
+            return replace(self, max_seq_len=settings.max_seq_len, names=names, table_rows=source.table_rows)
+        found, known = (listed(one.channels) if one.channels else f"{len(one.mean)} without names"
+                        for one in (new, self))  # fmt: skip
+        source.notes.append(f"the channels of the series are {found}, those of init_from {known}: they are "
+                            "standardised by these data")  # fmt: skip
+        if not unnamed and sorted(new.channels) == sorted(self.channels):
+            source.notes[-1] += f"; to take them in the same order: --feature_columns {','.join(self.channels)}"
+        return None
+
     def length(self, raw: np.ndarray) -> int:
         return len(raw)
 
@@ -608,6 +693,8 @@ class ImageAdapter(Adapter):
             (H, W). Without it, only arrays of image_shape are taken, stored as in training.
         bits: in use of grey training images of more than 8 bits: white is 2**bits - 1, also in arrays of integers wider
             than 8 bits. None if there were no such images; 16-bit grey then counts as using all 16.
+        crop: with any_size, the side of the square in the middle that is seen, as a share of the image's shorter side,
+            which the published models leave a margin around (pretrained.py). None for all of it.
         stem: 'conv' for convolutions over the pixels, with patch_size 1; None for the patches themselves.
     """
 
@@ -619,6 +706,7 @@ class ImageAdapter(Adapter):
     std: list[Positive]
     any_size: bool = False
     bits: int | None = None
+    crop: Annotated[float, lambda share: 0 < share <= 1, "a number above 0 and at most 1"] | None = None
     stem: str | None = None
 
     def __post_init__(self) -> None:
@@ -648,7 +736,7 @@ class ImageAdapter(Adapter):
         patch_size = 1 if stem else patch_size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
             images = np.stack([_stored_pixels(image) for image in images])
-        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits, stem)
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits, stem=stem)
 
     @property
     def grid_shape(self) -> list[int]:
@@ -678,10 +766,20 @@ class ImageAdapter(Adapter):
         if not known:
             check_patches(settings, size, size)
             bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
-        raw = _read_pixels(source.values, source.places, size, bits)
+        raw = _read_pixels(source.values, source.places, size, bits, known and known.crop)
         if known:
             return known, raw
         return cls.fit(raw["train"], settings.patch_size, True, bits, image_stem(settings)), raw
+
+    def taken_over(self, source: Source, settings: Settings) -> "ImageAdapter | None":
+        side = settings.image_size
+        if len(self.mean) != 3:
+            source.notes.append(f"your images have 3 channels, those of init_from {len(self.mean)}: they are "
+                                "normalised by these data")  # fmt: skip
+            return None
+        check_patch_size(settings.patch_size, side, side)
+        bits = self.bits or _bits(source.values["train"], source.places["train"], settings, source.notes)
+        return replace(self, image_shape=[side, side, 3], patch_size=settings.patch_size, any_size=True, bits=bits)
 
     def datasets(
         self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
@@ -699,7 +797,11 @@ class ImageAdapter(Adapter):
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
-        grid = conv_grid(self.grid_shape) if self.stem else self.grid_shape
+        grid, length = self.grid_shape, attention[0].shape[-1]
+        if math.prod(grid) != length:  # a convolution has made fewer tokens of a square image
+            grid = [math.isqrt(length)] * 2
+        if self.stem:
+            grid = conv_grid(self.grid_shape)
         plots.plot_image_attention(self.images(tokens), attention, grid, captions, path)
 
     def tokens(self, images: np.ndarray) -> Tensor:
@@ -710,7 +812,7 @@ class ImageAdapter(Adapter):
         """The image as it is kept in memory: uint8 (H, W, channels)."""
         image = FileFinder()(Path(image)) if isinstance(image, (str, Path)) else image
         if self.any_size:
-            return square_pixels(image, self.image_shape[0], self.bits)
+            return square_pixels(image, self.image_shape[0], self.bits, self.crop)
         return _stored_pixels(open_image(image) if isinstance(image, Path) else image, tuple(self.image_shape))
 
     def images(self, tokens: Tensor) -> np.ndarray:
@@ -810,13 +912,13 @@ def image_stem(settings: Settings) -> str | None:
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
     """The arguments of `ImageDataset` for augmenting the images of a split."""
-    if split != "train" or not settings.augment:
+    if split != "train" or not settings.augment or settings.cache_features:
         return {}
     return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
 
 
 def _read_pixels(
-    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None
+    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None, crop: float | None
 ) -> dict[str, np.ndarray]:
     """uint8 (N, size, size, 3) of each split.
 
@@ -829,7 +931,7 @@ def _read_pixels(
 
     def read(job: tuple[np.ndarray, int, Path]) -> None:
         images, number, file = job
-        images[number] = square_pixels(file, size, bits)
+        images[number] = square_pixels(file, size, bits, crop)
 
     each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
     return pixels
@@ -901,14 +1003,22 @@ def _array_image(array: Any, bits: int | None) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def square_pixels(image: Any, size: int, bits: int | None = None) -> np.ndarray:
-    """uint8 (size, size, 3) from an image of any size and mode: a path, a PIL image or an array (H, W[, channels])."""
+def square_pixels(image: Any, size: int, bits: int | None = None, crop: float | None = None) -> np.ndarray:
+    """uint8 (size, size, 3) from an image of any size and mode: a path, a PIL image or an array (H, W[, channels]).
+
+    bits, crop: see `ImageAdapter`.
+    """
     name = printable(str(image)) if isinstance(image, Path) else "the image"
     if isinstance(image, Path):
         image = open_image(image)
     else:
         image = upright(image) if isinstance(image, Image.Image) else _array_image(image, bits)
     image = to_rgb(image, name, bits or 16)
+    if crop:  # to whole pixels, as transformers' PerceiverImageProcessor does
+        side = max(1, int(crop * min(image.size)))
+        left, top = ((length - side) // 2 for length in image.size)
+        square = image.crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
@@ -977,7 +1087,8 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 # --- Descriptions ----------------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    "tensor": TensorAdapter, "text": TextAdapter, "series": SeriesAdapter, "image": ImageAdapter,
+    "tensor": TensorAdapter, "text": TextAdapter, "pretrained_text": PretrainedTextAdapter, "series": SeriesAdapter,
+    "image": ImageAdapter,
 }  # fmt: skip
 MODALITIES: dict[str, type[Adapter]] = {"image": ImageAdapter, "text": TextAdapter, "series": SeriesAdapter}  # of files
 

@@ -92,6 +92,6 @@ class SeriesAugmentation:
 
 def series_augmentation(settings: Settings, split: str) -> SeriesAugmentation:
     """What is done to the series of a split."""
-    if split != "train" or not settings.augment:
+    if split != "train" or not settings.augment or settings.cache_features:
         return SeriesAugmentation()
     return SeriesAugmentation(**{name: getattr(settings, f"series_{name}") for name in vars(SeriesAugmentation())})

@@ -32,7 +32,7 @@ from adapters import Adapter, from_description
 from config import LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
 from files import remedy, written_whole
 from messages import UserError
-from perceiver_model import MODEL_SIZES, PerceiverEncoder, PerceiverModel
+from perceiver_model import MODEL_SIZES, OutputQueries, PerceiverEncoder, PerceiverModel
 from schema import read, shown
 from token_features import TokenFeatures
 
@@ -90,14 +90,18 @@ class Contents(TypedDict):
     best: dict[str, float | str | None]
 
 
-def model_arguments(settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of PerceiverModel for these settings and data: those of the preset, unless set otherwise."""
+def model_arguments(settings: Settings, data: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of PerceiverModel for these settings and data: those of the preset, unless set otherwise.
+
+    base: the arguments of another model, which take the place of the preset's.
+    """
     chosen = {name: getattr(settings, name) for name in MODEL_SETTINGS if has_effect(settings, name)}
-    return MODEL_SIZES[settings.model_size] | {
-        **{name: value for name, value in chosen.items() if value is not None},
-        "input_dim": data["features"],
-        "num_classes": data["num_outputs"],
-    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    known = base["input_dim"] if base else {}  # by modality, such as learned positions: what neither of them says
+    known = {name: {key: value for key, value in own.items() if key not in chosen} for name, own in known.items()}
+    features = {name: known.get(name, {}) | own for name, own in data["features"].items()}
+    given = {"input_dim": features, "num_classes": data["num_outputs"]}
+    return (base or MODEL_SIZES[settings.model_size]) | chosen | given
 
 
 def save_checkpoint(path: str | os.PathLike, contents: dict[str, Any]) -> None:
@@ -287,8 +291,9 @@ def check_model_arguments(arguments: dict[str, Any]) -> None:
         UserError: one is not.
     """
     tokens = get_type_hints(TokenFeatures.__init__)
-    model = get_type_hints(PerceiverEncoder.__init__) | tokens
+    model = get_type_hints(OutputQueries.__init__) | get_type_hints(PerceiverEncoder.__init__) | tokens
     model |= {"input_dim": int | dict[Name, dict[str, Any]], "num_classes": int, "num_blocks": Repeats}
+    model |= {"head": str, "tie_embedding": bool}
     read_arguments(arguments, model)
     if isinstance(arguments.get("input_dim"), dict):
         for name, own in arguments["input_dim"].items():
@@ -340,9 +345,8 @@ def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> lis
         tensor, shape = tensors[name], expected[name].shape
         if not isinstance(tensor, Tensor):
             problems.append(f"{name} is not a tensor")
-        elif not _is_like(tensor, expected[name]):
-            numbers = "real" if expected[name].is_floating_point() else "whole"
-            problems.append(f"{name} is {_kind(tensor)}, not {numbers} numbers")
+        elif not (_is_real(tensor) or _is_count(tensor, expected[name])):
+            problems.append(f"{name} is {_kind(tensor)}, not real numbers")
         elif tensor.shape != shape:
             problems.append(f"{name} is {tuple(tensor.shape)} where the model has {tuple(shape)}")
     if problems:
@@ -358,11 +362,14 @@ def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> lis
     ]
 
 
-def _is_like(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether it holds real numbers or, where batch norm counts its batches, whole ones."""
+def _is_real(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested and not tensor.is_meta
-    real = tensor.is_floating_point() if expected.is_floating_point() else tensor.dtype == expected.dtype
-    return plain and tensor.layout == torch.strided and real
+    return plain and tensor.layout == torch.strided and tensor.is_floating_point()
+
+
+def _is_count(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether it is the number of batches that a batch norm has seen."""
+    return type(tensor) is Tensor and not tensor.is_meta and expected.dtype == tensor.dtype == torch.int64
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 """The one list of settings: names, types, defaults, units, checks, the JSON file and the command-line flags.
 
-Default < data set's default < config file < flag: each overrides the one before. On resume the checkpoint's settings
-take the place of both defaults. A new setting is one more line in `Settings`.
+Default < data set's default < model of init_from < config file < flag: each overrides the one before. On resume the
+checkpoint's settings take the place of the defaults. A new setting is one more line in `Settings`.
 
     args = make_parser("Train a Perceiver.").parse_args()        # args.flags, args.file, args.resume
     settings, sources = resolve(args.flags, args.file)
@@ -96,6 +96,7 @@ def _setting(default: Any, help: str, unit: str = "", *, group: str, on_resume: 
 _data = functools.partial(_setting, group="Data", on_resume="fixed")
 _column = functools.partial(_setting, group="Data", on_resume="free")
 _model = functools.partial(_setting, group="Model", on_resume="fixed")
+_start = functools.partial(_setting, group="Start", on_resume="fixed")
 _training = functools.partial(_setting, group="Training", on_resume="inexact")
 _files = functools.partial(_setting, group="Files", on_resume="free")
 
@@ -113,12 +114,13 @@ _STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimod
 _OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel")}
+_NOT_CACHED = {"cache_features": (False,)}
 
 
 def _augment(help: str, unit: str = "") -> Any:
     """A change of training series at random: off by default, whether it is a share or a switch."""
     limits = {"at_least": 0, "below": 1} if unit else {}
-    applies = _OWN_SERIES | {"augment": (True,)}
+    applies = _OWN_SERIES | _NOT_CACHED | {"augment": (True,)}
     return _data(0.0 if unit else False, help, unit, applies=applies, on_resume="inexact", **limits)
 
 
@@ -204,9 +206,11 @@ class Settings:
         None, "from a token of a series to the next; none = a quarter of the window, or of the stem conv as many as "
         "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_OWN_SERIES)
     augment: bool = _data(
-        True, "change training samples at random, as the next settings say; images are moved, too", on_resume="inexact")
+        True, "change training samples at random, as the next settings say; images are moved, too",
+        applies=_NOT_CACHED, on_resume="inexact")
     flip: bool = _data(
-        False, "mirror training images at random, half of them", applies=_OUR_IMAGES | {"augment": (True,)},
+        False, "mirror training images at random, half of them",
+        applies=_OUR_IMAGES | _NOT_CACHED | {"augment": (True,)},
         on_resume="inexact")
     series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
     series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
@@ -216,7 +220,7 @@ class Settings:
     series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
     mixup: float = _data(
         0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
-        at_least=0, at_most=1000, applies={"augment": (True,)}, on_resume="inexact")
+        at_least=0, at_most=1000, applies=_NOT_CACHED | {"augment": (True,)}, on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
@@ -224,7 +228,23 @@ class Settings:
         0, "processes that load data; 0 = the training process", "processes", at_least=0, at_most=1024,
         on_resume="free")
 
-    model_size: str = _model("base", "preset of the model", choices=("tiny", "small", "base", "large"))
+    init_from: str | None = _start(
+        None, "another model whose weights a new run starts from: a checkpoint, or a published one")
+    init_checksum: str | None = _start(
+        None, "of the file of init_from, written by the run; if given, another file is refused",
+        "SHA-256", metavar="HEX")
+    freeze: str = _start(
+        "none", "what keeps the weights of init_from; encoder = all but the last linear layer",
+        choices=("none", "encoder"))
+    cache_features: bool = _start(
+        False, "encode the data once and train the last layer on that: the same answers, sooner",
+        applies={"freeze": ("encoder",)})
+    lr_encoder_scale: float = _start(
+        1.0, "learning rate of all but the last linear layer", "times learning_rate", above=0,
+        applies={"freeze": ("none",)})
+
+    model_size: str = _model(
+        "base", "preset of the model", choices=("tiny", "small", "base", "large"), applies={"init_from": (None,)})
     d_model: int | None = _model(
         None, "width of a latent; none = the preset's", "features", at_least=1, at_most=100_000)
     num_heads: int | None = _model(None, "heads of an attention; none = the preset's", "heads", at_least=1)
@@ -283,7 +303,7 @@ class Settings:
     amp: str = _training(
         "auto", "mixed precision; auto = where the hardware is good at it",
         choices=("auto", "bf16", "fp16", "off"))
-    compile: bool = _training(False, "torch.compile the model: slower start, faster steps")
+    compile: bool = _training(False, "torch.compile the model: slower start, faster steps", applies=_NOT_CACHED)
     device: str = _training(
         "auto", "device to train on; auto = the best there is", choices=("auto", "cuda", "mps", "cpu"))
     early_stopping_patience: int = _training(
@@ -535,14 +555,17 @@ def resolve(
     file: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(the settings in force, where each came from: 'default', 'data set', 'recipe', 'checkpoint', 'file' or 'flag').
+    """(the settings in force, where each came from: 'default', 'data set', 'recipe', 'init_from', 'checkpoint', 'file'
+    or 'flag').
 
     Args:
         flags, file: the settings given there, by name.
         base: the settings of the checkpoint to resume from; they take the place of the defaults, and a change to one
             that is 'fixed' on resume is refused.
         own: the defaults of a data set of the user's own code.
+        start: what the model that a new run starts from says about it.
 
     Raises:
         UserError: a line for each problem.
@@ -553,8 +576,8 @@ def resolve(
     chosen = ChainMap(flags, file, checkpoint, defaults)
     dataset = DATASET_DEFAULTS.get(chosen["dataset_type"], own or {})
     recipe = SERIES_RECIPES[chosen["series_recipe"]] if chosen["dataset_type"] == "sequences" else {}
-    layers = {"default": defaults, "data set": dataset, "recipe": recipe, "checkpoint": checkpoint, "file": file,
-              "flag": flags}  # fmt: skip
+    layers = {"default": defaults, "data set": dataset, "recipe": recipe, "init_from": start or {}}
+    layers |= {"checkpoint": checkpoint, "file": file, "flag": flags}
     values, sources = {}, {}
     for source, layer in layers.items():
         values.update(layer)

@@ -14,6 +14,7 @@ import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -150,12 +151,12 @@ def known_adapters(info: Info | None, own: Mapping[str, type[Adapter]] | None = 
 
 
 def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
-    """The trained adapter of data of one modality; None without a description.
+    """The trained adapter of data of one modality; None without the description of a training.
 
     Raises:
         UserError: the adapter is for other data.
     """
-    if not info:
+    if not info or "task" not in info:
         return None
     known = known_adapters(info)
     if list(known) != [kind.modality]:
@@ -167,7 +168,7 @@ def _known_adapter(info: Info | None, kind: type[Adapter]) -> Any:
 
 
 def known_task(info: Info | None) -> Task | None:
-    return tasks.from_description(info["task"], "the checkpoint's task") if info else None
+    return tasks.from_description(info["task"], "the checkpoint's task") if info and "task" in info else None
 
 
 def description(task: Task, adapters: dict[str, Adapter], notes: Sequence[str] = (), **more: Any) -> Info:
@@ -290,9 +291,12 @@ def _image_splits(
         {name: np.asarray(values[source])[numbers] for name, (source, numbers) in parts.items()}
         for values in (images, labels, ids)
     )
-    adapter = _known_adapter(info, ImageAdapter) or ImageAdapter.fit(
-        images["train"], settings.patch_size, stem=image_stem(settings)
-    )
+    adapter = _known_adapter(info, ImageAdapter)
+    if not adapter:
+        adapter = ImageAdapter.fit(images["train"], settings.patch_size, stem=image_stem(settings))
+        start = known_adapters(info).get("image")
+        if start and len(start.mean) == len(adapter.mean):
+            adapter = replace(adapter, mean=start.mean, std=start.std)
     splits = {}
     for name in images:
         augmentation = augmentation_of(settings, name, margin)
@@ -465,6 +469,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     """
     if settings.dataset_type in ("images", "multimodal"):
         check_patches(settings, settings.image_size, settings.image_size)
+    info, start = (None, known_adapters(info)) if info and "task" not in info else (info, {})
     known = known_adapters(info)
     if info and settings.dataset_type in MODALITY_OF:
         _known_adapter(info, MODALITIES[MODALITY_OF[settings.dataset_type]])
@@ -497,7 +502,11 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             train and train.columns,
             train and train.table_rows,
         )
-        adapter, raw = MODALITIES[modality].load(source, settings, known.get(modality))
+        adapter = known.get(modality)
+        if modality in start:
+            adapter = start[modality].taken_over(source, settings)
+        kind = type(adapter) if adapter else MODALITIES[modality]
+        adapter, raw = kind.load(source, settings, adapter)
         labels = {name: targets[name][numbers] for name, numbers in there.items()}
         ids = {name: [items[name].ids[i] for i in numbers] for name, numbers in there.items()}
         adapters[modality], made = adapter, adapter.datasets(raw, source, labels, ids, settings, task)
@@ -815,7 +824,8 @@ def load_splits(
     augmented; for the user's own data, a fingerprint of the samples of each split.
 
     Args:
-        info: a description made in training; its adapters and its task are then used.
+        info: a description made in training; its adapters and its task are then used. One with nothing but adapters is
+            that of the model that a new run starts from: what they know is used where the data are of their kind.
         only: the split that is asked for. Of the user's own data, it alone is read unless it is part of another one.
         own: the user's own code, run for a data set of that name; no name makes code run by itself.
     """

@@ -3,6 +3,7 @@
     python inference.py --model_path checkpoints/best_model.pth
     python inference.py --model_path checkpoints/best_model.pth --analyze --output_dir results/
     python inference.py --model_path checkpoints/best_model.pth --input new_images/
+    python inference.py --pretrained path/to/vision-perceiver-conv/ --input photos/
     python inference.py --model_path checkpoints/best_model.pth --dataset path/to/my_data.py    # trained with this file
 
 The first two write results.json, items.csv (each item with its true and its predicted answer) and the figures of the
@@ -11,7 +12,8 @@ adds calibration, results by length, the worst mistakes, attention maps and a pr
 evaluates all of another labelled set, without the training data. --input writes predictions.csv: the id and the answer
 of each item. It takes what the model was trained on (a folder of images, a .ts, .npz or .csv of series, a table of
 texts, a manifest; no labels needed) or a single image, .txt or .npy. Data set, preprocessing and model come from the
-checkpoint.
+checkpoint, or with --pretrained from the folder of a published model (pretrained.py): classes of ImageNet, or texts
+whose [MASK] is filled.
 
     from inference import load_model, predict
     model, settings = load_model("checkpoints/best_model.pth")
@@ -56,6 +58,7 @@ from distributed import refuse_processes
 from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
 from own_data import OwnData
 from perceiver_model import PerceiverModel
+from pretrained import fill_masks, load_pretrained
 from tables import FileFinder
 
 COLUMNS = ("id_column", "text_column", "image_column", "series_column", "label_column")
@@ -257,9 +260,9 @@ def _analysis_figures(
 def write_predictions(
     model: PerceiverModel, items: Items, batch_size: int, path: Path, on_error: Callable[[UserError], None]
 ) -> int:
-    """Write a table of ids and answers. Returns its number of rows.
+    """Write a table of ids and answers, or of texts with their masks filled. Returns its number of rows.
 
-    An item that the model cannot take is passed to on_error and left out.
+    The first rows are shown. An item that the model cannot take is passed to on_error and left out.
     """
     done = []  # ids, in the order of the answers
 
@@ -274,10 +277,20 @@ def write_predictions(
             yield item
 
     rows = []
-    for answer in _answers(model, prepared(), batch_size):
-        rows.append({"id": done[len(rows)], **model.task.cells(answer)})
+    if hasattr(model, "task"):
+        for answer in _answers(model, prepared(), batch_size):
+            rows.append({"id": done[len(rows)], **model.task.cells(answer)})
+    else:
+        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
+            try:
+                with naming(place):
+                    rows.append({"id": id, "text": fill_masks(model, value["text"])})
+            except UserError as error:
+                on_error(error)
     if rows:
         evaluation.write_rows(path, rows)
+        for row in rows[:REPORTED]:
+            print("  ".join(printable(str(cell)) for cell in list(row.values())[:3]))
     return len(rows)
 
 
@@ -347,6 +360,28 @@ def predict_files(
     return 0
 
 
+def note_without_effect(args: Any) -> None:
+    """Notes on flags that say nothing about --input."""
+    names = [name for name in ("data_path", "test_path", "data_dir", "num_workers") if name in args.flags]
+    names += ["split"] * (args.split is not None)
+    names += ["amp"] * (args.flags.get("amp", "auto") not in ("off", "auto"))
+    for name in names:
+        print_note(f"{name} has no effect with --input" + " (predictions are made in float32)" * (name == "amp"))
+
+
+def predict_pretrained(args: Any) -> int:
+    """--input with a published model."""
+    if args.input is None:
+        raise UserError("--pretrained: say with --input what to predict, an image or text, or many of them")
+    model = load_pretrained(args.pretrained)
+    here = {"dataset_type": "images" if "image" in model.adapters else "text", "batch_size": 4}  # they are large
+    settings, sources = resolve(base={**Settings().to_dict(), **here}, flags=args.flags)
+    for note in unused_settings(settings, sources):
+        print_note(note)
+    note_without_effect(args)
+    return predict_files(model.to(choose_device(settings.device)), args.input, settings, args.output_dir, args.flags)
+
+
 def code_again(path: str | None, checkpoint: dict[str, Any], for_data: bool) -> OwnData | None:
     """The file of the user's own code that a checkpoint was trained with, named again; None where it needs none."""
     dataset = checkpoint["settings"].get("dataset_type")
@@ -372,7 +407,8 @@ def code_again(path: str | None, checkpoint: dict[str, Any], for_data: bool) -> 
 def main(argv: list[str] | None = None) -> int:
     usage = "%(prog)s --model_path FILE [--analyze] [--output_dir DIR] [--SETTING VALUE ...]"
     parser = Parser(COMMON, description=__doc__, usage=usage)
-    parser.add_argument("--model_path", metavar="FILE", required=True, help="the checkpoint")
+    parser.add_argument("--model_path", metavar="FILE", help="the checkpoint")
+    parser.add_argument("--pretrained", metavar="FOLDER", help="a published model, in the place of --model_path")
     parser.add_argument("--analyze", action="store_true", help="add the analysis and its figures")
     parser.add_argument("--output_dir", metavar="DIR", default="results", help="folder of results (default results)")
     parser.add_argument("--split", metavar="{test,val,train}", choices=("test", "val", "train"),
@@ -385,6 +421,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.input is not None and args.analyze:
         raise UserError("--analyze: it needs labels, and --input takes none; leave one of them out")
     refuse_processes("inference.py runs in one process, start it with python")
+    if (args.model_path is None) is (args.pretrained is None):
+        raise UserError("--model_path: name a checkpoint, or with --pretrained the folder of a published model instead")
+    if args.pretrained is not None:
+        return predict_pretrained(args)
 
     checkpoint = load_checkpoint(args.model_path)
     own = code_again(args.code, checkpoint, for_data=args.input is None)
@@ -401,11 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         print_note(note)
     device = choose_device(settings.device)
     if args.input is not None:
-        without_effect = [name for name in ("data_path", "test_path", "data_dir", "num_workers") if name in args.flags]
-        without_effect += ["split"] * (args.split is not None)
-        without_effect += ["amp"] * ("amp" in args.flags and settings.amp not in ("off", "auto"))
-        for name in without_effect:
-            print_note(f"{name} has no effect with --input" + " (predictions are made in float32)" * (name == "amp"))
+        note_without_effect(args)
         model = equipped_model(checkpoint, device, own and own.classes)
         return predict_files(model, args.input, settings, args.output_dir, args.flags)
     split = args.split or "test"

@@ -646,6 +646,7 @@ class PerceiverModel(nn.Module):
             self.output = OutputQueries(d_model, num_outputs, head == "query", **decoder, **shared)
         if tie_embedding:
             self.output_bias = nn.Parameter(torch.zeros(num_classes))
+        self.is_frozen = False
         self.apply(initialise)
 
     def _check_head(self, num_classes: int, decoder: dict[str, Any]) -> None:
@@ -713,6 +714,25 @@ class PerceiverModel(nn.Module):
             "query", the answered query (B, Q). With "positions", which has no such vector, the mean over the latents.
         """
         return self._pool(self.encode(x, mask))
+
+    @property
+    def readout(self) -> nn.Module:
+        """What makes logits of the vector of `pooled_latents`, a linear layer; with head "positions" the decoder."""
+        if self.head == "mean":
+            return self.classifier
+        return self.output.decoder.output if self.head == "query" else self.output
+
+    def freeze_encoder(self) -> None:
+        """From now on the readout alone learns: all else keeps its weights and stays in evaluation mode."""
+        self.requires_grad_(False)
+        self.readout.requires_grad_(True)
+        self.is_frozen = True
+
+    def train(self, mode: bool = True) -> "PerceiverModel":
+        super().train(mode and not self.is_frozen)
+        self.readout.train(mode)
+        self.training = mode
+        return self
 
     def _pool(self, latents: Tensor) -> Tensor:
         """latents (B, N, D) -> (B, D or Q)."""

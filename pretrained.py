@@ -40,18 +40,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from adapters import ImageAdapter, TextAdapter
-from image_files import open_image, to_rgb, upright
+import tasks
+from adapters import SYMBOLS, ImageAdapter, PretrainedTextAdapter, describe, from_description
 from messages import UserError
 from perceiver_model import PerceiverModel
 
@@ -65,7 +63,7 @@ class Pretrained(NamedTuple):
         arguments: of PerceiverModel.
         weights: by our names.
         data: what inference.load_model gives as `data_info`: features, adapters (their descriptions) and, of a
-            classifier, class_names and num_classes.
+            classifier, task (its description), class_names and num_outputs.
     """
 
     arguments: dict[str, Any]
@@ -76,7 +74,8 @@ class Pretrained(NamedTuple):
 def load_pretrained(source: str | Path, image_size: int | None = None, **changes: Any) -> PerceiverModel:
     """A published model, ready for prediction: on the CPU, in evaluation mode.
 
-    `model.adapters` prepares raw items and `model.data_info` describes the data, as those of inference.load_model.
+    `model.adapters` prepares raw items, `model.data_info` describes the data and, of a classifier, `model.task`
+    knows what an answer is, as those of inference.load_model.
 
     Args:
         source: a folder, or a name on the Hugging Face hub, such as "deepmind/vision-perceiver-fourier".
@@ -99,13 +98,15 @@ def load_pretrained(source: str | Path, image_size: int | None = None, **changes
         names = ", ".join(changes)
         raise UserError(f"with {names} changed, the model would have other weights than {source}") from error
     model.data_info = data
-    model.adapters = {name: adapter_of(description) for name, description in data["adapters"].items()}
+    model.adapters = {name: from_description(description) for name, description in data["adapters"].items()}
+    if "task" in data:
+        model.task = tasks.from_description(data["task"])
     return model.eval()
 
 
 def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretrained:
     """The parts of a published model, see `load_pretrained`."""
-    folder = _folder(source)
+    folder = find_folder(source)
     arguments, data = read_architecture(folder, image_size)
     with torch.device("meta"):
         expected = PerceiverModel(**arguments).state_dict()
@@ -114,6 +115,8 @@ def read_pretrained(source: str | Path, image_size: int | None = None) -> Pretra
 
 def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything but the weights: the arguments of PerceiverModel, and the data, see `Pretrained`."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; name the folder of a published model: {BY_HAND}")
     config = _read_json(folder / "config.json")
     architecture = config.get("architectures")
     if isinstance(architecture, list) and len(architecture) == 1:
@@ -136,7 +139,8 @@ def read_architecture(folder: Path, image_size: int | None = None) -> tuple[dict
         raise UserError(f"{folder}: {error}") from error
     data = {"features": features, "adapters": {modality: describe(adapter)}}
     if arguments["head"] == "query":
-        data |= {"class_names": _class_names(config), "num_classes": arguments["num_classes"]}
+        names = _class_names(config)
+        data |= {"task": tasks.describe(tasks.Classification(names)), "class_names": names, "num_outputs": len(names)}
     return arguments, data
 
 
@@ -168,95 +172,6 @@ def fill_masks(model: PerceiverModel, text: str) -> str:
         logits = model(tokens[None, :, None].to(device))[0, masked.to(device)]  # (masks, vocabulary)
     tokens[masked] = logits[:, offset:].argmax(1).cpu() + offset
     return adapter.text(tokens[1:-1].tolist())
-
-
-# --- Adapters --------------------------------------------------------------------------------------------------------
-
-SYMBOLS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")  # 0 to 5, in transformers' code; then come the bytes
-
-
-@dataclass(frozen=True)
-class PretrainedImageAdapter(ImageAdapter):
-    """An image as its pixels. The published models see its middle square, scaled to the size of training.
-
-    Args:
-        crop: side of that square, as a share of the image's shorter side.
-    """
-
-    crop: float = 224 / 256
-
-    def pixels(self, image: Any) -> np.ndarray:
-        """uint8 (H, W, 3) from a PIL image, a uint8 array (H, W) or (H, W, channels), or the path of a file."""
-        name = str(image) if isinstance(image, (str, Path)) else "the image"
-        if isinstance(image, (str, Path)):
-            image = open_image(image)
-        elif not isinstance(image, Image.Image):
-            array = np.asarray(image)
-            if array.dtype != np.uint8 or not array.size or array.ndim not in (2, 3) or array.shape[2:] > (4,):
-                raise UserError(f"an image must be uint8 (H, W) or (H, W, 1 to 4), this is {array.dtype} {array.shape}")
-            image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-        image = to_rgb(upright(image), name)
-        side = max(1, int(self.crop * min(image.size)))
-        left, top = ((length - side) // 2 for length in image.size)
-        square = image.crop((left, top, left + side, top + side))
-        height, width, _ = self.image_shape
-        return np.asarray(square.resize((width, height), Image.Resampling.BICUBIC))
-
-
-@dataclass(frozen=True)
-class PretrainedTextAdapter:
-    """A text as [CLS], its UTF-8 bytes and [SEP], a token each: numbers 0 to 5 are special symbols, 6 to 261 the bytes.
-
-    A special symbol that the text spells out, such as [MASK], is one token. A longer text is cut to max_seq_len tokens.
-
-    Args:
-        max_seq_len: tokens at most, [CLS] and [SEP] included.
-        symbols: how the special symbols are spelt, in the order of SYMBOLS.
-    """
-
-    max_seq_len: int = 2048
-    symbols: list[str] = field(default_factory=lambda: list(SYMBOLS))
-
-    @property
-    def features(self) -> dict[str, Any]:
-        return {"vocab_size": len(SYMBOLS) + 256}
-
-    def __call__(self, text: str) -> Tensor:
-        """(L, 1), float32: numbers below the vocab_size."""
-        TextAdapter()(text)  # refuses what is no text
-        numbers = self.numbers(text)
-        if len(numbers) > self.max_seq_len:
-            numbers = [*numbers[: self.max_seq_len - 1], numbers[-1]]
-        return torch.tensor(numbers).float()[:, None]
-
-    def numbers(self, text: str) -> list[int]:
-        """All of [CLS], text and [SEP], however long."""
-        numbers = [SYMBOLS.index("[CLS]")]
-        for piece in re.split(f"({'|'.join(map(re.escape, self.symbols))})", text):
-            special = piece in self.symbols
-            numbers += [self.symbols.index(piece)] if special else [len(SYMBOLS) + byte for byte in piece.encode()]
-        return [*numbers, SYMBOLS.index("[SEP]")]
-
-    def text(self, numbers: list[int]) -> str:
-        """The text of these numbers; bytes that are not valid UTF-8 become U+FFFD."""
-        offset = len(SYMBOLS)
-        pieces = [self.symbols[number].encode() if number < offset else bytes([number - offset]) for number in numbers]
-        return b"".join(pieces).decode(errors="replace")
-
-
-KINDS = {"pretrained_image": PretrainedImageAdapter, "pretrained_text": PretrainedTextAdapter}
-
-
-def describe(adapter: PretrainedImageAdapter | PretrainedTextAdapter) -> dict[str, Any]:
-    """Plain values that a checkpoint can store."""
-    kind = next(name for name, cls in KINDS.items() if type(adapter) is cls)
-    return {"kind": kind, **asdict(adapter)}
-
-
-def adapter_of(description: dict[str, Any]) -> PretrainedImageAdapter | PretrainedTextAdapter:
-    """The adapter that `describe` described."""
-    values = dict(description)
-    return KINDS[values.pop("kind")](**values)
 
 
 # --- Config.json and the files of preprocessing ----------------------------------------------------------------------
@@ -336,7 +251,7 @@ def _class_names(config: dict[str, Any]) -> list[str]:
 
 def _image_adapter(
     folder: Path, config: dict[str, Any], architecture: str, image_size: int | None
-) -> PretrainedImageAdapter:
+) -> ImageAdapter:
     values = _read_json(folder / "preprocessor_config.json", optional=True)
     steps = dict.fromkeys(("do_center_crop", "do_resize", "do_rescale", "do_normalize"), True)
     steps |= {"resample": Image.Resampling.BICUBIC, "rescale_factor": 1 / 255}
@@ -355,7 +270,7 @@ def _image_adapter(
     if min(statistics["image_std"]) <= 0:
         raise UserError(f"preprocessor_config.json has image_std={statistics['image_std']}; it must be above 0")
     mean, std = ([255 * value for value in given] for given in statistics.values())
-    return PretrainedImageAdapter([side, side, 3], 1, mean, std, any_size=True, crop=trained / around)
+    return ImageAdapter([side, side, 3], 1, mean, std, any_size=True, crop=trained / around)
 
 
 def _side(values: dict[str, Any], name: str, usual: int) -> int:
@@ -467,21 +382,21 @@ def _converted(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OTHERS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+BY_HAND = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
 
 
-def _folder(source: str | Path) -> Path:
+def find_folder(source: str | Path) -> Path:
     """The folder with the files of a model. For a name on the hub, they are downloaded into its package's cache."""
     if Path(source).is_dir():
         return Path(source)
-    by_hand = f"put {', '.join(OTHERS)} (as many as it has) and {' or '.join(WEIGHTS)} into a folder and name that"
     if Path(source).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise UserError(f"{source} is no folder; {by_hand}")
+        raise UserError(f"{source} is no folder; {BY_HAND}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
             f"there is no folder {source}; to download the model of this name from the Hugging Face hub, "
-            f"pip install huggingface_hub, or {by_hand}"
+            f"pip install huggingface_hub, or {BY_HAND}"
         ) from error
     for weights in WEIGHTS if _has_safetensors() else WEIGHTS[1:]:
         try:
@@ -489,7 +404,7 @@ def _folder(source: str | Path) -> Path:
         except Exception as error:  # network, hub and name have their own kinds each
             cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"there is no folder {source}, and no model of this name could be downloaded ({cause}); {by_hand}"
+                f"there is no folder {source}, and no model of this name could be downloaded ({cause}); {BY_HAND}"
             ) from error
         if (folder / weights).exists():
             break
@@ -514,7 +429,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return contents
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def weights_file(folder: Path) -> Path:
     """The format that can be read here; both hold the same weights."""
     there = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not there:
@@ -522,6 +437,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = there[0] if _has_safetensors() else there[-1]
     if path.suffix == ".safetensors" and not _has_safetensors():
         raise UserError(f"{path} is read by safetensors: pip install safetensors, or put {WEIGHTS[1]} beside it")
+    return path
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = weights_file(folder)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -70,13 +70,20 @@ def average_decay(decay: float, updates: int) -> float:
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model for the moving average of its weights. The first update copies the weights."""
+    """A copy of the model for the moving average of its weights. The first update copies the weights.
+
+    Frozen weights are their own average: both models have them in common.
+    """
 
     def update(averages: Any, weights: Any, _: Any) -> None:
         kept = average_decay(decay, int(average.n_averaged))  # the counter is on the CPU: no wait for the device
-        get_ema_multi_avg_fn(kept)(averages, weights, None)
+        pairs = [pair for pair in zip(averages, weights, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+        get_ema_multi_avg_fn(kept)(*map(list, zip(*pairs, strict=True)), None)
 
     average = AveragedModel(model, multi_avg_fn=update)
+    for kept, weights in zip(average.module.parameters(), model.parameters(), strict=True):
+        if not weights.requires_grad:
+            kept.data = weights.data
     return average
 
 
@@ -332,15 +339,25 @@ def set_random_state(state: dict[str, Any]) -> None:
 # --- The whole state -------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: the weights of linear layers and of convolutions over time decay; biases, norms and the latents
-    do not."""
+def parameter_groups(model: nn.Module, weight_decay: float, encoder_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Optimizer groups: the weights of linear layers and of convolutions over time decay; biases, norms and
+    the latents do not.
+
+    With an encoder_scale they are two pairs: the readout's, and then all else's, whose rate is so many times as high.
+    """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
-    ]
+    parts = {1.0: parameters}
+    if encoder_scale != 1:
+        readout = {id(parameter) for parameter in model.readout.parameters()}
+        parts = {1.0: [p for p in parameters if id(p) in readout]}
+        parts[encoder_scale] = [p for p in parameters if id(p) not in readout]
+    groups = []
+    for scale, part in parts.items():
+        decayed, plain = ([p for p in part if (id(p) in matrices) is decays] for decays in (True, False))
+        groups.append({"params": decayed, "weight_decay": weight_decay, "lr_scale": scale})
+        groups.append({"params": plain, "weight_decay": 0.0, "lr_scale": scale})
+    return groups
 
 
 class RunState:
@@ -350,14 +367,22 @@ class RunState:
         model: the one that is trained, on its device.
         decay: of the moving average of the weights; 0 for none.
         scaled: whether gradients are scaled, as float16 needs.
+        encoder_scale: see `parameter_groups`.
     """
 
     def __init__(
-        self, model: nn.Module, progress: Progress, rate: float, weight_decay: float, decay: float, scaled: bool
+        self,
+        model: nn.Module,
+        progress: Progress,
+        rate: float,
+        weight_decay: float,
+        decay: float,
+        scaled: bool,
+        encoder_scale: float = 1.0,
     ):
         self.model, self.progress = model, progress
         self.average = moving_average(model, decay) if decay else None
-        self.groups = parameter_groups(model, weight_decay)
+        self.groups = parameter_groups(model, weight_decay, encoder_scale)
         self.optimizer = torch.optim.AdamW(self.groups, lr=rate, fused=True)
         device = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=scaled)
@@ -370,7 +395,14 @@ class RunState:
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
+
+    def parameter_counts(self) -> tuple[int, int, int]:
+        """(with weight decay, without, frozen)."""
+        decayed, plain = (
+            sum(p.numel() for group in self.groups[first::2] for p in group["params"]) for first in (0, 1)
+        )
+        return decayed, plain, sum(p.numel() for p in self.model.parameters()) - decayed - plain
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores. All processes call this, since each has a part of it."""

@@ -43,19 +43,21 @@ class RunLog:
     # --- Before the first step ---
 
     def start(
-        self, data: dict[str, Any], model_args: dict[str, Any], parameters: list[int], device: torch.device,
+        self, data: dict[str, Any], model_args: dict[str, Any], parameters: tuple[int, int, int], device: torch.device,
         precision: torch.dtype,
     ) -> None:  # fmt: skip
-        """Data, model and device in a few lines; `parameters` with weight decay and without."""
+        """Data, model and device in a few lines; `parameters` with weight decay, without, and frozen."""
         settings, sizes = self.settings, data["split_sizes"]
-        decayed, plain = parameters
+        decayed, plain, frozen = parameters
+        repeated = f" {model_args['num_blocks']} times" if model_args.get("num_blocks", 1) > 1 else ""
         print(
             f"data    {settings.dataset_type}: {sizes['train']} training, {sizes['val']} validation, {sizes['test']} "
             f"test samples; {self.task.about()}; {describe_tokens(data['features'])}\n"
             + "".join(f"{line}\n" for line in data.get("about", [])) +
             "model   {num_latents} latents of {d_model}, {num_heads} heads, {num_cross_attention_layers} cross- and "
-            "{num_self_attention_layers} self-attention layers; ".format(**model_args)
-            + f"{decayed + plain:,} parameters, {decayed:,} with weight decay, {plain:,} without\n"
+            "{num_self_attention_layers} self-attention layers".format(**model_args)
+            + f"{repeated}; {sum(parameters):,} parameters, {decayed:,} with weight decay, {plain:,} without"
+            + (f", {frozen:,} frozen\n" if frozen else "\n") +
             f"device  {device}, {str(precision).removeprefix('torch.')}"
             + (", compiled" if settings.compile else "") + share_of_a_batch(settings)
         )

@@ -6,6 +6,7 @@
     python train.py --dataset cifar10 --config config.json --lr 2e-4    # flags override the file
     python train.py --dataset path/to/my_data.py                        # data of your own code (own_data.py)
     python train.py --resume                                            # continue from checkpoints/last_model.pth
+    python train.py --dataset images --data_path photos/ --init_from path/to/vision-perceiver-fourier/ --freeze encoder
     torchrun --standalone --nproc_per_node=2 train.py --dataset digits  # the same run on two devices (distributed.py)
 
 A run writes into --checkpoint_dir: best_model.pth (best on validation data), last_model.pth (for --resume),
@@ -37,6 +38,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 import evaluation
+import finetune
 import own_data
 import tasks
 from batches import (
@@ -203,18 +205,22 @@ def execute(
     checkpoint: dict[str, Any] | None = None,
     resumed: Path | None = None,
     own: OwnData | None = None,
+    start: finetune.Start | None = None,
 ) -> Run:
     """Start or continue a training run; `Run.stop.agreed` is the signal that stopped it, if one did.
 
     Args:
         checkpoint, resumed: what to continue from, and its file; None for a new run.
         own: the user's own code, for data that come from there.
+        start: the model of settings.init_from, if it has been read.
 
     Raises:
         UserError: a mistake in settings or data, a file that cannot be written, memory that ran out, a loss that is
             not finite.
     """
-    run = prepare(settings, checkpoint, resumed, own)
+    if settings.init_from and not (checkpoint or start):
+        start = distributed.broadcast(finetune.read_start, settings.init_from)
+    run = prepare(settings, checkpoint, resumed, own, start)
     if checkpoint is None:
         run.save(LAST)
     with run.stop:
@@ -234,6 +240,7 @@ def prepare(
     checkpoint: dict[str, Any] | None = None,
     resumed: Path | None = None,
     own: OwnData | None = None,
+    start: finetune.Start | None = None,
 ) -> Run:
     """Read the data, make the model and everything else, and rehearse a step before any file is written or moved."""
     device = distributed.own_device(choose_device(settings.device))
@@ -243,9 +250,11 @@ def prepare(
     torch.manual_seed(settings.seed)
 
     tasks.task_named(settings.task)
-    check_size(settings, device)
+    finetune.check_settings(settings, start)
+    base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
+    check_size(settings, device, base)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
-        splits, data = load_splits(settings, checkpoint and checkpoint["data"], None, own)
+        splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
@@ -260,22 +269,10 @@ def prepare(
     if (passes := passes_of(settings, len(splits["train"]))) > 1:
         splits["train"] = splits["train"].subset(np.tile(np.arange(len(splits["train"])), passes))
     training = splits["train"]
-    if settings.mixup and settings.augment:
+    if settings.mixup and has_effect(settings, "mixup"):
         training = Mixed(training, settings.mixup, settings.seed, task)
-    loaders = {
-        name: create_dataloader(
-            training if name == "train" else splits[name],
-            settings.batch_size,
-            targets=task,
-            shuffle=name == "train",
-            bucket_by_length=settings.bucket_by_length and name == "train",
-            seed=settings.seed,
-            num_workers=settings.num_workers,
-            pin_memory=device.type == "cuda",
-            share=(distributed.rank(), distributed.size()),
-        )
-        for name in ("train", "val")
-    }
+    parts = {"train": training, "val": splits["val"]}
+    loaders = {name: new_loader(part, settings, task, device, name == "train") for name, part in parts.items()}
     if checkpoint:
         check_data(checkpoint, data)
         check_model(checkpoint, settings, data, len(loaders["train"]))
@@ -283,31 +280,38 @@ def prepare(
     steps_per_epoch = math.ceil(len(loaders["train"]) / settings.accumulation_steps)
     progress = progress_of(checkpoint) if checkpoint else new_progress(settings, steps_per_epoch)
     with memory_advice("for a model of this size", MODEL_REMEDIES):
-        model = new_model(settings, data).to(device)
+        model = new_model(settings, data, base).to(device)
+        origin = finetune.begin(model, settings, start, data)
         scaled = amp_dtype == torch.float16
-        decay = settings.ema_decay
-        state = RunState(model, progress, settings.learning_rate, settings.weight_decay, decay, scaled)
-    run_model = model
-    if settings.compile:
-        with compiler_advice():
-            run_model = compiled(model, device, settings.accumulation_steps)
-    model_args, precision = model_arguments(settings, data), amp_dtype or torch.float32
+        rate, decay = settings.learning_rate, settings.ema_decay
+        scale = settings.lr_encoder_scale if has_effect(settings, "lr_encoder_scale") else 1.0
+        state = RunState(model, progress, rate, settings.weight_decay, decay, scaled, scale)
+    model_args, precision = model_arguments(settings, data, base), amp_dtype or torch.float32
     log = RunLog(settings, task, progress)
-    log.start(data, model_args, [sum(p.numel() for p in group["params"]) for group in state.groups], device, precision)
+    log.start(data, model_args, state.parameter_counts(), device, precision)
+    print(*origin, sep="\n", end="\n" * bool(origin))
     if checkpoint:
         state.restore(checkpoint)
         left = (settings.num_epochs - progress.epoch) * steps_per_epoch
         left -= math.ceil(progress.batch / settings.accumulation_steps)
         progress.schedule = progress.schedule.changed(progress.step, settings.learning_rate, progress.step + left)
 
-    stop = StopRequest()
+    run_model = model
+    if compiles := has_effect(settings, "compile") and settings.compile:
+        with compiler_advice():
+            run_model = compiled(model, device, settings.accumulation_steps)
     evaluated = state.kept if state.average else run_model
+    if settings.cache_features:
+        found = {name: finetune.encode(model, loader, name, device, amp_dtype) for name, loader in loaders.items()}
+        loaders = {name: new_loader(data, settings, task, device, name == "train") for name, data in found.items()}
+        run_model, evaluated = finetune.Readout(model), finetune.Readout(state.kept)
+    stop = StopRequest()
     sums = StepSums(progress, ("objective", *task.step_names), scaled, stop)
     run = Run(settings, data, task, splits, loaders, device, amp_dtype, model_args, state, run_model, evaluated, sums,
               log, stop, own)  # fmt: skip
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
-    with compiler_advice() if settings.compile else nullcontext():
-        if settings.compile:
+    with compiler_advice() if compiles else nullcontext():
+        if compiles:
             print("compiling the model, which may take minutes", flush=True)
         validate(run, batches=2)
         rehearse(run)
@@ -323,14 +327,28 @@ def prepare(
     return run
 
 
-def check_size(settings: Settings, device: torch.device) -> None:
+def new_loader(dataset: Any, settings: Settings, task: Task, device: torch.device, training: bool) -> DataLoader:
+    return create_dataloader(
+        dataset,
+        settings.batch_size,
+        targets=task,
+        shuffle=training,
+        bucket_by_length=settings.bucket_by_length and training,
+        seed=settings.seed,
+        num_workers=settings.num_workers,
+        pin_memory=device.type == "cuda",
+        share=(distributed.rank(), distributed.size()),
+    )
+
+
+def check_size(settings: Settings, device: torch.device, base: dict[str, Any] | None) -> None:
     """Check that the model can be built and fits the device, before any data is read or downloaded.
 
     Raises:
         UserError: it cannot, or does not.
     """
     with torch.device("meta"), memory_advice("for a model of this size", MODEL_REMEDIES):
-        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2})
+        sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2}, base)
     number = sum(parameter.numel() for parameter in sketch.parameters())
     check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
 
@@ -353,8 +371,8 @@ def passes_of(settings: Settings, num_samples: int) -> int:
 def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
     total_steps = settings.num_epochs * steps_per_epoch
     schedule = Schedule(settings.learning_rate, round(settings.warmup_fraction * total_steps), total_steps)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{settings.model_size}"
-    return Progress(name, schedule)
+    kind = settings.model_size if has_effect(settings, "model_size") else "finetuned"
+    return Progress(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{kind}", schedule)
 
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
@@ -363,9 +381,9 @@ def progress_of(checkpoint: dict[str, Any]) -> Progress:
     return progress
 
 
-def new_model(settings: Settings, data: dict[str, Any]) -> PerceiverModel:
+def new_model(settings: Settings, data: dict[str, Any], base: dict[str, Any] | None = None) -> PerceiverModel:
     try:
-        return PerceiverModel(**model_arguments(settings, data))
+        return PerceiverModel(**model_arguments(settings, data, base))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -390,9 +408,11 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
     Raises:
         UserError: they do not.
     """
-    old, new = checkpoint["model_args"], model_arguments(settings, data)
+    old = checkpoint["model_args"]
     with naming("the checkpoint's model arguments are refused"):
         check_model_arguments(old)
+    base = old if settings.init_from else None
+    new = model_arguments(settings, data, base)
     for name in (name for name in old if name not in FIELDS or FIELDS[name].metadata["on_resume"] == "fixed"):
         if old[name] != new.get(name):
             raise UserError(
@@ -400,7 +420,7 @@ def check_model(checkpoint: dict[str, Any], settings: Settings, data: dict[str, 
                 f"{shown(old[name])} and {shown(new.get(name))}"
             )
     with torch.device("meta"):
-        check_weights(new_model(settings, data), checkpoint["model"])
+        check_weights(new_model(settings, data, base), checkpoint["model"])
     if (done := checkpoint["progress"]["batch"]) > batches:
         raise UserError(f"the checkpoint has done {done} batches of an epoch that has {batches}")
 
@@ -418,23 +438,24 @@ def compiled(model: nn.Module, device: torch.device, accumulation_steps: int = 1
 
 
 def rehearse(run: Run) -> None:
-    """Forward and backward pass over the first batch of the epoch. They leave no trace in gradients, in statistics of
-    batch norm or in random numbers."""
+    """Forward and backward pass over the first batch of the epoch. They leave no trace: neither in gradients nor in the
+    statistics of a batch norm nor in random numbers.
+    """
     model, loader, device = run.replica, run.loaders["train"], run.device
     first = loader.batch_sampler.batches(run.state.progress.epoch)[0]
     numbers = loaded_of(first, distributed.rank(), distributed.size())
     cards = [torch.cuda.current_device()] if device.type == "cuda" else []
     advice = memory_advice(f"with batch_size {run.settings.batch_size}", step_remedies(run.settings))
+    before = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(cards), advice:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
-        before = [buffer.clone() for buffer in model.buffers()]
         model.train()
         with run.autocast():
             outputs = model(*model_inputs(batch, device), **mix_inputs(batch, device))
             objective(run, outputs, batch).backward()
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
     model.zero_grad(set_to_none=True)
+    for buffer, values in zip(model.buffers(), before, strict=True):
+        buffer.copy_(values)
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -807,9 +828,11 @@ def own_code(args: Any) -> OwnData | None:
 
 
 def new_run(args: Any, own: OwnData | None) -> Run:
-    settings, sources = resolve(args.flags, args.file, own=own and own.defaults)
+    asked = {**args.file, **args.flags}
+    start = distributed.broadcast(finetune.read_start, asked["init_from"]) if asked.get("init_from") else None
+    settings, sources = resolve(args.flags, args.file, own=own and own.defaults, start=start and start.settings)
     with owned_by_first(settings.checkpoint_dir):
-        return show_and_train(settings, sources, own=own)
+        return show_and_train(settings, sources, own=own, start=start)
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
@@ -852,14 +875,15 @@ def show_and_train(
     checkpoint: dict[str, Any] | None = None,
     resumed: Path | None = None,
     own: OwnData | None = None,
+    start: finetune.Start | None = None,
 ) -> Run:
     """Show the settings and train."""
     file = Path(settings.checkpoint_dir, "settings.json")
     print(f"settings that are not at their default, or were given (all of them: {printable(str(file))})")
     print(format_settings(settings, sources, in_force(settings)))
-    for note in unused_settings(settings, sources):
+    for note in [*unused_settings(settings, sources), *(start.differences(settings, sources) if start else [])]:
         print_note(note)
-    return execute(settings, checkpoint, resumed, own)
+    return execute(settings, checkpoint, resumed, own, start)
 
 
 def in_force(settings: Settings) -> dict[str, Any]:

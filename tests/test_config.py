@@ -501,7 +501,7 @@ def test_help_has_every_setting_with_meaning_unit_and_default(monkeypatch):
     for name, field in FIELDS.items():
         meaning, unit = field.metadata["help"], field.metadata["unit"]
         assert unit or field.type in (bool, str, str | None) or name == "seed"
-        entry = text.split(f" {flag_of(name)}", 1)[1]
+        entry = re.split(rf" {flag_of(name)}\b", text, maxsplit=1)[1]  # --lr is not --lr_encoder_scale
         assert entry.index(f"{meaning} [{unit}] (default " if unit else f"{meaning} (default ") < 80, name
     own = "images small; sequences tiny; text tiny; multimodal tiny"
     assert f"(default base; synthetic tiny; digits tiny; {own})" in text

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from published import CLASSES, IMAGES, MODELS, SIZE, TINY_TEXT, write_models
 from safetensors.torch import load_file, save_file
 from transformers import PerceiverConfig, PerceiverImageProcessor, PerceiverTokenizer
 from transformers.models.perceiver import modeling_perceiver
@@ -30,59 +31,21 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import parity
 
 import pretrained
+from adapters import ImageAdapter, PretrainedTextAdapter, from_description
 from inference import predict
 from messages import UserError
 from perceiver_model import DECODER, CrossAttentionBlock, PerceiverModel, SelfAttentionBlock
-from pretrained import PretrainedImageAdapter, PretrainedTextAdapter, fill_masks, load_pretrained, read_pretrained
+from pretrained import fill_masks, load_pretrained, read_pretrained
 
-TINY = {
-    "num_latents": 6,
-    "d_latents": 16,
-    "num_blocks": 2,
-    "num_self_attends_per_block": 3,
-    "num_self_attention_heads": 4,
-    "num_cross_attention_heads": 2,
-    "attention_probs_dropout_prob": 0.1,
-    "attn_implementation": "eager",
-}
-TINY_TEXT = {"d_model": 24, "qk_channels": 8, "v_channels": 16, "max_position_embeddings": 40}
-SIZE, CLASSES, LENGTH = 16, 5, 30
-MODELS = {  # name: transformers' class, a small configuration of it
-    "fourier": ("PerceiverForImageClassificationFourier", {"d_model": 261, "num_cross_attention_heads": 1}),
-    "learned": ("PerceiverForImageClassificationLearned", {"d_model": 512, "image_size": SIZE}),
-    "conv": ("PerceiverForImageClassificationConvProcessing", {"d_model": 322, "self_attention_widening_factor": 2}
-             | {"cross_attention_widening_factor": 2}),
-    "language": ("PerceiverForMaskedLM", TINY_TEXT),
-    "text": ("PerceiverForSequenceClassification", TINY_TEXT | {"num_blocks": 1}),
-}  # fmt: skip
-IMAGES = ("fourier", "learned", "conv")
+LENGTH = 30
 EVERY = pytest.mark.parametrize("name", MODELS)
-
-
-def randomised(module):
-    """The module with no parameter or statistic left at a value, such as a bias of 0, that could hide a mistake."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        for name, buffer in module.named_buffers():
-            if "running" in name:
-                buffer.uniform_(0.5, 1.5)
-    return module
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """For each of MODELS a folder as transformers writes it, with random weights."""
     root = tmp_path_factory.mktemp("published")
-    for seed, (name, (architecture, changes)) in enumerate(MODELS.items()):
-        torch.manual_seed(seed)
-        config = PerceiverConfig(**TINY | {"num_labels": CLASSES} | changes)
-        randomised(getattr(modeling_perceiver, architecture)(config)).save_pretrained(root / name)
-        if name in IMAGES:
-            PerceiverImageProcessor(size={"height": SIZE, "width": SIZE}, crop_size={"height": 20, "width": 20}
-                                    ).save_pretrained(root / name)  # fmt: skip
-        else:
-            PerceiverTokenizer(model_max_length=TINY_TEXT["max_position_embeddings"]).save_pretrained(root / name)
+    write_models(root)
     return root
 
 
@@ -256,7 +219,7 @@ def test_what_is_read_is_plain_data_from_which_the_model_comes_back(folders, nam
     with torch.no_grad():
         assert torch.equal(again(x, mask), model(x, mask))
     assert model.data_info == data
-    assert {key: pretrained.adapter_of(value) for key, value in data["adapters"].items()} == model.adapters
+    assert {key: from_description(value) for key, value in data["adapters"].items()} == model.adapters
     assert [list(data["features"])] == [["image" if name in IMAGES else "text"]]
 
 
@@ -565,8 +528,8 @@ def picture(width, height, mode="RGB"):
 def test_images_are_prepared_as_by_transformers(width, height):
     image = picture(width, height)
     sizes = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 36, "width": 36}}
-    adapter = PretrainedImageAdapter([32, 32, 3], 1, [255 * m for m in pretrained.IMAGENET["image_mean"]],
-                                     [255 * s for s in pretrained.IMAGENET["image_std"]], True, 32 / 36)  # fmt: skip
+    mean, std = ([255 * value for value in pretrained.IMAGENET[name]] for name in ("image_mean", "image_std"))
+    adapter = ImageAdapter([32, 32, 3], 1, mean, std, any_size=True, crop=32 / 36)
     tokens = adapter(image)
     assert tokens.shape == (32 * 32, 3) and tokens.dtype == torch.float32
     for processor, tolerance in ((PerceiverImageProcessorPil, 1e-5), (PerceiverImageProcessor, 0.05)):
@@ -575,7 +538,7 @@ def test_images_are_prepared_as_by_transformers(width, height):
 
 
 def test_images_come_in_every_form(tmp_path):
-    adapter = PretrainedImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)
+    adapter = ImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)
     image = picture(20, 30)
     expected = adapter(image)
     image.save(tmp_path / "image.png")
@@ -595,11 +558,11 @@ def test_images_come_in_every_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "item", [np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), "no.png", 3], ids=str
+    "item", [np.full((4, 4), 0.5), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), "no.png", 3], ids=str
 )
 def test_what_is_no_image_is_refused(item):
     with pytest.raises(UserError):
-        PretrainedImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)(item)
+        ImageAdapter([8, 8, 3], 1, [0.0] * 3, [1.0] * 3, True)(item)
 
 
 def test_predict_names_the_class_that_transformers_gives(folder):

@@ -78,6 +78,7 @@ def test_every_command_is_one_that_is_understood(page, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(inference, "load_checkpoint", parsed)
+    monkeypatch.setattr(inference, "load_pretrained", parsed)
     for words in commands(PAGES[page]):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script, flags = words[at], [word for word in words[at + 1 :] if word not in ("$what", "...")]

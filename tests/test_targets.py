@@ -160,7 +160,7 @@ def test_a_word_among_numbers_is_named_by_place(tmp_path, write):
     if write is of_npz_column:
         assert f"{path}: y is <U" in text and "it must be numbers" in text
     else:
-        assert text == f"{where}: label 'heavy' is no number; correct it, or remove the row"
+        assert text == f"{where}: label 'heavy' is not a number; correct it, or remove the row"
 
 
 def of_columns(folder):
@@ -221,7 +221,7 @@ def test_a_decimal_comma_where_semicolons_separate_the_cells(tmp_path):
     _, targets, notes = loaded(path, task="regression")
     assert targets["4"] == 3.5 and f"{path}: a comma is the decimal point in it" in notes
     mixed = [f"{n},5" for n in range(N - 1)] + ["1.234"]  # may be a thousand
-    assert "line 2: label '0,5' is no number; write it with a decimal point" in message(
+    assert "line 2: label '0,5' is not a number; write it with a decimal point" in message(
         texts(tmp_path / "a.csv", mixed, delimiter=";"), task="regression")  # fmt: skip
 
 
@@ -237,16 +237,17 @@ def test_arff_takes_the_last_attribute_and_says_so(tmp_path):
 
 
 MISSING, ALONE = "a missing value; fill it in", "write the number alone, without a unit"
+WORD, INFINITE = "is not a number", "is not a finite number"
 POINT = "with a decimal point, and without a separator of thousands"
 
 
 @pytest.mark.parametrize("cell, part", [
     ("", "the label is empty; fill it in"), ("nan", MISSING), ("NA", MISSING), ("?", MISSING), ("null", MISSING),
-    ("inf", "no finite number"), ("-Infinity", "no finite number"), ("1e400", "no finite number"),
+    ("inf", INFINITE), ("-Infinity", INFINITE), ("1e400", INFINITE),
     ("1,5", POINT), ("1,234.5", POINT), ("1.234,5", POINT), ("1 234", POINT), ("1'234", POINT), ("1_000", POINT),
-    ("1\u202f234", POINT), ("12 kg", ALONE), ("50%", ALONE), ("$5", ALONE), ("0x10", ALONE), ("True", "is no number"),
-    ("1e200", "beyond 1e+100"), (None, "is empty"), (True, "is no number"), (float("nan"), "is empty"),
-    (10**400, "no finite number"), ([1], "is no number"), ({"a": 1}, "is no number"), (b"1", "is no number"),
+    ("1\u202f234", POINT), ("12 kg", ALONE), ("50%", ALONE), ("$5", ALONE), ("0x10", ALONE), ("True", WORD),
+    ("1e200", "beyond 1e+100"), (None, "is empty"), (True, WORD), (float("nan"), "is empty"),
+    (10**400, INFINITE), ([1], WORD), ({"a": 1}, WORD), (b"1", WORD),
 ])  # fmt: skip
 def test_what_is_no_number(cell, part):
     with pytest.raises(UserError) as caught:
@@ -284,7 +285,7 @@ def test_bad_numbers_of_several_are_named_by_column(tmp_path):
     y[4, 1], y[9, 0] = np.inf, np.nan
     np.savez(tmp_path / "a.npz", x=SERIES, y=y, target_names=["price", "weight"])
     assert message(tmp_path / "a.npz", "sequences", task="regression").split("\n") == [
-        f"{tmp_path / 'a.npz'}, row 5, 'weight': label inf is no finite number; correct it, or remove the row",
+        f"{tmp_path / 'a.npz'}, row 5, 'weight': label inf is not a finite number; correct it, or remove the row",
         f"{tmp_path / 'a.npz'}, row 10, 'price': the label is empty; fill it in, or remove the row",
     ]
     lists = [[1, n] for n in range(N - 2)] + [[1], 3]

@@ -300,7 +300,7 @@ def test_another_labelled_set_is_evaluated(trained, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     with pytest.raises(SystemExit) as stopped:
         infer(trained.folder, "--test_path", tmp_path / "test.jsonl", "--output_dir", tmp_path)
-    wrong = "'pang' does not occur in the training data" if trained.kind == "labels" else "'five' is no number"
+    wrong = "'pang' does not occur in the training data" if trained.kind == "labels" else "'five' is not a number"
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and f"error: {tmp_path / 'test.jsonl'}, line 4: label {wrong}" in error
 

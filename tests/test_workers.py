@@ -21,7 +21,7 @@ import evaluation
 from checkpoint import LAST, load_checkpoint
 from data_utils import create_dataloader
 from perceiver_model import PerceiverModel
-from progress import STOP_SIGNALS
+from progress import STOP_SIGNALS, StopRequest
 from tasks import Classification
 
 LONG = f"{SEQUENCES} --num_samples=3000 --batch_size=8 --epochs=200"
@@ -225,6 +225,26 @@ def test_a_terminal_that_is_closed(start, tmp_path):
     assert epoch >= 2 and checkpoint["step"] == 338 * epoch + batch
     assert end(start(folder, f"--resume --epochs={epoch + 1}")) == 0, output(folder)
     assert f"{epoch} of {epoch + 1} epochs done, batch {batch} of the next" in output(folder)
+
+
+def test_a_terminal_may_hang_up_twice():
+    """Closing it sends SIGHUP to the group and to the shell, which passes it on; other signals end a run at once."""
+    seen = []
+    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in STOP_SIGNALS}
+    try:
+        for number in STOP_SIGNALS:
+            with StopRequest() as stop:
+                signal.raise_signal(number)
+                assert stop.agreed == number and seen == []
+                signal.raise_signal(number)
+                assert seen == ([] if number == signal.SIGHUP else [number])
+            seen.clear()
+            signal.raise_signal(number)
+            assert seen == [number]  # what was there before is there again
+            seen.clear()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_training_in_a_thread(run, tmp_path, capsys):
