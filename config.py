@@ -220,7 +220,7 @@ class Settings:
     series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
     mixup: float = _data(
         0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
-        at_least=0, at_most=1000, applies=_NOT_CACHED | {"augment": (True,)}, on_resume="inexact")
+        at_least=0, applies=_NOT_CACHED | {"augment": (True,)}, on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
