@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import plots
+from augmentation import SeriesAugmentation, series_augmentation
 from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings, check_memory
 from data_files import Items, OnError, read_series, read_texts
@@ -38,7 +39,9 @@ from messages import UserError, naming, printable, refuse_together
 from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_named_series, read_one_series
 from tables import FileFinder, listed, nfc, repeated
+from token_features import conv_grid, window_steps
 
+STEM_TOKENS = 64  # of half of the series at most, with the default stride of convolutions
 LARGEST = FIELDS["image_size"].metadata["at_most"]
 Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
@@ -98,6 +101,51 @@ class SequenceDataset(Dataset):
         return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers], self.ids[numbers])
 
 
+class AugmentedSeries(SequenceDataset):
+    """Training series, changed anew in each epoch.
+
+    Args:
+        change: see augmentation.SeriesAugmentation; `flagged` are the channels with a flag for missing values.
+        seed: of the changes, which depend on it, the epoch and the sample's number alone.
+        per_step: whether each step has a label, which moves with it.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Tensor],
+        labels: Sequence[Any],
+        ids: Sequence[str],
+        change: SeriesAugmentation,
+        flagged: Sequence[int],
+        seed: int,
+        per_step: bool = False,
+    ):
+        super().__init__(sequences, labels, ids)
+        self.change, self.flagged, self.seed, self.per_step, self.epoch = change, tuple(flagged), seed, per_step, 0
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to the series, in words, for the first lines of a run."""
+        return f"changed at random: {self.change} (--no_augment)"
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, number: int) -> Item:
+        rng = random_stream("series augmentation", self.seed, self.epoch, number)
+        label = self.labels[number]
+        tokens, moved = self.change.with_labels(
+            self.sequences[number], label if self.per_step else None, rng, self.flagged
+        )
+        return {"input": tokens, "label": moved if self.per_step else label}
+
+    def subset(self, numbers: np.ndarray) -> "AugmentedSeries":
+        plain = super().subset(numbers)
+        return AugmentedSeries(
+            plain.sequences, plain.labels, plain.ids, self.change, self.flagged, self.seed, self.per_step
+        )
+
+
 class MultimodalDataset(Dataset):
     """Several modalities of the same samples.
 
@@ -117,6 +165,14 @@ class MultimodalDataset(Dataset):
         for dataset, _ in self.parts.values():
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
+
+    def subset(self, numbers: np.ndarray) -> "MultimodalDataset":
+        parts = {}
+        for name, (dataset, places) in self.parts.items():
+            there = places[numbers] >= 0
+            places = np.where(there, np.cumsum(there) - 1, -1)
+            parts[name] = dataset.subset(self.parts[name][1][numbers][there]), places
+        return MultimodalDataset(parts, self.labels[numbers], self.ids[numbers])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,8 +253,13 @@ class Adapter:
         return {split: SequenceDataset(tokens[split], labels[split], ids[split]) for split in raw}
 
     def length(self, raw: Any) -> int | None:
-        """The number of tokens of a raw item before it is cut to max_seq_len; None if nothing is ever cut."""
+        """Steps of a raw item (bytes of a text) before it is cut to max_seq_len; None if nothing is ever cut."""
         return None
+
+    def token_steps(self, length: int) -> np.ndarray:
+        """The steps that each token which the encoder reads stands for: int64 (tokens, 2), the first one and the one
+        after the last, of an item of `length` steps. Without a stem every step is a token."""
+        return np.stack([np.arange(length), np.arange(1, length + 1)], 1)
 
     def about(self, raw: Sequence[Any], source: Source) -> list[str]:
         """Lines about the training items for the start of a run. May add notes to the source."""
@@ -437,6 +498,9 @@ class SeriesAdapter(Adapter):
         names: of the columns of the training data, in order; None if they had none. They name the channels or, if
             table_rows is 'series', the steps.
         table_rows: what a row was in the table of training data, 'steps' or 'series'; None if it was no table.
+        stem: what the encoder reads: None, each step; 'windows' of consecutive steps; 'conv', convolutions over them.
+        window: steps of a token of the stem 'windows'.
+        stride: steps from a token to the next.
     """
 
     modality = "series"
@@ -447,6 +511,9 @@ class SeriesAdapter(Adapter):
     max_seq_len: Size | None = None
     names: list[str] | None = None
     table_rows: str | None = None
+    stem: str | None = None
+    window: Size | None = None
+    stride: Size = 1
 
     def __post_init__(self) -> None:
         channels = len(self.mean)
@@ -458,6 +525,13 @@ class SeriesAdapter(Adapter):
             raise UserError(f"{len(self.channels)} names of {channels} channels")
         if self.table_rows not in (None, "steps", "series"):
             raise UserError(f"table_rows must be steps, series or none, not {shown(self.table_rows)}")
+        if self.stem not in (None, "conv", "windows"):
+            raise UserError(f"the stem of series must be conv, windows or none, not {shown(self.stem)}")
+        if (self.window is not None) != (self.stem == "windows") or (self.stem is None and self.stride > 1):
+            raise UserError(f"window {self.window} and stride {self.stride} do not go with the stem {shown(self.stem)}")
+        if self.window is not None and self.stride > self.window:
+            raise UserError(f"series_stride {self.stride} is larger than series_window {self.window} and would leave "
+                            "steps out; make it smaller")  # fmt: skip
 
     @classmethod
     def fit(
@@ -466,8 +540,20 @@ class SeriesAdapter(Adapter):
         max_seq_len: int | None = None,
         names: list[str] | None = None,
         table_rows: str | None = None,
+        stem: str | None = None,
+        window: int | None = None,
+        stride: int | None = None,
     ) -> "SeriesAdapter":
-        """The adapter for training series, float arrays (L, C) each. A constant channel keeps its scale."""
+        """The adapter for training series, float arrays (L, C) each. A constant channel keeps its scale.
+
+        stride: by default a quarter of the window; of the stem 'conv', the power of two with which half of the series
+        have at most STEM_TOKENS tokens.
+        """
+        if stride is None and stem == "conv":
+            median = np.median([len(one[:max_seq_len]) for one in series])
+            stride = 2 ** max(0, math.ceil(math.log2(max(1, median) / STEM_TOKENS)))
+        elif stride is None:
+            stride = max(1, (window or 1) // 4)
         steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
         missing = np.isnan(steps)
         for channel in np.flatnonzero(missing.all(0)):
@@ -478,11 +564,17 @@ class SeriesAdapter(Adapter):
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
         varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # a constant's std may be a rounding error
         flagged = np.flatnonzero(missing.any(0)).tolist()
-        return cls(mean.tolist(), np.where(varies, std, 1.0).tolist(), flagged, max_seq_len, names, table_rows)
+        std = np.where(varies, std, 1.0).tolist()
+        return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride)
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"input_dim": len(self.mean) + len(self.flagged)}
+        stem = {"stem": self.stem, "window": self.window, "stride": self.stride} if self.stem else {}
+        given = {name: value for name, value in stem.items() if value is not None}
+        return {"input_dim": len(self.mean) + len(self.flagged)} | given
+
+    def token_steps(self, length: int) -> np.ndarray:
+        return np.array(window_steps(length, self.window or self.stride, self.stride))
 
     @property
     def channels(self) -> list[str] | None:
@@ -552,7 +644,19 @@ class SeriesAdapter(Adapter):
                 raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
                                 "all must have the same")
         with naming(str(settings.data_path)):
-            return cls.fit(series, settings.max_seq_len, names, source.table_rows), raw
+            return cls.fit(series, settings.max_seq_len, names, source.table_rows, *_series_stem(settings)), raw
+
+    def datasets(
+        self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
+        settings: Settings, targets: Targets,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        made = super().datasets(raw, source, labels, ids, settings, targets)
+        for split, data in made.items():
+            if change := series_augmentation(settings, split):
+                made[split] = AugmentedSeries(
+                    data.sequences, data.labels, data.ids, change, self.flagged, settings.seed, targets.per_token
+                )
+        return made
 
     def taken_over(self, source: Source, settings: Settings) -> "SeriesAdapter | None":
         values = source.values["train"]
@@ -586,7 +690,16 @@ class SeriesAdapter(Adapter):
                                 "them: x of an .npz is (series, steps, channels)")
         super().about(raw, source)
         names = f": {listed(self.channels)}" if self.channels else ""
-        return [f"series  {steps if low == high else f'{low} to {high} steps (median {median})'}, {channels}{names}"]
+        shown = steps if low == high else f"{low} to {high} steps (median {median})"
+        kind = {"conv": "convolutions", "windows": f"windows of {self.window} steps"}.get(self.stem)
+        read = f"; {kind}, a token every {self.stride} step{'s' * (self.stride > 1)}" if kind else ""
+        return [f"series  {shown}, {channels}{names}{read}"]
+
+    def draw_attention(
+        self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
+    ) -> None:
+        attention = [attention_by_step(weights, self.token_steps(mask.shape[1]), mask) for weights in attention]
+        plots.plot_sequence_attention(tokens.numpy(), mask, attention, captions, path)
 
     def contents(self, tokens: Tensor) -> Tensor:
         """Without the flags, and without values that are missing."""
@@ -619,6 +732,34 @@ class SeriesAdapter(Adapter):
         return frame[[names[name] for name in self.channels]]
 
 
+def _series_stem(settings: Settings) -> tuple[str | None, int | None, int | None]:
+    """(stem, window, stride) that the settings ask for. Raises UserError where these do not go together."""
+    stem, window, stride = settings.stem, settings.series_window, settings.series_stride
+    if stem == "conv" and window is not None:
+        raise UserError("series_window: the stem conv reads no windows; leave series_window out, or say --stem none")
+    if stem == "none" and window is None and stride is not None:
+        raise UserError("series_stride: without a stem every step is a token; add --series_window or --stem conv")
+    return {"conv": "conv"}.get(stem, "windows" if window is not None else None), window, stride
+
+
+def attention_by_step(weights: np.ndarray, steps: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Attention to tokens, shared out evenly among the real steps that each stands for; the sums stay the same.
+
+    Args:
+        weights: (B, ..., tokens).
+        steps: of each token, (tokens, 2), see `Adapter.token_steps`.
+        mask: bool (B, steps), True at real steps.
+
+    Returns:
+        (B, ..., steps) float.
+    """
+    number = np.arange(mask.shape[1])
+    holds = (steps[:, :1] <= number) & (number < steps[:, 1:])  # (tokens, steps)
+    shares = (holds & mask[:, None]).astype(weights.dtype)  # (B, tokens, steps)
+    shares /= np.maximum(shares.sum(2, keepdims=True), 1)
+    return np.einsum("b...t,bts->b...s", weights, shares)
+
+
 def _series_names(files: Sequence[Path]) -> list[str] | None:
     """The names of the channels if each series is a file of its own: those of the first table."""
     table = next((file for file in files if file.suffix.lower() in (".csv", ".tsv")), None)
@@ -642,6 +783,7 @@ class ImageAdapter(Adapter):
             than 8 bits. None if there were no such images; 16-bit grey then counts as using all 16.
         crop: with any_size, the side of the square in the middle that is seen, as a share of the image's shorter side,
             which the published models leave a margin around (pretrained.py). None for all of it.
+        stem: 'conv' for convolutions over the pixels, with patch_size 1; None for the patches themselves.
     """
 
     modality = "image"
@@ -653,9 +795,13 @@ class ImageAdapter(Adapter):
     any_size: bool = False
     bits: int | None = None
     crop: Annotated[float, lambda share: 0 < share <= 1, "a number above 0 and at most 1"] | None = None
+    stem: str | None = None
 
     def __post_init__(self) -> None:
         height, width, channels = self.image_shape
+        if self.stem not in (None, "conv") or (self.stem == "conv" and self.patch_size != 1):
+            raise UserError(f"the stem of images must be conv with patch_size 1, or none, not {shown(self.stem)} with "
+                            f"patch_size {self.patch_size}")  # fmt: skip
         check_patch_size(self.patch_size, height, width)
         if not len(self.mean) == len(self.std) == channels:
             raise UserError(f"{len(self.mean)} means and {len(self.std)} deviations of {channels} channels")
@@ -664,12 +810,21 @@ class ImageAdapter(Adapter):
 
     @classmethod
     def fit(
-        cls, images: np.ndarray, patch_size: int, any_size: bool = False, bits: int | None = None
+        cls,
+        images: np.ndarray,
+        patch_size: int,
+        any_size: bool = False,
+        bits: int | None = None,
+        stem: str | None = None,
     ) -> "ImageAdapter":
-        """The adapter for training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255."""
+        """The adapter for training images (N, H, W) or (N, H, W, channels) of whole numbers 0..255.
+
+        With the stem 'conv' it is pixels that the stem reads: patch_size is then 1, whatever is given.
+        """
+        patch_size = 1 if stem else patch_size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4):
             images = np.stack([_stored_pixels(image) for image in images])
-        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits)
+        return cls(list(images.shape[1:]), patch_size, *channel_statistics(images), any_size, bits, stem=stem)
 
     @property
     def grid_shape(self) -> list[int]:
@@ -677,7 +832,8 @@ class ImageAdapter(Adapter):
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape}
+        stem = {"stem": self.stem} if self.stem else {}
+        return {"input_dim": self.patch_size**2 * self.image_shape[2], "grid_shape": self.grid_shape} | stem
 
     def __call__(self, image: Any) -> Tensor:
         """(L, C), float32, for a PIL image, an array (H, W) or (H, W, channels), or the path of a file."""
@@ -696,10 +852,12 @@ class ImageAdapter(Adapter):
         """The images are kept in memory as bytes, image_size x image_size x 3 each."""
         size, bits = (known.image_shape[0], known.bits) if known else (settings.image_size, None)
         if not known:
-            check_patch_size(settings.patch_size, size, size)
+            check_patches(settings, size, size)
             bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
         raw = _read_pixels(source.values, source.places, size, bits, known and known.crop)
-        return known or cls.fit(raw["train"], settings.patch_size, any_size=True, bits=bits), raw
+        if known:
+            return known, raw
+        return cls.fit(raw["train"], settings.patch_size, True, bits, image_stem(settings)), raw
 
     def taken_over(self, source: Source, settings: Settings) -> "ImageAdapter | None":
         side = settings.image_size
@@ -730,6 +888,8 @@ class ImageAdapter(Adapter):
         grid, length = self.grid_shape, attention[0].shape[-1]
         if math.prod(grid) != length:  # a convolution has made fewer tokens of a square image
             grid = [math.isqrt(length)] * 2
+        if self.stem:
+            grid = conv_grid(self.grid_shape)
         plots.plot_image_attention(self.images(tokens), attention, grid, captions, path)
 
     def draw_contents(
@@ -826,6 +986,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def subset(self, numbers: np.ndarray) -> "ImageDataset":
+        return ImageDataset(self.images[numbers], self.labels[numbers], self.adapter, self.margin, self.flip, self.seed,
+                            self.ids[numbers], self.targets)  # fmt: skip
+
     def __getitems__(self, numbers: list[int]) -> Batch:
         numbers = np.array(numbers)
         images = self.images[numbers]
@@ -838,6 +1002,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, number: int) -> Item:
         item = {name: values[0] for name, values in self.__getitems__([number]).items()}
         return item | {"label": self.labels[number]}  # as it is before `stack`, which collate calls
+
+
+def image_stem(settings: Settings) -> str | None:
+    return "conv" if settings.stem == "conv" else None
 
 
 def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
@@ -961,6 +1129,12 @@ def check_patch_size(patch_size: int, height: int, width: int) -> None:
     if patch_size < 1 or height % patch_size or width % patch_size:
         valid = [size for size in range(1, height + 1) if not height % size and not width % size]
         raise UserError(f"patch_size {patch_size} does not divide the image of {height} x {width}; valid are {valid}")
+
+
+def check_patches(settings: Settings, height: int, width: int) -> None:
+    """The same of the settings; a stem reads pixels, whatever patch_size is."""
+    if image_stem(settings) is None:
+        check_patch_size(settings.patch_size, height, width)
 
 
 def prepare_images(images: np.ndarray, mean: Sequence[float], std: Sequence[float], patch_size: int) -> Tensor:

@@ -282,6 +282,13 @@ def model_inputs(batch: Batch, device: Device) -> tuple[Any, Any]:
     return x, None if mask.all() else mask.to(device, non_blocking=True)
 
 
+def mix_inputs(batch: Batch, device: Device) -> dict[str, Any]:
+    """The argument `mix` of the model where the samples of the batch are to be mixed with others, see `Mixed`."""
+    if "mix" not in batch:
+        return {}
+    return {"mix": (*model_inputs(batch["mix"], device), batch["mix"]["weight"].to(device, non_blocking=True))}
+
+
 def inputs_for(model: nn.Module, batch: Batch, device: Device) -> tuple[Any, Any]:
     """`model_inputs` in the precision of the weights, except token numbers (bytes of text), which stay float32."""
     x, mask = model_inputs(batch, device)
@@ -319,6 +326,14 @@ def first_samples(values: Any, number: int) -> Any:
 def by_modality(values: Any, name: str) -> Any:
     """That of a modality; data of one have no dict of them."""
     return values[name] if isinstance(values, dict) else values
+
+
+def hide(batch: Batch) -> None:
+    """Let nothing of the batch count, not even in the statistics of a batch norm."""
+    for part in (batch, batch.get("mix", {})):
+        masks = part.get("mask", {})
+        for mask in masks.values() if isinstance(masks, dict) else [masks]:
+            mask.zero_()
 
 
 def token_counts(batch: Batch) -> torch.Tensor:
@@ -369,6 +384,9 @@ class HidingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def subset(self, numbers: np.ndarray) -> "HidingDataset":
+        return HidingDataset(self.dataset.subset(numbers), self.ratio, self.contents, self.seed, self.split)
+
     def __getitem__(self, number: int) -> Item:
         """The whole item."""
         return self.dataset[number]
@@ -396,6 +414,48 @@ class HidingDataset(Dataset):
             content[hidden[name] < 0] = nothing
             labels[name] = content
         return batch | {"hidden": hidden, "label": labels}
+
+
+class Mixed(Dataset):
+    """A data set whose samples are to be mixed with others of it, each with one that is drawn anew in each epoch.
+
+    Its batches have beside their own samples the others, in 'mix': 'input', 'mask' and 'label' of their own, and
+    'weight' float32 (B,), the share of the sample itself, from 0.5 to 1. The model mixes, since it has the embeddings.
+
+    Args:
+        alpha: of the Beta distribution that the shares come from; the larger, the more even.
+        seed: of the draws, which depend on it, the epoch and the sample's number alone.
+        targets: what labels are.
+    """
+
+    def __init__(self, dataset: Dataset, alpha: float, seed: int, targets: Targets):
+        self.dataset, self.alpha, self.seed, self.targets = dataset, alpha, seed, targets
+        if hasattr(dataset, "lengths"):  # it is not to be read for a check, see `create_dataloader`
+            self.lengths, self.labels = dataset.lengths, getattr(dataset, "labels", None)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Item:
+        return self.dataset[number]
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        streams = [random_stream("mixup", self.seed, self.epoch, number) for number in numbers]
+        others = [int(rng.integers(len(self))) for rng in streams]
+        shares = np.array([rng.beta(self.alpha, self.alpha) for rng in streams])
+        weight = torch.from_numpy(np.maximum(shares, 1 - shares)).float()
+        return self._batch(numbers) | {"mix": self._batch(others) | {"weight": weight}}
+
+    def _batch(self, numbers: list[int]) -> Batch:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(numbers)
+        return collate([self.dataset[number] for number in numbers], targets=self.targets)
 
 
 # --- Shares of processes ---------------------------------------------------------------------------------------------

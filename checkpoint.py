@@ -70,7 +70,7 @@ class Data(TypedDict):
     class_names: NotRequired[Annotated[list[str], _are_distinct, "a list of different names"]]
     head: NotRequired[dict[str, int | str]]
     adapters: dict[Name, dict[str, Any]]
-    features: NotRequired[dict[Name, dict[str, int | list[int]]]]
+    features: NotRequired[dict[Name, dict[str, int | str | list[int]]]]
     dataset_type: NotRequired[str]
     notes: NotRequired[list[str]]
     split_sizes: NotRequired[SplitSizes]
@@ -343,8 +343,9 @@ def check_weights(model: PerceiverModel, weights: dict[str, Any]) -> dict[str, T
 def tensor_problems(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
     """Why the tensors of a file cannot replace the expected ones, which may be on the meta device; [] if they can.
 
-    They must be real, finite and of the same shapes. Nothing is computed, and no memory is used, before the file is
-    known to hold as many bytes as they claim: tensors with stride 0, or many on one storage, may claim any size.
+    They must be real (whole where the expected ones are), finite and of the same shapes. Nothing is computed, and no
+    memory is used, before the file is known to hold as many bytes as they claim: tensors with stride 0, or many on one
+    storage, may claim any size.
     """
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {shown(name)}" for name in tensors.keys() - expected.keys()]

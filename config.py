@@ -59,6 +59,18 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
+# Defaults of series_recipe, over those of the data set sequences.
+SERIES_RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "strong": {
+        "stem": "conv",
+        "series_shift": 0.1,
+        "series_warp": 0.2,
+        "series_scale": 0.1,
+        "num_epochs": 40,
+        "epoch_samples": 1600,
+    },
+}
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -98,9 +110,19 @@ _FILES = {"dataset_type": OWN_DATA}
 _OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
+_STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
+_OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel", "tagging")}
+_OF_ITEMS = ("classification", "regression", "multilabel")  # one answer for a sample
 _NOT_CACHED = {"cache_features": (False,)}
+
+
+def _augment(help: str, unit: str = "") -> Any:
+    """A change of training series at random: off by default, whether it is a share or a switch."""
+    limits = {"at_least": 0, "below": 1} if unit else {}
+    applies = _OWN_SERIES | _NOT_CACHED | {"augment": (True,)}
+    return _data(0.0 if unit else False, help, unit, applies=applies, on_resume="inexact", **limits)
 
 
 @dataclass(frozen=True)
@@ -123,8 +145,8 @@ class Settings:
         0.2, "share of your data kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is predicted: classification, regression, multilabel (several labels at once), tagging "
-        "(a class for each step or character), or reconstruct (hidden tokens, without labels)",
+        "classification", "what is predicted: classification, regression, multilabel, tagging (a class for each step or "
+        "character), or reconstruct (hidden tokens)",
         metavar="NAME")  # tasks.py knows which there are
     mask_ratio: float = _data(
         0.25, "tokens of each sample that are hidden", "fraction", above=0, below=1,
@@ -174,13 +196,36 @@ class Settings:
     image_bits: int | None = _data(
         None, "bits in use of your 16-bit grey images; none = what the training images need", "bits",
         at_least=8, at_most=16, applies=_OWN_IMAGES)
-    patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1, applies=_IMAGES)
+    patch_size: int = _data(4, "side of a square patch, one token", "pixels", at_least=1,
+        applies=_IMAGES | {"stem": ("none",)})
+    series_recipe: str = _data(
+        "plain", "defaults for series: strong = convolutions, random changes, at least 2,000 steps",
+        choices=tuple(SERIES_RECIPES), applies=_SERIES)
+    stem: str = _data(
+        "none", "what the encoder reads: convolutions over the steps of series and the pixels of images, or these "
+        "themselves (windows, patches)", choices=("none", "conv"), applies=_STEMS)
+    series_window: int | None = _data(
+        None, "consecutive steps of a series that make a token; none = one, or what the stem makes of them", "steps",
+        at_least=1, at_most=10_000, applies=_OWN_SERIES)
+    series_stride: int | None = _data(
+        None, "from a token of a series to the next; none = a quarter of the window, or of the stem conv as many as "
+        "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_OWN_SERIES)
     augment: bool = _data(
-        True, "shift the training images at random", applies=_OUR_IMAGES | _NOT_CACHED, on_resume="inexact")
+        True, "change training samples at random, as the next settings say; images are moved, too",
+        applies=_NOT_CACHED, on_resume="inexact")
     flip: bool = _data(
         False, "mirror training images at random, half of them",
         applies=_OUR_IMAGES | _NOT_CACHED | {"augment": (True,)},
         on_resume="inexact")
+    series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
+    series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
+    series_warp: float = _augment("warp time of training series", "deviation of the log of the speed")
+    series_crop: float = _augment("cut up to this off training series and stretch the rest", "share of its length")
+    series_scale: float = _augment("scale the values of training series", "deviation of the log of the factor")
+    series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
+    mixup: float = _data(
+        0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
+        at_least=0, applies=_NOT_CACHED | {"augment": (True,), "task": _OF_ITEMS}, on_resume="inexact")
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
@@ -232,7 +277,10 @@ class Settings:
         False, "recompute activations: less memory, more time, same result", on_resume="free")
 
     num_epochs: int = _training(
-        100, "passes over the training data", "epochs", flag="epochs", at_least=1, on_resume="free")
+        100, "passes over the training data, see epoch_samples", "epochs", flag="epochs", at_least=1, on_resume="free")
+    epoch_samples: int = _training(
+        0, "smallest epoch: fewer training items are passed over again and again until they are as many; 0 = one pass",
+        "samples", at_least=0, at_most=1_000_000, applies=_OWN, on_resume="fixed")
     batch_size: int = _training(32, "size of a batch", "samples", at_least=1)
     learning_rate: float = _training(3e-4, "highest rate of the schedule", "per step", flag="lr", above=0)
     weight_decay: float = _training(0.05, "AdamW's decay of weight matrices", "times the rate", at_least=0)
@@ -246,8 +294,9 @@ class Settings:
         "none", "weights of the classes in the loss; balanced = rare classes weigh more", choices=("none", "balanced"),
         applies=_CLASSES, on_resume="fixed")
     select_by: str | None = _training(
-        None, "validation score that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; none = the "
-        "task's own: accuracy, rmse, macro_f1, span_f1 of texts", metavar="SCORE", on_resume="fixed")
+        None, "validation score that picks the best epoch: loss, balanced_accuracy, macro_f1, mae, ...; last = the "
+        "last epoch, whatever its score; none = the task's own: accuracy, rmse, macro_f1, span_f1 of texts",
+        metavar="SCORE", on_resume="fixed")
     tune_thresholds: bool = _training(
         False, "choose on validation data from which probability a label is predicted; else 0.5",
         applies={"task": ("multilabel",)}, on_resume="fixed")
@@ -513,8 +562,8 @@ def resolve(
     own: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """(the settings in force, where each came from: 'default', 'data set', 'init_from', 'checkpoint', 'file' or
-    'flag').
+    """(the settings in force, where each came from: 'default', 'data set', 'recipe', 'init_from', 'checkpoint', 'file'
+    or 'flag').
 
     Args:
         flags, file: the settings given there, by name.
@@ -529,9 +578,11 @@ def resolve(
     flags, file, checkpoint = flags or {}, file or {}, base or {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
-    dataset = DATASET_DEFAULTS.get(ChainMap(flags, file, checkpoint, defaults)["dataset_type"], own or {})
-    layers = {"default": defaults, "data set": dataset, "init_from": start or {}, "checkpoint": checkpoint}
-    layers |= {"file": file, "flag": flags}
+    chosen = ChainMap(flags, file, checkpoint, defaults)
+    dataset = DATASET_DEFAULTS.get(chosen["dataset_type"], own or {})
+    recipe = SERIES_RECIPES[chosen["series_recipe"]] if chosen["dataset_type"] == "sequences" else {}
+    layers = {"default": defaults, "data set": dataset, "recipe": recipe, "init_from": start or {}}
+    layers |= {"checkpoint": checkpoint, "file": file, "flag": flags}
     values, sources = {}, {}
     for source, layer in layers.items():
         values.update(layer)

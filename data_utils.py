@@ -29,6 +29,7 @@ import tasks
 from adapters import (  # noqa: F401
     MODALITIES,
     Adapter,
+    AugmentedSeries,
     ImageAdapter,
     ImageDataset,
     MultimodalDataset,
@@ -37,9 +38,11 @@ from adapters import (  # noqa: F401
     TensorAdapter,
     augmentation_of,
     check_patch_size,
+    check_patches,
     describe,
     each,
     from_description,
+    image_stem,
     shift_and_flip,
 )
 from batches import (  # noqa: F401 (for those who import them from here)
@@ -334,7 +337,7 @@ def _image_splits(
     )
     adapter = _known_adapter(info, ImageAdapter)
     if not adapter:
-        adapter = ImageAdapter.fit(images["train"], settings.patch_size)
+        adapter = ImageAdapter.fit(images["train"], settings.patch_size, stem=image_stem(settings))
         start = known_adapters(info).get("image")
         if start and len(start.mean) == len(adapter.mean):
             adapter = replace(adapter, mean=start.mean, std=start.std)
@@ -353,7 +356,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
     """
     from sklearn.datasets import load_digits
 
-    check_patch_size(settings.patch_size, 8, 8)
+    check_patches(settings, 8, 8)
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8)[..., None], digits.target
     rest, test = stratified_split(labels, 0.2, random_stream("digits test set"))
@@ -374,7 +377,7 @@ CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, a
 
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if missing."""
-    check_patch_size(settings.patch_size, 32, 32)
+    check_patches(settings, 32, 32)
     train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
     ids = {name: np.arange(len(numbers)).astype(str) for name, numbers in labels.items()}
@@ -509,7 +512,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     set the same for every seed. If `only` one split is asked for and needs no other, it alone is read.
     """
     if settings.dataset_type in ("images", "multimodal"):
-        check_patch_size(settings.patch_size, settings.image_size, settings.image_size)
+        check_patches(settings, settings.image_size, settings.image_size)
     info, start = (None, known_adapters(info)) if info and "task" not in info else (info, {})
     known = known_adapters(info)
     if info and settings.dataset_type in MODALITY_OF:
@@ -568,6 +571,8 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             about += adapter.about(raw["train"], source)
             if isinstance(made["train"], ImageDataset):
                 augmentation = {"augmentation": made["train"].augmentation}
+            elif isinstance(made["train"], AugmentedSeries):
+                about.append(f"{modality}  in training {made['train'].augmentation}")
         notes += source.notes
         for name, data in made.items():
             numbers = np.full(len(items[name].values), -1)

@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from token_features import TokenFeatures, check_effects, check_names, check_shares, check_sizes, check_switches
+from token_features import (
+    SequenceStem,
+    TokenFeatures,
+    check_effects,
+    check_names,
+    check_shares,
+    check_sizes,
+    check_switches,
+)
 
 MAX_FUSED_WIDTH = 256  # widest head that CUDA's fast attention kernels take; wider ones take ten times as long
 CPU_THREADS = torch.get_num_threads()  # read once, since a compiled forward pass cannot ask for it
@@ -610,7 +618,8 @@ class PerceiverModel(nn.Module):
             - "positions": the answers to a learned query for each position, num_queries in total; (B, L, num_classes),
               as in Perceiver IO's masked language model. Masked positions are answered too.
             - "tokens": the answers to a query made of each token's own features and position; (B, L, num_classes), L
-              over all modalities as they leave their stems, and 0 where the mask is 0.
+              over all modalities, and 0 where the mask is 0. Where a stem makes tokens of the steps of a sequence, a
+              step has the answer of the token whose middle is nearest.
             - "hidden": the contents of some tokens of each modality, which the encoder does not see, as answers to
               queries made of their positions alone: {modality: (B, O, vocab_size or input_dim)}; num_classes is the
               sum of these widths.
@@ -697,9 +706,13 @@ class PerceiverModel(nn.Module):
         if self.head == "positions" and len(self.modalities) > 1:
             raise ValueError(f"head='positions' is for one modality, not for {', '.join(self.modalities)}")
         for name, tokens in self.modalities.items() if self.head == "hidden" else ():
-            if tokens.positions is None or tokens.token_grid != tokens.grid_shape:
+            joined = isinstance(tokens.stem, SequenceStem) or tokens.token_grid != tokens.grid_shape
+            if tokens.positions is None or joined:
                 raise ValueError(f"head='hidden' asks for tokens by their positions: {name} must have use_positions, "
                                  "and no stem that joins tokens")  # fmt: skip
+        for name, tokens in self.modalities.items() if self.head == "tokens" else ():
+            if tokens.token_grid != tokens.grid_shape:
+                raise ValueError(f"head='tokens' is not for the stem of {name}, which joins tokens of a grid")
         if self.tie_embedding:
             embedding = next(iter(self.modalities.values())).embedding
             if self.head != "positions" or embedding is None:
@@ -710,9 +723,13 @@ class PerceiverModel(nn.Module):
                     raise ValueError(f"tie_embedding=True needs {name}={size}, as the embedding has it, not {value}")
 
     def forward(
-        self, x: Modal, mask: Modal | None = None, return_attention: bool = False,
+        self,
+        x: Modal,
+        mask: Modal | None = None,
+        return_attention: bool = False,
         hidden: dict[str, Tensor] | None = None,
-    ) -> Modal | tuple[Modal, list[Tensor]]:  # fmt: skip
+        mix: tuple[Modal, Modal | None, Tensor] | None = None,
+    ) -> Modal | tuple[Modal, list[Tensor]]:
         """Answer a batch.
 
         Args:
@@ -725,24 +742,29 @@ class PerceiverModel(nn.Module):
             hidden: with head "hidden", of each modality the numbers of tokens that are hidden from the encoder and
                 asked for, int64 (B, O), -1 where there are fewer than O, whose answers mean nothing. A modality that it
                 lacks is seen as it is.
+            mix: for training, other samples (x and mask, as above, B of them) and the weights (B,) from 0 to 1 of those
+                of x beside them: the features of each two are mixed before the stem (of text, the embeddings).
 
         Returns:
             logits (B, num_classes), with head "positions" or "tokens" (B, L, num_classes); and with
             `return_attention` one map (B, H, N, L) per cross-attend, whose rows sum to 1 over real tokens and are 0
-            at padding. L runs over the modalities in the order of the model, as they leave their stems.
+            at padding. L runs over the modalities in the order of the model; that of the maps as they leave their
+            stems.
 
         Raises:
             ValueError: x or mask has a wrong shape or an unknown modality; the mask holds other numbers than 1 and 0.
         """
         if hidden is not None:
             mask = self._without(x, mask, hidden)
-        tokens, mask = self._tokens(x, mask)
-        encoded = self.encoder(tokens, mask, return_attention)
+        tokens, token_mask = self._tokens(x, mask, mix)
+        encoded = self.encoder(tokens, token_mask, return_attention)
         latents, *maps = encoded if return_attention else (encoded,)
         if self.head == "hidden":
             logits = self._contents(latents, self._by_modality(x, "input"), hidden or {})
         else:
-            logits = self._read_out(latents, tokens, mask)
+            logits = self._read_out(latents, tokens, token_mask)
+        if self.head == "tokens" and any(isinstance(one.stem, SequenceStem) for one in self.modalities.values()):
+            logits = self._by_step(logits, token_mask, x, mask)
         return (logits, *maps) if return_attention else logits
 
     def encode(self, x: Modal, mask: Modal | None = None) -> Tensor:
@@ -805,6 +827,18 @@ class PerceiverModel(nn.Module):
         (features,) = self.modalities.values()
         return F.linear(answers, features.embedding.weight, self.output_bias)
 
+    def _by_step(self, answers: Tensor, real: Tensor | None, x: Modal, mask: Modal | None) -> Tensor:
+        """Answers (B, L, K) of the tokens behind the stems, real (B, L) -> those of the tokens in front of them."""
+        parts, given = [], self._inputs(x, mask)
+        for name, place in self.token_ranges(x).items():
+            part, stem, (values, there) = answers[:, place], self.modalities[name].stem, given[name]
+            if isinstance(stem, SequenceStem):
+                index = stem.answering(values.size(1), part.size(1) if real is None else real[:, place])
+                part = part.gather(1, index.to(part.device)[..., None].expand(part.size(0), -1, part.size(2)))
+                part = part if there is None else part.masked_fill(~there[..., None], 0)
+            parts.append(part)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
     def _without(self, x: Modal, mask: Modal | None, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masks (B, L) of the modalities, False at the hidden tokens too."""
         if self.head != "hidden":
@@ -844,30 +878,40 @@ class PerceiverModel(nn.Module):
             ranges[name] = slice(start, start := start + length)
         return ranges
 
-    def _tokens(self, x: Modal, mask: Modal | None) -> tuple[Tensor, Tensor | None]:
+    def _tokens(
+        self, x: Modal, mask: Modal | None, mix: tuple[Modal, Modal | None, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The encoder's input (B, L, C) and its mask (B, L), which is None if nothing can be masked."""
-        x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
-        if not x:
-            raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
-        like, several = next(iter(x.values())), len(self.modalities) > 1
-        if any(values.shape[:1] != like.shape[:1] for values in x.values()):
-            sizes = {name: values.size(0) for name, values in x.items()}
-            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
+        several, given = len(self.modalities) > 1, self._inputs(x, mask)
+        others = self._inputs(*mix[:2]) if mix else {}
         inputs, masks = [], []
         for name, tokens in self.modalities.items():
-            values, real = x.get(name), mask.get(name)
-            if values is None:  # missing in every sample: treated as fully masked
-                values = like.new_zeros(like.size(0), tokens.missing_length, tokens.input_dim)
-                real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
-            tokens.check(values, name if several else "input")
-            if real is not None:
-                real = _as_bool(real, values.shape, name if several else "input")
-            elif several:
-                real = torch.ones(values.shape[:2], dtype=torch.bool, device=like.device)
-            values, real = tokens(values, real)  # (B, L of this modality, C), (B, L of this modality)
+            mixed = (*others[name], mix[2]) if mix else None
+            values, real = tokens(*given[name], mixed)  # (B, L of this modality, C), (B, L of this modality)
+            if several and real is None:
+                real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
             inputs.append(values)
             masks.append(real)
         return (torch.cat(inputs, 1), torch.cat(masks, 1)) if several else (inputs[0], masks[0])
+
+    def _inputs(self, x: Modal, mask: Modal | None) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Of every modality the values (B, L, input_dim) and the mask, bool (B, L) or None, checked."""
+        x, mask = self._by_modality(x, "input"), self._by_modality({} if mask is None else mask, "mask")
+        if not x:
+            raise ValueError(f"input has no modality; give some of {', '.join(self.modalities)}")
+        like, inputs = next(iter(x.values())), {}
+        if any(values.shape[:1] != like.shape[:1] for values in x.values()):
+            sizes = {name: values.size(0) for name, values in x.items()}
+            raise ValueError(f"the modalities of a batch must have the same number of samples, these have {sizes}")
+        for name, tokens in self.modalities.items():
+            values, real = x.get(name), mask.get(name)
+            shown = name if len(self.modalities) > 1 else "input"
+            if values is None:  # missing in every sample: one path for all, as if by the mask
+                values = like.new_zeros(like.size(0), tokens.missing_length, tokens.input_dim)
+                real = torch.zeros(values.shape[:2], dtype=torch.bool, device=like.device)
+            tokens.check(values, shown)
+            inputs[name] = values, None if real is None else _as_bool(real, values.shape, shown)
+        return inputs
 
     def _by_modality(self, values: Modal, what: str) -> dict[str, Tensor]:
         if not isinstance(values, dict):
@@ -889,7 +933,7 @@ def _as_bool(mask: Tensor, input_shape: torch.Size, name: str) -> Tensor:
 
 def initialise(module: nn.Module) -> None:
     """Weights from a truncated normal with variance 1 / inputs (LeCun; as in the authors' code), biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         inputs = module.weight[0].numel()
         sigma = inputs**-0.5 / 0.87962566  # cutting a normal at two sigma leaves 0.88 of its deviation
         nn.init.trunc_normal_(module.weight, std=sigma, a=-2 * sigma, b=2 * sigma)

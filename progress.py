@@ -340,11 +340,12 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, encoder_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Optimizer groups: the weight matrices of linear layers decay; biases, norms and the latents do not.
+    """Optimizer groups: the weights of linear layers and of convolutions over time decay; biases, norms and
+    the latents do not.
 
     With an encoder_scale they are two pairs: the readout's, and then all else's, whose rate is so many times as high.
     """
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {1.0: parameters}
     if encoder_scale != 1:

@@ -53,6 +53,7 @@ from tables import label_columns, listed
 
 Rows = dict[str, np.ndarray]
 Figures = dict[str, Callable[[Path], None]]  # file name -> function that draws it
+LAST_EPOCH = "last"  # what --select_by says to take the last epoch, whatever its score
 TOP = 3  # classes of an item in predictions.csv
 
 
@@ -123,8 +124,13 @@ class Task:
         """The weights of classes in what is minimised, for the first lines of a run; '' without."""
         return ""
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        """What is minimised, summed over the samples: outputs (B, num_outputs), targets from `stack` -> ()."""
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        """What is minimised, summed over the samples: outputs (B, num_outputs), targets from `stack` -> ().
+
+        weights: (B,), of each sample in this sum; None = 1.
+        """
         raise NotImplementedError
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -159,6 +165,8 @@ class Task:
 
     def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
         """The score of a line of the log; the highest is the best epoch. The lower loss decides a tie."""
+        if select_by == LAST_EPOCH:
+            return (line["epoch"],)
         name = select_by or next(iter(self.higher_is_better))
         value = line[f"val_{name}"]
         if value is None:  # undefined: of labels that are on no sample
@@ -231,6 +239,13 @@ class Task:
     def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The rows of predictions.csv of an item, at least one."""
         return [self.cells(answer)]
+
+
+def _total(loss: Callable[..., Tensor], weights: Tensor | None) -> Tensor:
+    """The sum over samples of a loss of torch's, `loss(reduction=...)`, each times its weight where (B,) are given."""
+    if weights is None:
+        return loss(reduction="sum")
+    return (loss(reduction="none").reshape(len(weights), -1).sum(1) * weights).sum()
 
 
 def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) -> str:
@@ -337,13 +352,16 @@ class Classification(Task, ClassTargets):
     def weights_text(self) -> str:
         return _weights_of(self.class_names, [f"{weight:.4g}" for weight in self.class_weights or ()])
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        weights = None
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        of_classes = None
         if self.class_weights is not None:
             dtype = torch.promote_types(outputs.dtype, torch.float32)  # that of the loss, also under autocast
-            weights, outputs = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device), outputs.to(dtype)
+            outputs = outputs.to(dtype)
+            of_classes = torch.tensor(self.class_weights, dtype=dtype, device=outputs.device)
         smoothing = settings.label_smoothing
-        return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing, reduction="sum")
+        return _total(partial(F.cross_entropy, outputs, targets, of_classes, label_smoothing=smoothing), weights)
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
@@ -563,8 +581,10 @@ class Regression(Task):
 
     # --- Training ---
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        return F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        return _total(partial(F.mse_loss, outputs.float(), targets), weights) / self.num_outputs
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (F.mse_loss(outputs.float(), targets, reduction="sum") / self.num_outputs)[None]
@@ -788,13 +808,15 @@ class MultiLabel(Task):
         pairs = _weights_of(self.class_names, [f"{without:.4g}/{there:.4g}" for without, there in self.weights or ()])
         return f"without/with the label: {pairs}" if pairs else ""
 
-    def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        weights = None
+    def objective(
+        self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
+    ) -> Tensor:
+        of_labels = None
         if self.weights is not None:
             without, with_label = torch.tensor(self.weights, dtype=torch.float32, device=outputs.device).T
-            weights = torch.where(targets > 0, with_label, without)
-        loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, weights, reduction="sum")
-        return loss / self.num_outputs
+            of_labels = torch.where(targets > 0, with_label, without)
+        loss = partial(F.binary_cross_entropy_with_logits, outputs.float(), targets, of_labels)
+        return _total(loss, weights) / self.num_outputs
 
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(outputs.float(), targets, reduction="sum") / self.num_outputs

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -193,9 +194,173 @@ class LearnedPositions(nn.Module):
 class LinearStem(nn.Linear):
     """A linear layer over the features of each token; for pixels, a 1 x 1 convolution."""
 
+    @property
+    def num_channels(self) -> int:
+        return self.out_features
+
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, features), mask bool (B, L) -> (B, L, channels), mask (B, L)."""
         return super().forward(x), mask
+
+
+def num_windows(length: int, window: int, stride: int) -> int:
+    """How many windows, one every `stride` steps, it takes to hold all of `length` steps."""
+    return (max(0, length - window) + stride - 1) // stride + 1
+
+
+def window_steps(length: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """(first step, step after the last) of each of these windows."""
+    starts = [number * stride for number in range(num_windows(length, window, stride))]
+    return [(start, min(start + window, length)) for start in starts]
+
+
+class SequenceStem(nn.Module):
+    """The base of stems for sequences: token i stands for the steps i * stride to i * stride + window - 1.
+
+    Args:
+        num_channels: of a token.
+        window: steps of a token; the last token's may lie beyond the last step.
+        stride: steps from the start of a token to that of the next.
+
+    Raises:
+        ValueError: the stride is larger than the window, so that steps would be left out.
+    """
+
+    def __init__(self, num_channels: int, window: int, stride: int):
+        super().__init__()
+        check_sizes(stride=stride)
+        if stride > window:
+            raise ValueError(f"stride {stride} leaves out steps between windows of {window}; make it {window} at most")
+        self.num_channels, self.window, self.stride = num_channels, window, stride
+
+    def num_tokens(self, length: int) -> int:
+        return num_windows(length, self.window, self.stride)
+
+    def windows(self, values: Tensor) -> Tensor:
+        """(B, steps, ...) -> (B, L, ..., window), zero (False) beyond the last step."""
+        length = values.size(1)
+        missing = (self.num_tokens(length) - 1) * self.stride + self.window - length
+        end = values.new_zeros(len(values), missing, *values.shape[2:])
+        return torch.cat([values, end], 1).unfold(1, self.window, self.stride)
+
+    def answering(self, length: int, real: Tensor | int) -> Tensor:
+        """Which token answers for each of `length` steps: of the real ones (B, L), the one whose middle is nearest.
+        Without a mask `real` is their number. int64 (B, length), or (1, length)."""
+        device = real.device if isinstance(real, Tensor) else None
+        middle = 2 * torch.arange(length, device=device) + 1 - self.window  # twice the step, from that of token 0
+        nearest = (middle + self.stride).div(2 * self.stride, rounding_mode="floor").clamp(min=0)[None]
+        if not isinstance(real, Tensor):
+            return nearest.clamp(max=real - 1)
+        last = (real * torch.arange(real.size(1), device=device)).amax(1, keepdim=True)  # (B, 1)
+        return torch.minimum(nearest, last)
+
+    def token_mask(self, mask: Tensor | None) -> Tensor | None:
+        """bool (B, steps) -> (B, L). A token is real where it holds a real step that no token before it holds, so that
+        a sequence has the same tokens whatever padding follows."""
+        if mask is None:
+            return None
+        real = self.windows(mask)  # (B, L, window)
+        return torch.cat([real[:, :1].any(2), real[:, 1:, -self.stride :].any(2)], 1)
+
+
+class WindowStem(SequenceStem):
+    """Windows of consecutive steps, the features of their steps side by side: local shape, without any weight.
+
+    Args:
+        input_dim: features of a step.
+        window, stride: see :class:`SequenceStem`.
+    """
+
+    def __init__(self, input_dim: int, window: int, stride: int):
+        super().__init__(window * input_dim, window, stride)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, steps, features), mask bool (B, steps) -> tokens (B, L, window * features), mask (B, L)."""
+        return self.windows(x).mT.flatten(2), self.token_mask(mask)
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the real tokens alone, those of all processes of a run together.
+
+    In evaluation it is a fixed scale and shift of each channel. In training it ties the samples of a batch together, so
+    batches accumulated into one step differ from a larger batch.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, L, channels), mask bool (B, L) -> (B, L, channels)."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            real = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
+            count = _summed(real.sum())
+            there = count > 0  # not where every sample of a batch lacks this modality
+            count = count.clamp(min=1)
+            mean = _summed(torch.einsum("blc,bl->c", values, real)) / count
+            var = _summed(torch.einsum("blc,bl->c", (values - mean).square(), real)) / count
+            with torch.no_grad():
+                unbiased = var * count / (count - 1).clamp(min=1)
+                for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    kept.lerp_(new.to(kept.dtype), self.momentum * there.to(kept.dtype))
+                self.num_batches_tracked += there
+        values = (values - mean) * (self.weight * (var + self.eps).rsqrt()) + self.bias
+        return values.to(x.dtype)
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over the processes of a run; gradients pass through it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    from torch.distributed.nn.functional import all_reduce  # which not every build of torch has
+
+    return all_reduce(values.contiguous())
+
+
+class SequenceConvStem(SequenceStem):
+    """Convolutions over the steps of a sequence: layers of kernels of three sizes side by side, as in InceptionTime
+    (Fawaz et al. 2020, section 3), each followed by batch norm and GELU; all but the first are residual.
+
+    The first layer has the stride: a token stands for that many steps, and a long sequence costs the less. In every
+    layer what is not there counts as zeros, and no norm counts it. So in evaluation the tokens of a sample depend
+    neither on its padding nor on the samples beside it.
+
+    Args:
+        input_dim: features of a step.
+        num_channels: of a token, divisible by the number of kernel sizes.
+        stride: steps of a token.
+    """
+
+    KERNELS = (7, 15, 31)  # steps in the first layer, then tokens; odd, so that each has a middle
+    LAYERS = 2
+
+    def __init__(self, input_dim: int, num_channels: int, stride: int):
+        super().__init__(num_channels, stride, stride)
+        each, rest = divmod(num_channels, len(self.KERNELS))
+        if rest:
+            raise ValueError(f"stem='conv' has kernels of {len(self.KERNELS)} sizes; stem_dim must be divisible by "
+                             f"that, {num_channels} is not")  # fmt: skip
+        shapes = [(input_dim, stride)] + [(num_channels, 1)] * (self.LAYERS - 1)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in self.KERNELS)
+            for inputs, step in shapes
+        )
+        self.norms = nn.ModuleList(MaskedBatchNorm(num_channels) for _ in shapes)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, steps, features), zero where hidden; mask bool (B, steps) -> tokens (B, L, channels), mask (B, L)."""
+        mask = self.token_mask(mask)
+        for number, (convolutions, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            y = torch.cat([convolution(x.mT) for convolution in convolutions], 1).mT  # (B, L, channels)
+            y = F.gelu(norm(y, mask))
+            x = x + y if number else y
+            if mask is not None:
+                x = x.masked_fill(~mask[..., None], 0)
+        return x, mask
+
+
+def conv_grid(grid_shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of the tokens behind a :class:`ConvStem` of so many pixels."""
+    rows, cols = (((side + 1) // 2 - 1) // 2 for side in grid_shape)
+    return rows, cols
 
 
 class ConvStem(nn.Module):
@@ -216,8 +381,8 @@ class ConvStem(nn.Module):
         super().__init__()
         if min(grid_shape) < 5:
             raise ValueError(f"stem='conv' needs 5 rows and columns or more, grid_shape is {tuple(grid_shape)}")
-        self.grid_shape = tuple(grid_shape)
-        self.token_grid = tuple(((side + 1) // 2 - 1) // 2 for side in grid_shape)
+        self.grid_shape, self.num_channels = tuple(grid_shape), num_channels
+        self.token_grid = conv_grid(grid_shape)
         self.convolution = nn.Conv2d(input_dim, num_channels, 7, stride=2, padding=3, bias=False)
         self.norm = nn.BatchNorm2d(num_channels)
         self.pool = nn.MaxPool2d(3, stride=2)
@@ -235,6 +400,37 @@ class ConvStem(nn.Module):
         return tokens, mask
 
 
+# --- Mixtures of two samples ------------------------------------------------------------------------------------------
+
+
+def mixture(
+    x: Tensor, mask: Tensor | None, other: Tensor, other_mask: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """weight * x + (1 - weight) * other, where what is hidden or beyond the end of one counts as zeros (mixup, Zhang et
+    al. 2018; of embedded text as Guo et al. 2019).
+
+    Args:
+        x, other: (B, L, features) each, L of its own.
+        mask, other_mask: bool (B, L), or None.
+        weight: (B,).
+
+    Returns:
+        (B, longer L, features), and bool (B, longer L), True where one of both is real; None if neither has a mask and
+        their lengths are the same.
+    """
+    longest = max(x.size(1), other.size(1))
+    masks = []
+    if mask is not None or other_mask is not None or x.size(1) != other.size(1):
+        for values, real in ((x, mask), (other, other_mask)):
+            real = values.new_ones(values.shape[:2], dtype=torch.bool) if real is None else real
+            masks.append(F.pad(real, (0, longest - values.size(1))))
+    parts = [F.pad(values, (0, 0, 0, longest - values.size(1))) for values in (x, other)]
+    if masks:
+        parts = [values.masked_fill(~real[..., None], 0) for values, real in zip(parts, masks, strict=True)]
+    weight = weight.to(x.dtype)[:, None, None]
+    return weight * parts[0] + (1 - weight) * parts[1], masks[0] | masks[1] if masks else None
+
+
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,8 +445,11 @@ class TokenFeatures(nn.Module):
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
         num_frequency_bands, max_resolution: of computed positions, see `PositionFeatures`.
-        stem: a first layer for the features, "linear" (`LinearStem`) or "conv" (`ConvStem`, for images).
-        stem_dim: features of a token after the stem; default 64.
+        stem: a first layer for the features. "linear": `LinearStem`; "conv": `ConvStem` for images,
+            `SequenceConvStem` for sequences; "windows": `WindowStem`, for sequences.
+        stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
+        window: steps of a token of the stem "windows".
+        stride: steps from a token to the next behind the stem "windows" or, for sequences, "conv"; default 1.
         learned_positions: learn a vector for each position, as wide as the features, instead of computing one.
         max_length: tokens of the longest sequence that positions are learned for; a longer one is refused.
         add_positions: add the learned positions to the features instead of concatenating them.
@@ -271,6 +470,8 @@ class TokenFeatures(nn.Module):
         max_resolution: tuple[int, int] | None = None,
         stem: str | None = None,
         stem_dim: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
         learned_positions: bool = False,
         max_length: int | None = None,
         add_positions: bool = False,
@@ -301,9 +502,8 @@ class TokenFeatures(nn.Module):
             if add_positions:  # as small as the learned positions that it is added to
                 nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         if stem is not None:
-            width = 64 if stem_dim is None else stem_dim
-            check_sizes(stem_dim=width)
-            self.stem = _make_stem(stem, input_dim, width, grid_shape)
+            self.stem = _make_stem(stem, input_dim, stem_dim, window, 1 if stride is None else stride, grid_shape)
+            width = self.stem.num_channels
             self.token_grid = getattr(self.stem, "token_grid", grid_shape)  # (rows, cols) behind the stem
         self.num_channels = width
         if learned_positions:
@@ -323,15 +523,28 @@ class TokenFeatures(nn.Module):
         self.encoding = nn.Parameter(nn.init.trunc_normal_(torch.empty(width - self.num_channels), std=0.02))
 
     def num_tokens(self, length: int) -> int:
-        """How many tokens the encoder reads of `length` given ones."""
-        return math.prod(self.token_grid) if self.token_grid else length
+        """How many tokens the encoder reads where `length` are given."""
+        if self.token_grid:
+            return math.prod(self.token_grid)
+        return self.stem.num_tokens(length) if isinstance(self.stem, SequenceStem) else length
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, input_dim), mask bool (B, L) -> what the encoder reads (B, L, C), mask (B, L), L after the stem."""
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)  # before the first product, since 0 * NaN is NaN
-        if self.embedding is not None:
-            x = self.embedding(x[..., 0].long())  # (B, L, features)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, mix: tuple[Tensor, Tensor | None, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the encoder reads.
+
+        Args:
+            x: (B, L, input_dim).
+            mask: bool (B, L), or None.
+            mix: (other samples, their mask, weight (B,) of x beside them), see `PerceiverModel`.
+
+        Returns:
+            (B, L, C) and its mask (B, L), L after the stem.
+        """
+        x = self._features(x, mask)
+        if mix is not None:
+            other, other_mask, weight = mix
+            x, mask = mixture(x, mask, self._features(other, other_mask), other_mask, weight)
         if self.stem is not None:
             x, mask = self.stem(x, mask)  # (B, L, features), (B, L)
         features = [x]
@@ -344,6 +557,12 @@ class TokenFeatures(nn.Module):
         if self.encoding is not None:
             features.append(self.encoding.expand(*x.shape[:2], -1))
         return torch.cat(features, -1) if len(features) > 1 else features[0], mask
+
+    def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, L, input_dim) -> (B, L, features) before the stem, zero where hidden if they are not embedded."""
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
+        return x if self.embedding is None else self.embedding(x[..., 0].long())
 
     def check(self, x: Tensor, name: str) -> None:
         """Check that x is a batch of these tokens.
@@ -361,19 +580,32 @@ class TokenFeatures(nn.Module):
             raise ValueError(f"{name} has {x.size(1)} tokens, but the model has learned {self.max_length} positions")
 
 
-def _make_stem(kind: str, input_dim: int, num_channels: int, grid_shape: tuple[int, int] | None) -> nn.Module:
+def _make_stem(
+    kind: str, input_dim: int, num_channels: int | None, window: int | None, stride: int, grid: tuple[int, int] | None
+) -> nn.Module:
+    if kind not in ("linear", "conv", "windows"):
+        raise ValueError(f"stem must be 'linear', 'conv', 'windows' or None, not {kind!r}")
+    if kind == "windows":
+        if grid is not None:
+            raise ValueError("stem='windows' is for sequences, not for the tokens of a grid (grid_shape)")
+        check_sizes(window=window)
+        return WindowStem(input_dim, window, stride)
+    sequence = kind == "conv" and grid is None
+    num_channels = (96 if sequence else 64) if num_channels is None else num_channels
+    check_sizes(stem_dim=num_channels)
     if kind == "linear":
         return LinearStem(input_dim, num_channels)
-    if kind != "conv":
-        raise ValueError(f"stem must be 'linear', 'conv' or None, not {kind!r}")
-    if grid_shape is None:
-        raise ValueError("stem='conv' is for images; it needs their grid_shape")
-    return ConvStem(input_dim, num_channels, grid_shape)
+    return SequenceConvStem(input_dim, num_channels, stride) if sequence else ConvStem(input_dim, num_channels, grid)
 
 
 NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: (those, whether they are given)
     "embedding_dim": ("vocab_size", lambda given: given["vocab_size"] is not None),
-    "stem_dim": ("stem", lambda given: given["stem"] is not None),
+    "stem_dim": ("stem='linear' or 'conv'", lambda given: given["stem"] in ("linear", "conv")),
+    "window": ("stem='windows'", lambda given: given["stem"] == "windows"),
+    "stride": (
+        "stem='windows', or stem='conv' of a sequence",
+        lambda given: given["stem"] == "windows" or (given["stem"] == "conv" and given["grid_shape"] is None),
+    ),
     "num_frequency_bands": (
         "computed positions (use_positions)",
         lambda given: given["use_positions"] and not given["learned_positions"],

@@ -42,11 +42,14 @@ import finetune
 import own_data
 import tasks
 from batches import (
+    Mixed,
     asked,
     create_dataloader,
     first_samples,
+    hide,
     loaded_of,
     mapped,
+    mix_inputs,
     model_inputs,
     moved,
     set_epoch,
@@ -100,9 +103,10 @@ from progress import (
 )
 from run_log import CURVES, RunLog, say
 from schema import shown
-from tasks import Task
+from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
+SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series keeps the last epoch
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
@@ -256,10 +260,23 @@ def prepare(
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
-    if settings.select_by not in (None, *task.higher_is_better):
+    if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
-                        f"{', '.join(task.higher_is_better)}")  # fmt: skip
-    loaders = {name: new_loader(splits[name], settings, task, device, name == "train") for name in ("train", "val")}
+                        f"{', '.join(task.higher_is_better)}, {LAST_EPOCH}")  # fmt: skip
+    if settings.select_by == LAST_EPOCH and settings.early_stopping_patience:
+        raise UserError("early_stopping_patience: --select_by last takes the last epoch, whatever the validation says; "
+                        "leave one of the two out")  # fmt: skip
+    if chooses_noise(settings, len(splits["val"])):
+        settings = dataclasses.replace(settings, select_by=LAST_EPOCH)
+        print_note(f"{len(splits['val'])} validation samples are too few to choose an epoch by: the last one is kept "
+                   f"(--select_by {next(iter(task.higher_is_better))} chooses)")  # fmt: skip
+    training = splits["train"]
+    if (passes := passes_of(settings, len(training))) > 1:
+        training = training.subset(np.tile(np.arange(len(training)), passes))
+    if settings.mixup and has_effect(settings, "mixup"):
+        training = Mixed(training, settings.mixup, settings.seed, task)
+    parts = {"train": training, "val": splits["val"]}
+    loaders = {name: new_loader(part, settings, task, device, name == "train") for name, part in parts.items()}
     if checkpoint:
         check_data(checkpoint, data)
         check_model(checkpoint, settings, data, len(loaders["train"]))
@@ -302,6 +319,9 @@ def prepare(
             print("compiling the model, which may take minutes", flush=True)
         validate(run, batches=2)
         rehearse(run)
+    if distributed.size() > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        print_note("the batch norm of --stem conv for images counts the images of each process by themselves, so the "
+                   "run is not quite that of one process")  # fmt: skip
     with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
         run.replica = distributed.replicate(run_model)
     log.open(resumed)
@@ -335,6 +355,21 @@ def check_size(settings: Settings, device: torch.device, base: dict[str, Any] | 
         sketch = new_model(settings, {"features": {"any": {"input_dim": 1}}, "num_outputs": 2}, base)
     number = sum(parameter.numel() for parameter in sketch.parameters())
     check_memory(16 * number, f"weights, gradients and AdamW of {number:,} parameters", device)
+
+
+def chooses_noise(settings: Settings, num_validation: int) -> bool:
+    """Whether the best epoch would be one of many that so few validation samples cannot tell apart.
+
+    Of 50 samples the accuracy has a standard deviation of up to 7 points, and the best of 40 epochs is mostly luck.
+    """
+    chosen = settings.select_by is None and not settings.early_stopping_patience
+    strong = settings.dataset_type == "sequences" and settings.series_recipe == "strong"
+    return chosen and strong and num_validation < SMALL_VALIDATION
+
+
+def passes_of(settings: Settings, num_samples: int) -> int:
+    """How often an epoch passes over so many training items, see epoch_samples."""
+    return max(1, math.ceil(settings.epoch_samples / num_samples)) if has_effect(settings, "epoch_samples") else 1
 
 
 def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
@@ -420,8 +455,8 @@ def rehearse(run: Run) -> None:
         (batch,) = DataLoader(loader.dataset, batch_sampler=[numbers], collate_fn=loader.collate_fn)
         model.train()
         with run.autocast():
-            outputs = model(*model_inputs(batch, device), **asked(batch, device))
-            run.task.objective(outputs, moved(batch["label"], device), run.settings).backward()
+            outputs = model(*model_inputs(batch, device), **asked(batch, device), **mix_inputs(batch, device))
+            objective(run, outputs, moved(batch["label"], device), batch).backward()
     model.zero_grad(set_to_none=True)
     for buffer, values in zip(model.buffers(), before, strict=True):
         buffer.copy_(values)
@@ -459,18 +494,21 @@ def fit(run: Run) -> None:
                 # so that all processes call backward
                 own = len(share_of(numbers, rank, size))
                 exchange = nullcontext() if numbers is group[-1] else distributed.no_sync(run.replica)
+                if not own:
+                    hide(batch)
                 longest = f"samples of up to {token_counts(batch).max()} tokens"
                 with memory_advice(f"{batch_size} and {longest}", remedies, GO_ON), exchange:
                     x, mask = model_inputs(batch, device)
                     targets = moved(first_samples(batch["label"], own), device)
                     with run.autocast():
-                        outputs = first_samples(run.replica(x, mask, **asked(batch, device)), own)  # (own, num_outputs)
-                        objective = task.objective(outputs, targets, settings)  # summed over the samples
+                        outputs = run.replica(x, mask, **asked(batch, device), **mix_inputs(batch, device))
+                        outputs = first_samples(outputs, own)  # (own, num_outputs)
+                        total = objective(run, outputs, targets, batch)  # summed over the samples
                     # DistributedDataParallel takes the mean over the processes, so scale by their number
-                    scaler.scale(objective * size / len(samples)).backward()
+                    scaler.scale(total * size / len(samples)).backward()
                     with torch.no_grad():
                         step_sums = task.step_sums(mapped(Tensor.detach, outputs), targets)
-                        sums += torch.cat([objective.detach()[None], step_sums])
+                        sums += torch.cat([total.detach()[None], step_sums])
             signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS], device=device)
             sums = torch.cat([sums, signals])
             distributed.all_reduce(sums)
@@ -507,6 +545,17 @@ def fit(run: Run) -> None:
         if better:
             run.save(BEST)
         run.save(LAST)
+
+
+def objective(run: Run, outputs: Any, targets: Any, batch: dict[str, Any]) -> Tensor:
+    """What is minimised, summed over the first samples of the batch, of which these are the outputs and targets; where
+    samples are mixed, that of the labels of both, by their shares."""
+    task, settings = run.task, run.settings
+    if "mix" not in batch:
+        return task.objective(outputs, targets, settings)
+    mix = {name: moved(first_samples(batch["mix"][name], len(outputs)), outputs.device) for name in ("weight", "label")}
+    own, others = mix["weight"], 1 - mix["weight"]
+    return task.objective(outputs, targets, settings, own) + task.objective(outputs, mix["label"], settings, others)
 
 
 def stopped(run: Run) -> None:
@@ -699,6 +748,7 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
     progress, size = checkpoint["progress"], settings.batch_size
     old_size = Settings.from_dict(checkpoint["settings"]).batch_size
     num_samples = checkpoint["data"]["split_sizes"]["train"]
+    num_samples *= passes_of(settings, num_samples)
     done = min(progress["batch"] * old_size, num_samples)
     if done == 0 or not inexact.keys() & {"batch_size", "bucket_by_length"}:
         return

@@ -1,0 +1,105 @@
+"""Random changes to training series that leave their class as it was. Each is a function of (seed, epoch, sample).
+
+    change = SeriesAugmentation(shift=0.1, scale=0.1)
+    change(tokens, random_stream("series augmentation", seed, epoch, number))      # (L, C) -> (L, C)
+
+Those of images, which are made a batch at a time, are in adapters.py; mixtures of two samples of any modality, whose
+classes are mixed with them, in batches.py (`Mixed`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Settings
+
+WARP_KNOTS = 5  # points of time between which the speed of a warped series changes linearly
+
+
+@dataclass(frozen=True)
+class SeriesAugmentation:
+    """What is done to a standardised series. Its length stays the same.
+
+    All changes of time are one map from the new steps to places between the old ones, so a series is interpolated
+    once, linearly. Um, Pfister et al. 2017 (wearable sensors) and Le Guennec et al. 2016 describe them.
+
+    Args:
+        shift: largest shift in time, either way, as a share of the length; the first or last value is held.
+        circular: the series is closed: it starts anywhere, and what a shift moves out comes in at the other end.
+        warp: standard deviation of the logarithm of the speed, at each of WARP_KNOTS points.
+        crop: largest share cut off, at both ends together; what is left is stretched to the whole length.
+        scale: standard deviation of the logarithm of a factor of all values.
+        jitter: standard deviation of noise on each value [standard deviations of the channel].
+    """
+
+    shift: float = 0.0
+    circular: bool = False
+    warp: float = 0.0
+    crop: float = 0.0
+    scale: float = 0.0
+    jitter: float = 0.0
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    def __str__(self) -> str:
+        """For the first lines of a run."""
+        parts = [f"{name} {value:g}" for name, value in vars(self).items() if value and name != "circular"]
+        return ", ".join(["started anywhere (circular)"] * self.circular + parts) or "not changed"
+
+    def places(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """Where among the old steps each new one lies, float64 (length,); outside 0 to length - 1 where shifted."""
+        speeds = np.exp(self.warp * rng.standard_normal(WARP_KNOTS))
+        left, start, offset, turn = rng.random(4)
+        last = length - 1
+        between = (np.arange(last) + 0.5) / max(1, last) * (WARP_KNOTS - 1)  # of the steps, in knots
+        time = np.concatenate([[0.0], np.cumsum(np.interp(between, np.arange(WARP_KNOTS), speeds))])
+        places = time * (last / time[-1]) if last else time
+        left = 1 - self.crop * left
+        places = places * left + start * (1 - left) * last
+        places = places + (2 * offset - 1) * self.shift * length
+        return (places + turn * length) % length if self.circular else places
+
+    def __call__(self, tokens: Tensor, rng: np.random.Generator, flagged: tuple[int, ...] = ()) -> Tensor:
+        """tokens float32 (L, C + flags) of a `SeriesAdapter`, whose channels `flagged` have a flag each -> the same.
+
+        A channel that lacks values takes the nearest step instead of interpolating, and a missing value stays one.
+        """
+        return self.with_labels(tokens, None, rng, flagged)[0]
+
+    def with_labels(
+        self, tokens: Tensor, labels: np.ndarray | None, rng: np.random.Generator, flagged: tuple[int, ...] = ()
+    ) -> tuple[Tensor, np.ndarray | None]:
+        """The same, and the labels of the new steps where each step has one (L,): those of the nearest ones."""
+        values, channels = tokens.double().numpy(), tokens.size(1) - len(flagged)
+        length = len(values)
+        if self.shift or self.circular or self.warp or self.crop:
+            places = self.places(length, rng)
+            low = np.floor(places).astype(int)
+            share = (places - low)[:, None]
+            steps = [low % length, (low + 1) % length]
+            if not self.circular:
+                steps = [low.clip(0, length - 1), (low + 1).clip(0, length - 1)]
+            moved = values[steps[0]] * (1 - share) + values[steps[1]] * share
+            whole = [*flagged, *range(channels, values.shape[1])]
+            moved[:, whole] = np.where(share < 0.5, *(values[step][:, whole] for step in steps))
+            values = moved
+            if labels is not None:
+                labels = np.where(share[:, 0] < 0.5, labels[steps[0]], labels[steps[1]])
+        missing = np.zeros((length, channels), bool)
+        missing[:, list(flagged)] = values[:, channels:] > 0
+        factor = np.exp(self.scale * rng.standard_normal())
+        changed = values[:, :channels] * factor
+        if self.jitter:
+            changed += self.jitter * rng.standard_normal((length, channels))
+        changed[missing] = 0
+        return torch.from_numpy(np.concatenate([changed, values[:, channels:]], 1, dtype=np.float32)), labels
+
+
+def series_augmentation(settings: Settings, split: str) -> SeriesAugmentation:
+    """What is done to the series of a split."""
+    if split != "train" or not settings.augment or settings.cache_features:
+        return SeriesAugmentation()
+    return SeriesAugmentation(**{name: getattr(settings, f"series_{name}") for name in vars(SeriesAugmentation())})
