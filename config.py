@@ -145,9 +145,8 @@ class Settings:
         0.2, "share of your data kept for the test where there is no test data", "fraction", above=0, below=1,
         applies=_OWN | {"test_path": (None,)})
     task: str = _data(
-        "classification", "what is predicted: classification, regression, multilabel, tagging (a class for each step or "
-        "character), or reconstruct (hidden tokens)",
-        metavar="NAME")  # tasks.py knows which there are
+        "classification", "what is predicted: classification, regression, multilabel, tagging, reconstruct "
+        "(docs/tasks.md)", metavar="NAME")  # tasks.py knows which there are
     mask_ratio: float = _data(
         0.25, "tokens of each sample that are hidden", "fraction", above=0, below=1,
         applies={"task": ("reconstruct",)})
