@@ -281,8 +281,9 @@ class Adapter:
         return answers
 
     def contents(self, tokens: Tensor) -> Tensor:
-        """What is asked of hidden tokens (..., C): float (..., C), NaN where it is not known; or int64 (...)."""
-        return tokens.clone()
+        """What is asked of hidden tokens (..., C): float (..., C), NaN where it is not known; of tokens that are
+        embedded, their numbers, int64 (...)."""
+        return tokens[..., 0].long() if "vocab_size" in self.features else tokens.clone()
 
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
@@ -302,6 +303,8 @@ class Adapter:
         captions: Sequence[str], path: Path,
     ) -> None:  # fmt: skip
         """Draw a few items of tokens (L, C): which are hidden, bool (L,), and what was answered for these, (L, C)."""
+        if "vocab_size" in self.features:  # the answers are logits
+            answers = [each.argmax(1, keepdim=True) for each in answers]
         parts = [each.numpy() for each in tokens], hidden, [each.numpy() for each in answers]
         plots.plot_sequence_contents(*parts, captions, path)
 
@@ -382,34 +385,40 @@ class TextAdapter(Adapter):
     def length(self, raw: str) -> int:
         return len(raw.encode())
 
+    def characters(self, tokens: Tensor) -> np.ndarray:
+        """How many characters each token (L, 1) answers for, (L,): one byte of a character, its first, for all."""
+        return _starts(tokens[:, 0].numpy().astype(np.uint8)).astype(np.int64)
+
     def of_tokens(self, raw: str, targets: np.ndarray) -> np.ndarray:
-        """A character is answered for by its first byte."""
-        first = _starts(np.frombuffer(raw.encode(), np.uint8))
-        of_bytes = np.full(len(first), UNLABELLED)
-        of_bytes[first] = targets
-        return of_bytes[: self.max_seq_len]
+        """A token has the target of its first character, if it answers for one."""
+        numbers = self.characters(self(raw))
+        first = np.cumsum(numbers) - numbers
+        return np.where(numbers > 0, targets[first.clip(max=len(targets) - 1)], UNLABELLED)
 
     def of_units(self, tokens: Tensor, answers: Any) -> Any:
-        return answers[_starts(tokens[:, 0].numpy().astype(np.uint8))]
+        return answers[np.repeat(np.arange(len(tokens)), self.characters(tokens))]
 
-    def contents(self, tokens: Tensor) -> Tensor:
-        return tokens[..., 0].long()
+    def bytes(self, numbers: Tensor) -> np.ndarray:
+        """Numbers of tokens (L,) as bytes, uint8."""
+        return numbers.numpy().astype(np.uint8)
+
+    def shown_text(self, tokens: Tensor) -> str:
+        """The text that tokens (L, 1) stand for, as many characters as they answer for."""
+        return self.bytes(tokens[:, 0]).tobytes().decode(errors="replace")
 
     def draw_contents(
         self, tokens: Sequence[Tensor], hidden: Sequence[np.ndarray], answers: Sequence[Tensor],
         captions: Sequence[str], path: Path,
     ) -> None:  # fmt: skip
-        """The answers are logits (L, 256)."""
-        bytes_of = [each[:, 0].numpy().astype(np.uint8) for each in tokens]
-        answered = [each.argmax(1).numpy().astype(np.uint8) for each in answers]
-        plots.plot_text_contents(bytes_of, hidden, answered, captions, path)
+        """The answers are logits (L, vocab_size)."""
+        texts = [self.bytes(each[:, 0]) for each in tokens]
+        plots.plot_text_contents(texts, hidden, [self.bytes(each.argmax(1)) for each in answers], captions, path)
 
     def draw_tags(
         self, tokens: Sequence[Tensor], true: Sequence[np.ndarray], predicted: Sequence[np.ndarray],
         class_names: Sequence[str], outside: bool, captions: Sequence[str], path: Path,
     ) -> None:  # fmt: skip
-        texts = [bytes(each[:, 0].numpy().astype(np.uint8)).decode(errors="replace") for each in tokens]
-        plots.plot_text_tags(texts, true, predicted, class_names, captions, path)
+        plots.plot_text_tags([self.shown_text(each) for each in tokens], true, predicted, class_names, captions, path)
 
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
@@ -473,13 +482,29 @@ class PretrainedTextAdapter(TextAdapter):
         pieces = [self.symbols[number].encode() if number < offset else bytes([number - offset]) for number in numbers]
         return b"".join(pieces).decode(errors="replace")
 
+    def characters(self, tokens: Tensor) -> np.ndarray:
+        """As for any text; a special symbol that is spelt out answers for all its characters, the added ones for none.
+        """
+        numbers = tokens[:, 0].long().numpy()
+        lengths = np.array([len(symbol) for symbol in self.symbols])
+        found = np.where(numbers < len(SYMBOLS), lengths[numbers.clip(max=len(SYMBOLS) - 1)],
+                         _starts(numbers - len(SYMBOLS)))  # fmt: skip
+        found[[0, -1]] = 0
+        return found
+
+    def bytes(self, numbers: Tensor) -> np.ndarray:
+        """A special symbol is a byte that says nothing."""
+        numbers = numbers.long().numpy()
+        return np.where(numbers < len(SYMBOLS), 0, numbers - len(SYMBOLS)).astype(np.uint8)
+
+    def shown_text(self, tokens: Tensor) -> str:
+        return self.text(tokens[1:-1, 0].long().tolist())
+
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
-        """As for any text; a special symbol is drawn as one character that says nothing."""
-        numbers = tokens[..., 0].numpy()
-        symbols = numbers < len(SYMBOLS)
-        plots.plot_text_attention(np.where(symbols, 0, numbers - len(SYMBOLS)), mask, attention, captions, path)
+        texts = self.bytes(tokens[..., 0])
+        plots.plot_text_attention(texts, mask, attention, captions, path)
 
 
 # --- Series ----------------------------------------------------------------------------------------------------------
@@ -659,6 +684,11 @@ class SeriesAdapter(Adapter):
         return made
 
     def taken_over(self, source: Source, settings: Settings) -> "SeriesAdapter | None":
+        stem, window, stride = _series_stem(settings)
+        if (stem, window, stride or self.stride) != (self.stem, self.window, self.stride):
+            source.notes.append("the tokens of the series are not those of init_from (stem, series_window, "
+                                "series_stride): they are standardised by these data")  # fmt: skip
+            return None
         values = source.values["train"]
         in_files = isinstance(values[0], Path)
         names = _series_names(values) if in_files else source.names
@@ -865,9 +895,11 @@ class ImageAdapter(Adapter):
             source.notes.append(f"your images have 3 channels, those of init_from {len(self.mean)}: they are "
                                 "normalised by these data")  # fmt: skip
             return None
-        check_patch_size(settings.patch_size, side, side)
+        check_patches(settings, side, side)
         bits = self.bits or _bits(source.values["train"], source.places["train"], settings, source.notes)
-        return replace(self, image_shape=[side, side, 3], patch_size=settings.patch_size, any_size=True, bits=bits)
+        stem = image_stem(settings)
+        patch_size = 1 if stem else settings.patch_size
+        return replace(self, image_shape=[side, side, 3], patch_size=patch_size, any_size=True, bits=bits, stem=stem)
 
     def datasets(
         self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],

@@ -196,11 +196,11 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
     targets = targets or ClassTargets()
     target = targets.target(item["label"], where) if "label" in item else None
     if target is not None and targets.per_token:
-        target = _for_tokens(target, inputs, parts, where)
+        target = for_tokens(target, inputs, parts, where)
     return parts, target
 
 
-def _for_tokens(
+def for_tokens(
     target: np.ndarray, inputs: dict[str, Any], parts: dict[str, tuple[Tensor, Tensor]], where: str
 ) -> np.ndarray:
     """The targets (L,) of the tokens that are left of an item, UNLABELLED at those that a mask hides."""

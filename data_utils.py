@@ -534,7 +534,6 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         notes += more
     if "train" in items:
         notes += _split_off(items, targets, task, settings, str(settings.data_path))
-    refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
 
     loaded = {}
     for modality in _modalities(items, known, settings, notes):
@@ -553,12 +552,15 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
         loaded[modality] = there, source, *kind.load(source, settings, adapter)
     if task.per_token:
         ((_, source, adapter, _),) = loaded.values()
-        targets = {
-            name: tasks.ragged([adapter.of_tokens(*pair) for pair in zip(source.values[name], values, strict=True)])
-            for name, values in targets.items()
-        }
+        for name, values in targets.items():
+            of_tokens = []
+            for value, target, place in zip(source.values[name], values, source.places[name], strict=True):
+                with naming(place):
+                    of_tokens.append(adapter.of_tokens(value, target))
+            targets[name] = tasks.ragged(of_tokens)
     if not info and settings.task != "reconstruct":
         task = task.learn(targets["train"], settings)
+    refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
     absent = {name: task.absent(values) for name, values in targets.items() if settings.task != "reconstruct"}
     notes += [text.format(name) for name, text in absent.items() if text]
 
@@ -613,6 +615,10 @@ def _classes_if_there(items: dict[str, Items]) -> tuple[Task, dict[str, np.ndarr
             errors += wrong
         if not errors:
             return task, targets
+    return _one_class(items)
+
+
+def _one_class(items: dict[str, Items]) -> tuple[Task, dict[str, np.ndarray]]:
     return Classification(["item"]), {name: np.zeros(len(found.values), int) for name, found in items.items()}
 
 
@@ -832,24 +838,29 @@ def load_given_splits(
     sources = given.sources
     if info and only in sources and only != "train":
         sources = {only: sources[only]}
-    items = own_data.read_items(sources, own)
-    task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
+    labelled = settings.task != "reconstruct"
+    items = own_data.read_items(sources, own, labelled)
+    if labelled:
+        task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
+    else:
+        task, targets, notes = *_one_class(items), []
     if "train" in items:
         notes += _split_off(items, targets, task, settings, own.path or "data")
-    if not info:
-        task = task.learn(targets["train"], settings)
-    absent = {name: task.absent(values) for name, values in targets.items()}
-    notes += [text.format(name) for name, text in absent.items() if text]
 
     fitted = known_adapters(info, own.classes) if info and given.adapters else {}
     fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
     splits = {
         name: own_data.PreparedDataset(
             found.values, found.places, found.ids, targets[name], fitted, settings.max_seq_len, name == "train",
-            f"preparing {name}",
+            f"preparing {name}", task.per_token,
         )
         for name, found in items.items()
     }  # fmt: skip
+    if labelled:
+        if not info:
+            task = task.learn(splits["train"].labels, settings)
+        absent = {name: task.absent(data.labels) for name, data in splits.items()}
+        notes += [text.format(name) for name, text in absent.items() if text]
     adapters = fitted or known_adapters(info, own.classes) or {
         name: TensorAdapter(width, settings.max_seq_len) for name, width in splits["train"].widths.items()
     }
@@ -866,6 +877,13 @@ def _given_targets(
 ) -> tuple[Task, dict[str, Any], list[str]]:
     """As `_targets`. Where names are given, labels are numbers of classes, or names; else they are the names."""
     where = own.path or "data"
+    if tasks.task_named(settings.task).per_token:
+        refuse_together(
+            UserError(f"{place}: label {label!r:.40} is no list; --task {settings.task} needs a label for each token")
+            for found in items.values()
+            for label, place in zip(found.labels, found.places, strict=True)
+            if not isinstance(label, list)
+        )
     if class_names is None:
         if settings.task == "multilabel":
             refuse_together(
@@ -884,7 +902,7 @@ def _given_targets(
         errors += wrong
     refuse_together(errors)
     for name, values in targets.items():
-        targets[name] = np.array(values)
+        targets[name] = tasks.ragged(values) if task.per_token else np.array(values)
         with naming(f"{where}: {name}"):
             task.check(targets[name], for_training=False)
     return task, targets, []
@@ -893,16 +911,20 @@ def _given_targets(
 # --- Hidden tokens ---------------------------------------------------------------------------------------------------
 
 
-def _hidden(splits: Splits, specific: Info, settings: Settings, info: Info | None) -> tuple[Splits, Info]:
+def _hidden(
+    splits: Splits, specific: Info, settings: Settings, info: Info | None, own: OwnData | None
+) -> tuple[Splits, Info]:
     """The same splits and description, of data of which tokens are to be reconstructed."""
-    adapters = known_adapters(specific)
+    adapters = known_adapters(specific, own and own.classes)
     contents = {name: adapter.contents for name, adapter in adapters.items()}
     splits = {
         name: HidingDataset(data, settings.mask_ratio, contents, settings.seed, name) for name, data in splits.items()
     }
     task = known_task(info)
     if task is None:
-        task = tasks.Reconstruct({name: tasks.Contents.of(splits["train"], name) for name in adapters})
+        kinds = {name: adapter.features.get("vocab_size", 0) for name, adapter in adapters.items()}
+        train = splits["train"]
+        task = tasks.Reconstruct({name: tasks.Contents.of(train, name, number) for name, number in kinds.items()})
     kept = {name: value for name, value in specific.items() if name != "class_names"}
     return splits, kept | description(task, adapters, specific["notes"])
 
@@ -922,13 +944,12 @@ BUILT_IN = {  # what can be answered about the data sets that are not the user's
     **dict.fromkeys(("cifar10", "digits"), ("classification", "reconstruct")),
 }
 NOT_OFFERED = {"images": ("tagging",), "multimodal": ("tagging",)}  # of the user's files
-NOT_OF_CODE = ("tagging", "reconstruct")
 
 
 def check_task(settings: Settings) -> None:
     """Raise UserError for a task that cannot be asked of the data set."""
     tasks.task_named(settings.task)
-    refused = NOT_OF_CODE if settings.dataset_type not in DATASETS else NOT_OFFERED.get(settings.dataset_type, ())
+    refused = NOT_OFFERED.get(settings.dataset_type, ())
     offered = BUILT_IN.get(settings.dataset_type, [name for name in tasks.TASKS if name not in refused])
     if settings.task not in offered:
         raise UserError(f"task: {settings.task} is not offered for {settings.dataset_type}; choose one of "
@@ -959,7 +980,7 @@ def load_splits(
         asked = {"only": only} if settings.dataset_type in OWN_DATA else {}
         splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     if settings.task == "reconstruct":
-        splits, specific = _hidden(splits, specific, settings, info)
+        splits, specific = _hidden(splits, specific, settings, info, own)
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
     prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions used file names only: if these are the same, nothing more can be said

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import distributed
-from adapters import ImageAdapter, from_description
+from adapters import ImageAdapter, SeriesAdapter, from_description
 from batches import Batch, Device, inputs_for, token_counts, unshared
 from checkpoint import BEST, build_model, listed, load_checkpoint
 from config import FIELDS, MODEL_SETTINGS, OWN_DATA, Settings
@@ -94,6 +94,10 @@ class Start:
                 found |= {"image_size": adapter.image_shape[0], "patch_size": adapter.patch_size}
             else:
                 found["max_seq_len"] = getattr(adapter, "max_seq_len", None)
+            if isinstance(adapter, SeriesAdapter):
+                found |= {"series_window": adapter.window, "series_stride": adapter.stride if adapter.window else None}
+        convolved = any(getattr(adapter, "stem", None) == "conv" for adapter in self.adapters.values())
+        found["stem"] = "conv" if convolved else "none"
         return found | {"init_checksum": self.checksum}
 
     @cached_property
@@ -197,6 +201,8 @@ def begin(model: PerceiverModel, settings: Settings, start: Start | None, data: 
     if settings.cache_features and model.head not in ("mean", "query"):
         raise UserError("cache_features: it is for one answer an item; leave it out")
     if settings.freeze == "encoder":
+        if model.head == "hidden":
+            raise UserError("freeze: encoder: with --task reconstruct the encoder learns; leave --freeze out")
         model.freeze_encoder()
     return lines
 
@@ -206,10 +212,11 @@ def take_over(model: PerceiverModel, start: Start, data: dict[str, Any], freeze:
     own, there = model.state_dict(), start.weights
     same_answers = _answers(data) == _answers(start.data)
     readout = {f"{_name_of(model, model.readout)}.{name}" for name in model.readout.state_dict()}
+    last = {name for name in readout if model.head != "tokens" or name.startswith("output.decoder.output.")}
     fitting = {
         name: weights
         for name, weights in there.items()
-        if name in own and own[name].shape == weights.shape and (same_answers or name not in readout)
+        if name in own and own[name].shape == weights.shape and (same_answers or name not in last)
     }
     parameters = {name for name, _ in model.named_parameters()}
     if not fitting.keys() & parameters:
@@ -227,7 +234,7 @@ def take_over(model: PerceiverModel, start: Start, data: dict[str, Any], freeze:
         if names:
             shown = (f"{name} {_shape(tensors[name])}" for name in names)
             lines.append(f"        {len(names)} {what}: {listed(shown)}")
-    if not same_answers and readout & there.keys():
+    if not same_answers and last & there.keys():
         lines.append("        the answers are others than there, so the last layer begins anew")
     return lines
 

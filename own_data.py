@@ -29,6 +29,7 @@ Code runs only where the user names its file. A checkpoint knows the file's name
 data: it is opened again with the same file.
 """
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import adapters as adapters_module
 from adapters import ADAPTERS, Adapter, Source, TensorAdapter, describe
-from batches import ONLY, Item, to_sample
+from batches import ONLY, Item, for_tokens, to_sample
 from config import PYTHON, Settings, check_settings
 from data_files import Items
 from messages import UserError, as_utf8, refuse_together
@@ -233,7 +234,9 @@ def load(own: OwnData, settings: Settings) -> Given:
 Place = tuple[Any, int]  # (list or Dataset, number of the item)
 
 
-def read_items(sources: Mapping[str, Any], own: OwnData, max_errors: int = 20) -> dict[str, Items]:
+def read_items(
+    sources: Mapping[str, Any], own: OwnData, labelled: bool = True, max_errors: int = 20
+) -> dict[str, Items]:
     """Labels, names and groups of the items of each split; their values are places, from which the items are read.
 
     What has attributes `lengths` and `labels` is taken at its word and not read (as in `batches.create_dataloader`).
@@ -256,9 +259,9 @@ def read_items(sources: Mapping[str, Any], own: OwnData, max_errors: int = 20) -
                 break
             try:
                 item = item_of(source, number, found.places[number])
-                if "label" not in item:
+                if labelled and "label" not in item:
                     raise UserError(f"{found.places[number]}: it has no 'label'")
-                found.labels.append(plain_label(item["label"]))
+                found.labels.append(plain_label(item.get("label")))
                 found.ids.append(as_utf8(str(item.get("id", number))))
                 groups.append(item.get("group"))
             except UserError as error:
@@ -354,13 +357,16 @@ class PreparedDataset(Dataset):
         names: of each item, for messages.
         adapters: none where inputs are tokens.
         training: whether each epoch may draw the items anew; else they are those of epoch 0.
+        per_token: whether a label has a value for each token, or what the adapter makes tokens of.
     """
 
     def __init__(
         self, places: Sequence[Place], names: Sequence[str], ids: Sequence[str], labels: Sequence[Any],
         adapters: Mapping[str, Adapter], max_seq_len: int | None, training: bool, show: str = "",
+        per_token: bool = False,
     ):  # fmt: skip
-        self.places, self.names, self.ids, self.labels = places, names, np.array(ids, object), labels
+        self.places, self.names, self.ids, self.given = places, names, np.array(ids, object), labels
+        self.labels, self.per_token = copy.copy(labels), per_token  # as the loss needs them; as they were given
         self.adapters, self.max_seq_len, self.training = adapters, max_seq_len, training
         source = places[0][0]
         self.source, self.ready = source, None
@@ -370,19 +376,20 @@ class PreparedDataset(Dataset):
         if hasattr(source, "lengths"):
             lengths = [source.lengths[number] for _, number in places] if source.lengths is not None else None
             self.lengths = None if lengths is None else np.minimum(lengths, max_seq_len or np.inf)
-            self.widths = {name: tokens.size(1) for name, tokens in self._tokens(0).items()}
+            self.widths = {name: tokens.size(1) for name, tokens in self._by_name(self[0]["input"]).items()}
         else:
             self.lengths, self.widths = np.zeros(len(places), np.int64), {}
             for number in range(len(places)) if self.ready else self._shown(show):
-                for name, tokens in self._tokens(number).items():
+                item = self[number]
+                self.labels[number] = item["label"]
+                for name, tokens in self._by_name(item["input"]).items():
                     self.lengths[number] += len(tokens)
                     width = self.widths.setdefault(name, tokens.size(1))
                     if width != tokens.size(1):
                         raise UserError(f"{names[number]}: {tokens.size(1)} channels of {name}, the items before it "
                                         f"have {width}; make them equal")  # fmt: skip
 
-    def _tokens(self, number: int) -> dict[str, Tensor]:
-        tokens = self[number]["input"]
+    def _by_name(self, tokens: Any) -> dict[str, Tensor]:
         return tokens if isinstance(tokens, dict) else {next(iter(self.adapters), TensorAdapter.modality): tokens}
 
     def _shown(self, show: str) -> Any:
@@ -392,6 +399,16 @@ class PreparedDataset(Dataset):
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch if self.training else 0)
 
+    def subset(self, numbers: np.ndarray) -> "PreparedDataset":
+        part = copy.copy(self)
+        for name in ("places", "names", "ready"):
+            values = getattr(self, name)
+            setattr(part, name, values and [values[number] for number in numbers])
+        for name in ("ids", "labels", "given", "lengths"):
+            values = getattr(self, name)
+            setattr(part, name, None if values is None else values[numbers])
+        return part
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -400,19 +417,24 @@ class PreparedDataset(Dataset):
 
     def _prepare(self, number: int) -> Item:
         where = self.names[number]
-        item = item_of(*self.places[number], where)
+        item, label = item_of(*self.places[number], where), self.given[number]
         inputs = by_modality(item, self.adapters, where)
         if self.adapters:
             with running(where):
+                if self.per_token and len(inputs) == 1:
+                    ((name, value),) = inputs.items()
+                    label = self.adapters[name].of_tokens(value, label)
                 inputs = {name: self.adapters[name](value) for name, value in inputs.items()}
         several, masks = isinstance(item["input"], dict), item.get("mask")
         known = {"input": inputs if several else next(iter(inputs.values())), "mask": masks}
         parts, _ = to_sample(known, where, self.max_seq_len)
+        if self.per_token:
+            label = for_tokens(label, known["input"] if several else {ONLY: known["input"]}, parts, where)
         if not several:
             ((tokens, mask),) = parts.values()
-            return {"input": tokens, "mask": mask, "label": self.labels[number]}
+            return {"input": tokens, "mask": mask, "label": label}
         tokens, masks = ({name: part[place] for name, part in parts.items()} for place in (0, 1))
-        return {"input": tokens, "mask": masks, "label": self.labels[number]}
+        return {"input": tokens, "mask": masks, "label": label}
 
 
 def check_width(name: str, width: int, adapters: Mapping[str, Adapter], where: str) -> None:

@@ -1250,8 +1250,11 @@ class Contents:
             raise UserError(f"{len(self.mean)} means, {len(self.std)} deviations and {shares} shares of bytes")
 
     @classmethod
-    def of(cls, dataset: Any, name: str) -> "Contents":
-        """Of the tokens of a training split, a HidingDataset; those of images as they are augmented in epoch 0."""
+    def of(cls, dataset: Any, name: str, kinds: int = 256) -> "Contents":
+        """Of the tokens of a training split, a HidingDataset, as they are augmented in epoch 0.
+
+        kinds: of tokens that are embedded, such as bytes.
+        """
         contents, hidden, seen, sums, counts = dataset.contents[name], 0, 0, 0.0, 0.0
         for first in range(0, len(dataset), 32):
             batch = dataset.__getitems__(list(range(first, min(first + 32, len(dataset)))))
@@ -1261,7 +1264,7 @@ class Contents:
             inputs, masks = (by_modality(batch[key], name) for key in ("input", "mask"))
             values = contents(inputs[masks])
             if not values.is_floating_point():
-                counts = counts + values.bincount(minlength=256).double()
+                counts = counts + values.bincount(minlength=kinds).double()
                 continue
             values = values.double()
             known = ~values.isnan()

@@ -1639,7 +1639,8 @@ def variant_loss(model, *args):
 
 def test_help_and_completion_show_every_argument_by_name():
     classes = (token_features.TokenFeatures, PerceiverEncoder, perceiver_model.OutputQueries)
-    hidden = {"d_model", "num_outputs", "query_residual", "block"}  # of the decoder, which PerceiverModel gives it
+    # Of the decoder, which PerceiverModel gives it
+    hidden = {"d_model", "num_outputs", "query_residual", "block", "token_dim"}
     for function, first in ((PerceiverModel, 2), (create_perceiver_model, 3)):
         parameters = inspect.signature(function).parameters
         assert list(parameters)[:first] == ["input_dim", "num_classes", "model_size"][:first]
