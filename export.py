@@ -43,6 +43,7 @@ from files import make_folder, written_whole
 from inference import READING_REMEDIES, check_answers, load_model
 from messages import UserError, exit_on_user_error, memory_advice, print_note, printable
 from perceiver_model import PerceiverModel
+from token_features import SequenceStem
 
 PACKAGES = {"onnx": "1.19.1", "onnxscript": "0.6.2", "onnxruntime": "1.23.2"}  # for .onnx, from these versions on
 OPSET = 18  # of ONNX: the one that torch translates into
@@ -82,6 +83,14 @@ def random_inputs(model: PerceiverModel, samples: int, tokens: int, padded: bool
             values[~real] = math.nan
         inputs[name], masks[name] = values, real
     return inputs, masks
+
+
+def check_stems(model: PerceiverModel) -> None:
+    """Raise UserError for stems that make another number of tokens of a sequence, for which torch.export fixes it."""
+    for name, features in model.modalities.items():
+        if isinstance(features.stem, SequenceStem):
+            raise UserError(f"a model that reads {name} through --stem conv or --series_window cannot be exported; "
+                            "train one without them")  # fmt: skip
 
 
 def longest(model: PerceiverModel, name: str) -> float:
@@ -427,6 +436,7 @@ def main(argv: list[str] | None = None) -> int:
             print_note(f"{name} has no effect without --quantize")
     model, stored = load_model(args.model_path)
     check_answers(model)
+    check_stems(model)
     test_data = read_test_data(model, stored, args.flags) if args.quantize else None
     make_folder(path.parent)
     weights = sum(weights.numel() for weights in model.parameters())

@@ -238,10 +238,9 @@ class SequenceStem(nn.Module):
 
     def windows(self, values: Tensor) -> Tensor:
         """(B, steps, ...) -> (B, L, ..., window), zero (False) beyond the last step."""
-        length = values.size(1)
-        missing = (self.num_tokens(length) - 1) * self.stride + self.window - length
-        end = values.new_zeros(len(values), missing, *values.shape[2:])
-        return torch.cat([values, end], 1).unfold(1, self.window, self.stride)
+        end = values.new_zeros(values.size(0), self.window, *values.shape[2:])  # enough; a fixed size can be exported
+        windows = torch.cat([values, end], 1).unfold(1, self.window, self.stride)
+        return windows[:, : self.num_tokens(values.size(1))]
 
     def answering(self, length: int, real: Tensor | int) -> Tensor:
         """Which token answers for each of `length` steps: of the real ones (B, L), the one whose middle is nearest.
