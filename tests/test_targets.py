@@ -203,7 +203,7 @@ def test_columns_of_series_are_no_features(tmp_path):
     settings = settings_of(path, "sequences", task="regression", label_column="price,weight")
     for labelled in (True, False):
         items = read_series(path, settings, labelled)
-        assert items.features == ["x"] and items.values[0].shape == (5, 1)
+        assert items.columns == ["x"] and items.values[0].shape == (5, 1)
     assert read_series(ts(tmp_path / "a.ts", PRICES), settings, False).values[0].shape == (5, 1)
 
 
