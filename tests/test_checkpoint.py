@@ -288,6 +288,7 @@ def test_a_stretch_overwritten(tmp_path, good, data):
     assert_named_or_right(tmp_path / "model.pth", good[:start] + other + good[start + len(other) :])
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_end_damaged(tmp_path, good):
     """The end holds the archive's table of contents, whose bytes have no checksum."""
     rng = random.Random(0)

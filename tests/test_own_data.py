@@ -443,6 +443,7 @@ def write_hard_digits(folder, name, numbers):
     return columns
 
 
+@pytest.mark.slow
 def test_several_modalities_beat_the_best_one_and_need_not_all_be_there(tmp_path):
     numbers = np.random.default_rng(0).permutation(1100)
     tables = {"train": write_hard_digits(tmp_path, "train", numbers[:800]),
@@ -479,6 +480,7 @@ def test_several_modalities_beat_the_best_one_and_need_not_all_be_there(tmp_path
         assert np.mean(right) > 0.25, left_out  # chance: 0.1
 
 
+@pytest.mark.slow
 def test_languages_are_told_apart(tmp_path):
     with open(LANGUAGES, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -1743,6 +1743,7 @@ def test_a_recomputed_variant_is_the_plain_one(variant):
     assert_close(variant_loss(saving.train(), x, mask), variant_loss(plain.train(), x, mask), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["language", "conv"])
 def test_a_compiled_variant_is_the_plain_one(variant):
     model = variant_of(variant).eval()
