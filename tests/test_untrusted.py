@@ -228,6 +228,7 @@ def number_of_forgeries(config, default=1):
 READ_BY_ALL = {"model", "model_args", "settings", "data", "epoch", "step", "best", "format", "format_version"}
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_by_load_model_or_changes_no_answer(contents, tmp_path, pytestconfig):
     path = tmp_path / "forged.pth"
     torch.save(contents, path)
@@ -249,6 +250,7 @@ def test_any_forged_entry_is_refused_by_load_model_or_changes_no_answer(contents
     assert refused > 100
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_by_inference_or_leaves_it_whole(contents, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, READ_BY_ALL, 7, number_of_forgeries(pytestconfig)):
@@ -261,6 +263,7 @@ def test_any_forged_entry_is_refused_by_inference_or_leaves_it_whole(contents, r
     assert refused > 30
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_on_resume_or_leaves_the_run_whole(contents, folder, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, contents.keys(), 0, number_of_forgeries(pytestconfig)):
