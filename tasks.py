@@ -18,6 +18,7 @@ Letters: B batch, N samples, C classes, K numbers in an answer.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -45,8 +46,8 @@ TOP = 3  # classes of an item in predictions.csv
 
 
 @dataclass(frozen=True)
-class Task:
-    """The base of all tasks. Its own methods are what most tasks have in common."""
+class Task(ABC):
+    """The base of all tasks: what each must say for itself is abstract, the rest is what most have in common."""
 
     kind: ClassVar[str]
     headline: ClassVar[str]  # the metric beside the loss on the screen, in curves and in the closing lines
@@ -57,31 +58,31 @@ class Task:
     # --- Targets (see batches.Targets) ---
 
     @classmethod
+    @abstractmethod
     def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Task", list[str]]:
         """(the task for these labels of the training data, cells as they stand in the file; notes for the user).
 
         Impossible labels are skipped: `read` says what is wrong with them.
         """
-        raise NotImplementedError
 
-    def check_names(self, path: str | None) -> None:
+    def check_names(self, path: str | None) -> None:  # noqa: B027 (most tasks ask for nothing)
         """Check that the labels of the training data at `path` are enough for this task.
 
         Raises:
             UserError: they are not.
         """
 
+    @abstractmethod
     def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
         """(the targets (N, ...) of these cells, None if some are wrong; an error for each wrong one)."""
-        raise NotImplementedError
 
     def texts(self, targets: np.ndarray) -> list[str]:
         """A text for each target, from which the fingerprint of the data is made."""
         return [str(target.tolist()) for target in targets]
 
+    @abstractmethod
     def strata(self, targets: np.ndarray) -> np.ndarray:
         """(N,) int: the stratum of each sample. A split takes the same share of every stratum."""
-        raise NotImplementedError
 
     def absent(self, targets: np.ndarray) -> str | None:
         """A note on what is missing among the targets of a split; None if nothing is."""
@@ -98,50 +99,51 @@ class Task:
     # --- Training ---
 
     @property
+    @abstractmethod
     def num_outputs(self) -> int:
-        raise NotImplementedError
+        """How many numbers the model's head gives."""
 
+    @abstractmethod
     def about(self) -> str:
         """A few words for the start of a run: '10 classes'."""
-        raise NotImplementedError
 
     def weights_text(self) -> str:
         """The weights of classes in what is minimised, for the first lines of a run; '' without."""
         return ""
 
+    @abstractmethod
     def objective(self, outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor:
         """What is minimised, summed over the samples: outputs (B, num_outputs), targets from `stack` -> ()."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sums over the samples named in `step_names`, (len(step_names),), on the device of the outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Training metrics of an epoch, named train_..., from the sums over its steps and their number of samples."""
-        raise NotImplementedError
 
     # --- Evaluation ---
 
+    @abstractmethod
     def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
         """What an evaluation keeps of each sample, as columns: from outputs float32 (B, num_outputs) and targets, both
         on the CPU.
 
         'finite' (B,) bool says whether the outputs are finite numbers; the other columns are up to the task.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, rows: Rows) -> dict[str, Any]:
         """Metrics as plain data, computed in float64.
 
         Raises:
             ValueError: some outputs are not finite.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
         """The validation metrics that the log keeps of an epoch, named val_..."""
-        raise NotImplementedError
 
     def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
         """The score of a line of the log; the highest is the best epoch. The lower loss decides a tie."""
@@ -155,27 +157,28 @@ class Task:
         """The task with what it chooses on validation data, from the rows of the validation split."""
         return self
 
+    @abstractmethod
     def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
         """The columns of items.csv, from which every metric can be recomputed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
         """What --analyze adds to the results; `items` are the rows of items.csv."""
-        raise NotImplementedError
 
+    @abstractmethod
     def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
         """The numbers of the samples whose answers are most wrong, the worst first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, rows: Rows) -> Figures:
-        raise NotImplementedError
+        """What inference.py draws of a split."""
 
     def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
         return {}
 
+    @abstractmethod
     def sides(self, rows: Rows, number: int) -> tuple[str, str]:
         """(the true answer, the predicted one) of a sample, as text."""
-        raise NotImplementedError
 
     def caption(self, rows: Rows, number: int) -> str:
         true, predicted = self.sides(rows, number)
@@ -186,9 +189,9 @@ class Task:
         true, predicted = self.sides(rows, number)
         return [f"true {true}", f"predicted {predicted}"]
 
+    @abstractmethod
     def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
         """What samples are coloured by in a scatter plot: (class numbers (N,), their names) or (numbers (N,), None)."""
-        raise NotImplementedError
 
     def colour_meaning(self) -> str:
         """Of what these numbers are."""
@@ -196,13 +199,20 @@ class Task:
 
     # --- Answers ---
 
+    @abstractmethod
     def answer(self, output: Tensor) -> dict[str, Any]:
         """What `predict` returns for an item, from its output float64 (num_outputs,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of predictions.csv after the item's id."""
-        raise NotImplementedError
+
+
+def _absent(numbers: np.ndarray, names: Sequence[str], what: str) -> str | None:
+    """The note of `Task.absent` on these numbers of names, with {} in the place of the split."""
+    if not len(numbers):
+        return None
+    return f"{len(numbers)} of {len(names)} {what} {{}} sample, the first is {names[numbers[0]]}"
 
 
 def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) -> str:
@@ -295,11 +305,7 @@ class Classification(Task, ClassTargets):
         return targets
 
     def absent(self, targets: np.ndarray) -> str | None:
-        absent = np.setdiff1d(np.arange(self.num_classes), targets)
-        if not len(absent):
-            return None
-        first = self.class_names[absent[0]]
-        return f"{len(absent)} of {self.num_classes} classes have no {{}} sample, the first is {first}"
+        return _absent(np.setdiff1d(np.arange(self.num_classes), targets), self.class_names, "classes have no")
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Classification":
         if settings.class_weights == "none":
@@ -736,11 +742,7 @@ class MultiLabel(Task):
         return np.where(counts[strata] >= FREQUENT, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
-        absent = np.flatnonzero(~targets.any(0))
-        if not len(absent):
-            return None
-        first = self.class_names[absent[0]]
-        return f"{len(absent)} of {self.num_outputs} labels are on no {{}} sample, the first is {first}"
+        return _absent(np.flatnonzero(~targets.any(0)), self.class_names, "labels are on no")
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "MultiLabel":
         if settings.class_weights == "none":
