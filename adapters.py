@@ -16,6 +16,7 @@ own_data.py.
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -195,7 +196,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(ABC):
     """The base of all adapters. A subclass defines `features` and `__call__`, and overrides what it does differently.
 
     It is a frozen dataclass, whose fields are what a checkpoint stores: numbers, text, and lists and dicts of these,
@@ -205,22 +206,22 @@ class Adapter:
     modality: ClassVar[str]
 
     @property
+    @abstractmethod
     def features(self) -> dict[str, Any]:
         """What the model is told about a token: arguments of token_features.TokenFeatures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, raw: Any) -> Tensor:
         """The tokens of a raw item, float32 (L, C).
 
         Raises:
             UserError: the item cannot be used.
         """
-        raise NotImplementedError
 
     @classmethod
     def fit(cls, raw: Sequence[Any], settings: Settings) -> "Adapter":
         """The adapter for the raw items of the training split."""
-        raise NotImplementedError
+        raise UserError(f"{cls.__name__} has no method fit; write one, or give an adapter in the place of the class")
 
     @classmethod
     def read_items(

@@ -118,7 +118,7 @@ class Start:
         return [
             f"{name} {values[name]} ({sources[name]}) is not that of {self.path}, {known}"
             for name, known in self.settings.items()
-            if sources[name] in ("file", "flag") and values[name] != known
+            if sources[name] in ("file", "flag", "given") and values[name] != known
             and FIELDS[name].metadata["on_resume"] == "fixed"
         ]  # fmt: skip
 

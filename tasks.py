@@ -12,12 +12,13 @@ A task is made from the labels of the training data and decides everything that 
     figures    what inference.py draws
 
 A task is plain data: `describe` gives what a checkpoint stores, `from_description` rebuilds the task. To add one, write
-a subclass of `Task` and enter it in TASKS.
+a subclass of `LabelledTask` (of `Task` if it asks for no labels) and enter it in TASKS.
 
 Letters: B batch, N samples, L tokens, U steps or characters, C classes, K numbers in an answer.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -58,8 +59,8 @@ TOP = 3  # classes of an item in predictions.csv
 
 
 @dataclass(frozen=True)
-class Task:
-    """The base of all tasks. Its own methods are what most tasks have in common."""
+class Task(ABC):
+    """The base of all tasks: what each must say for itself is abstract, the rest is what most have in common."""
 
     kind: ClassVar[str]
     per_token: ClassVar[bool] = False  # whether there is an answer for each token
@@ -69,61 +70,22 @@ class Task:
     step_names: ClassVar[tuple[str, ...]]  # what `step_sums` gives; the first is "loss"
     higher_is_better: ClassVar[dict[str, bool]]  # what --select_by may name; the first one is the default
 
-    # --- Targets (see batches.Targets) ---
-
-    @classmethod
-    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Task", list[str]]:
-        """(the task for these labels of the training data, cells as they stand in the file; notes for the user).
-
-        Impossible labels are skipped: `read` says what is wrong with them.
-        """
-        raise NotImplementedError
-
-    def check_names(self, path: str | None) -> None:
-        """Check that the labels of the training data at `path` are enough for this task.
-
-        Raises:
-            UserError: they are not.
-        """
-
-    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
-        """(the targets (N, ...) of these cells, None if some are wrong; an error for each wrong one)."""
-        raise NotImplementedError
-
-    def texts(self, targets: np.ndarray) -> list[str]:
-        """A text for each target, from which the fingerprint of the data is made."""
-        return [str(target.tolist()) for target in targets]
-
-    def strata(self, targets: np.ndarray) -> np.ndarray:
-        """(N,) int: the stratum of each sample. A split takes the same share of every stratum."""
-        raise NotImplementedError
-
-    def absent(self, targets: np.ndarray) -> str | None:
-        """A note on what is missing among the targets of a split; None if nothing is."""
-        return None
-
-    def learn(self, targets: np.ndarray, settings: Settings) -> "Task":
-        """The task with what it takes from the targets of the training split. Raises UserError."""
-        return self
-
-    def unlike_training(self, targets: np.ndarray, places: Sequence[str]) -> list[UserError]:
-        """What is wrong with targets of a split, beside those that it has learnt from."""
-        return []
-
     # --- Training ---
 
     @property
+    @abstractmethod
     def num_outputs(self) -> int:
-        raise NotImplementedError
+        """How many numbers the model's head gives."""
 
+    @abstractmethod
     def about(self) -> str:
         """A few words for the start of a run: '10 classes'."""
-        raise NotImplementedError
 
     def weights_text(self) -> str:
         """The weights of classes in what is minimised, for the first lines of a run; '' without."""
         return ""
 
+    @abstractmethod
     def objective(
         self, outputs: Tensor, targets: Tensor, settings: Settings, weights: Tensor | None = None
     ) -> Tensor:
@@ -131,37 +93,36 @@ class Task:
 
         weights: (B,), of each sample in this sum; None = 1.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def step_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The sums over the samples named in `step_names`, (len(step_names),), on the device of the outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_figures(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Training metrics of an epoch, named train_..., from the sums over its steps and their number of samples."""
-        raise NotImplementedError
 
     # --- Evaluation ---
 
+    @abstractmethod
     def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
         """What an evaluation keeps of each sample, as columns: from outputs float32 (B, num_outputs) and targets, both
         on the CPU.
 
         'finite' (B,) bool says whether the outputs are finite numbers; the other columns are up to the task.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, rows: Rows) -> dict[str, Any]:
         """Metrics as plain data, computed in float64.
 
         Raises:
             ValueError: some outputs are not finite.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
         """The validation metrics that the log keeps of an epoch, named val_..."""
-        raise NotImplementedError
 
     def score(self, line: Mapping[str, float], select_by: str | None) -> tuple[float, ...]:
         """The score of a line of the log; the highest is the best epoch. The lower loss decides a tie."""
@@ -177,20 +138,21 @@ class Task:
         """The task with what it chooses on validation data, from the rows of the validation split."""
         return self
 
+    @abstractmethod
     def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
         """The columns of items.csv, from which every metric can be recomputed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def analysis(self, rows: Rows, items: Sequence[Mapping[str, Any]]) -> dict[str, list[dict]]:
         """What --analyze adds to the results; `items` are the rows of items.csv."""
-        raise NotImplementedError
 
+    @abstractmethod
     def worst(self, rows: Rows, limit: int = 16) -> np.ndarray:
         """The numbers of the samples whose answers are most wrong, the worst first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, rows: Rows) -> Figures:
-        raise NotImplementedError
+        """What inference.py draws of a split."""
 
     def analysis_figures(self, analysis: Mapping[str, list[dict]]) -> Figures:
         return {}
@@ -199,46 +161,103 @@ class Task:
         """Places of samples that `draw_examples` shows; none where the task draws no examples."""
         return np.zeros(0, int)
 
-    def draw_examples(
+    def draw_examples(  # noqa: B027 (few tasks draw examples)
         self, batch: Batch, outputs: Any, captions: Sequence[str], name: str, adapter: Any, path: Path
     ) -> None:
         """Draw one modality of a batch of a few samples, and what was answered; `adapter` made its tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def caption(self, rows: Rows, number: int) -> str:
+        """A few words on the answer for a sample, below its picture."""
+
+    @abstractmethod
+    def mistake(self, rows: Rows, number: int) -> list[str]:
+        """Lines about a wrong answer."""
+
+    @abstractmethod
+    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
+        """What samples are coloured by in a scatter plot: (class numbers (N,), their names) or (numbers (N,), None)."""
+
+    def colour_meaning(self) -> str:
+        """Of what these numbers are."""
+        return "truth"
+
+
+@dataclass(frozen=True)
+class LabelledTask(Task):
+    """A task that is learnt from labels."""
+
+    # --- Targets (see batches.Targets) ---
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, cells: Sequence[Any], places: Sequence[str], settings: Settings) -> tuple["Task", list[str]]:
+        """(the task for these labels of the training data, cells as they stand in the file; notes for the user).
+
+        Impossible labels are skipped: `read` says what is wrong with them.
+        """
+
+    def check_names(self, path: str | None) -> None:  # noqa: B027 (most tasks ask for nothing)
+        """Check that the labels of the training data at `path` are enough for this task.
+
+        Raises:
+            UserError: they are not.
+        """
+
+    @abstractmethod
+    def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
+        """(the targets (N, ...) of these cells, None if some are wrong; an error for each wrong one)."""
+
+    def texts(self, targets: np.ndarray) -> list[str]:
+        """A text for each target, from which the fingerprint of the data is made."""
+        return [str(target.tolist()) for target in targets]
+
+    @abstractmethod
+    def strata(self, targets: np.ndarray) -> np.ndarray:
+        """(N,) int: the stratum of each sample. A split takes the same share of every stratum."""
+
+    def absent(self, targets: np.ndarray) -> str | None:
+        """A note on what is missing among the targets of a split; None if nothing is."""
+        return None
+
+    def learn(self, targets: np.ndarray, settings: Settings) -> "Task":
+        """The task with what it takes from the targets of the training split. Raises UserError."""
+        return self
+
+    def unlike_training(self, targets: np.ndarray, places: Sequence[str]) -> list[UserError]:
+        """What is wrong with targets of a split, beside those that it has learnt from."""
+        return []
+
+    # --- Evaluation ---
+
+    @abstractmethod
     def sides(self, rows: Rows, number: int) -> tuple[str, str]:
         """(the true answer, the predicted one) of a sample, as text."""
-        raise NotImplementedError
 
     def caption(self, rows: Rows, number: int) -> str:
         true, predicted = self.sides(rows, number)
         return f"true {true}, predicted {predicted}"
 
     def mistake(self, rows: Rows, number: int) -> list[str]:
-        """Lines about a wrong answer."""
         true, predicted = self.sides(rows, number)
         return [f"true {true}", f"predicted {predicted}"]
 
-    def colours(self, rows: Rows) -> tuple[np.ndarray, list[str] | None]:
-        """What samples are coloured by in a scatter plot: (class numbers (N,), their names) or (numbers (N,), None)."""
-        raise NotImplementedError
-
-    def colour_meaning(self) -> str:
-        """Of what these numbers are."""
-        return "truth"
-
     # --- Answers ---
 
+    @abstractmethod
     def answer(self, output: Tensor) -> dict[str, Any]:
         """What `predict` returns for an item, from its output float64 (num_outputs,)."""
-        raise NotImplementedError
 
-    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of predictions.csv after the item's id."""
-        raise NotImplementedError
-
+    @abstractmethod
     def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The rows of predictions.csv of an item, at least one."""
-        return [self.cells(answer)]
+        """The rows of predictions.csv of an item, at least one: their columns after the item's id."""
+
+
+def _absent(numbers: np.ndarray, names: Sequence[str], what: str) -> str | None:
+    """The note of `Task.absent` on these numbers of names, with {} in the place of the split."""
+    if not len(numbers):
+        return None
+    return f"{len(numbers)} of {len(names)} {what} {{}} sample, the first is {names[numbers[0]]}"
 
 
 def _total(loss: Callable[..., Tensor], weights: Tensor | None) -> Tensor:
@@ -271,7 +290,7 @@ Names = Annotated[list[str], _are_distinct, "a list of different names"]
 
 
 @dataclass(frozen=True)
-class Classification(Task, ClassTargets):
+class Classification(LabelledTask, ClassTargets):
     """One class an item.
 
     Args:
@@ -338,11 +357,7 @@ class Classification(Task, ClassTargets):
         return targets
 
     def absent(self, targets: np.ndarray) -> str | None:
-        absent = np.setdiff1d(np.arange(self.num_classes), targets)
-        if not len(absent):
-            return None
-        first = self.class_names[absent[0]]
-        return f"{len(absent)} of {self.num_classes} classes have no {{}} sample, the first is {first}"
+        return _absent(np.setdiff1d(np.arange(self.num_classes), targets), self.class_names, "classes have no")
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Classification":
         return replace(self, class_weights=_class_weights(targets, self.num_classes, settings))
@@ -446,13 +461,13 @@ class Classification(Task, ClassTargets):
             "probabilities": dict(zip(self.class_names, shares, strict=True)),
         }
 
-    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
         best = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:TOP]
         row = {}
         for rank, (name, share) in enumerate(best, 1):
             suffix = f"_{rank}" if rank > 1 else ""
             row |= {f"class{suffix}": name, f"confidence{suffix}": f"{share:.6f}"}
-        return row
+        return [row]
 
 
 def _class_weights(labels: np.ndarray, num_classes: int, settings: Settings) -> list[float] | None:
@@ -474,7 +489,7 @@ FARTHEST = 1e15  # standard deviations from the mean; float32 still holds the sq
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(LabelledTask):
     """Numbers, standardised inside with the training split's statistics, shown in the user's units.
 
     Args:
@@ -676,8 +691,8 @@ class Regression(Task):
         values = (output.numpy() * self.std + self.mean).tolist()
         return {"value": values[0], "values": dict(zip(self.target_names, values, strict=True))}
 
-    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: self._written(answer["values"][name], i) for i, name in enumerate(self.target_names)}
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [{name: self._written(answer["values"][name], i) for i, name in enumerate(self.target_names)}]
 
 
 # --- Several labels at once ------------------------------------------------------------------------------------------
@@ -687,7 +702,7 @@ Share = Annotated[float, lambda share: 0 <= share <= 1, "a number from 0 to 1"]
 
 
 @dataclass(frozen=True)
-class MultiLabel(Task):
+class MultiLabel(LabelledTask):
     """Any number of labels for an item, each present or not.
 
     Args:
@@ -789,11 +804,7 @@ class MultiLabel(Task):
         return np.where(counts[strata] >= FREQUENT, strata, len(counts) + rarest)
 
     def absent(self, targets: np.ndarray) -> str | None:
-        absent = np.flatnonzero(~targets.any(0))
-        if not len(absent):
-            return None
-        first = self.class_names[absent[0]]
-        return f"{len(absent)} of {self.num_outputs} labels are on no {{}} sample, the first is {first}"
+        return _absent(np.flatnonzero(~targets.any(0)), self.class_names, "labels are on no")
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "MultiLabel":
         if settings.class_weights == "none":
@@ -913,15 +924,15 @@ class MultiLabel(Task):
         there = [name for (name, share), least in zip(pairs, self.thresholds, strict=True) if share >= least]
         return {"labels": there, "probabilities": dict(pairs)}
 
-    def cells(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+    def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
         shares = {f"probability {name}": f"{share:.6f}" for name, share in answer["probabilities"].items()}
-        return {"labels": ";".join(answer["labels"]), **shares}
+        return [{"labels": ";".join(answer["labels"]), **shares}]
 
 
 # --- A class for each token ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Tagging(Task):
+class Tagging(LabelledTask):
     """A class for each step of a series, or for each character of a text.
 
     A target is int64 (L,), a class number for each token and UNLABELLED where none is asked for: at steps without a

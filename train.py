@@ -204,36 +204,18 @@ class Run:
                 distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.folder / LAST))
 
 
-def execute(
-    settings: Settings,
-    checkpoint: dict[str, Any] | None = None,
-    resumed: Path | None = None,
-    own: OwnData | None = None,
-    start: finetune.Start | None = None,
-) -> Run:
-    """Start or continue a training run; `Run.stop.agreed` is the signal that stopped it, if one did.
-
-    Args:
-        checkpoint, resumed: what to continue from, and its file; None for a new run.
-        own: the user's own code, for data that come from there.
-        start: the model of settings.init_from, if it has been read.
+def execute(run: Run) -> None:
+    """Train, and test what was trained. A signal ends it earlier: `run.stop.agreed` is that signal.
 
     Raises:
-        UserError: a mistake in settings or data, a file that cannot be written, memory that ran out, a loss that is
-            not finite.
+        UserError: a file that cannot be written, memory that ran out, a loss that is not finite.
     """
-    if settings.init_from and not (checkpoint or start):
-        start = distributed.broadcast(finetune.read_start, settings.init_from)
-    run = prepare(settings, checkpoint, resumed, own, start)
-    if checkpoint is None:
-        run.save(LAST)
     with run.stop:
         fit(run)
         if run.stop.agreed:
             stopped(run)
-            return run
+            return
     finish(run)
-    return run
 
 
 # --- Before the first step -------------------------------------------------------------------------------------------
@@ -246,7 +228,16 @@ def prepare(
     own: OwnData | None = None,
     start: finetune.Start | None = None,
 ) -> Run:
-    """Read the data, make the model and everything else, and rehearse a step before any file is written or moved."""
+    """Read the data, make the model and everything else, and rehearse a step before any file is written or moved.
+
+    Args:
+        checkpoint, resumed: what to continue from, and its file; None for a new run.
+        own: the user's own code, for data that come from there.
+        start: the model of settings.init_from.
+
+    Raises:
+        UserError: a mistake in settings or data, memory that ran out, an output or gradient that is not finite.
+    """
     device = distributed.own_device(choose_device(settings.device))
     amp_dtype = choose_precision(settings.amp, device)
     if device.type == "cuda":
@@ -709,7 +700,7 @@ def train(
         resume: the checkpoint to continue from, with the same settings and data.
 
     Raises:
-        UserError: as `execute`.
+        UserError: as `prepare` and `execute`.
     """
     own = None
     if data is not None:
@@ -723,8 +714,9 @@ def train(
         if resume is None:
             default = {name for name, value in vars(settings).items() if value == FIELDS[name].default}
             sources = {name: "default" if name in default else "given" for name in FIELDS}
+            start = distributed.broadcast(finetune.read_start, settings.init_from) if settings.init_from else None
             with owned_by_first(settings.checkpoint_dir):
-                run = show_and_train(settings, sources, own=own)
+                run = show_and_train(settings, sources, own=own, start=start)
         else:
             known = load_checkpoint(resume)["settings"]
             changes = {name: value for name, value in settings.to_dict().items() if known.get(name) != value}
@@ -889,7 +881,11 @@ def show_and_train(
     print(format_settings(settings, sources, in_force(settings)))
     for note in [*unused_settings(settings, sources), *(start.differences(settings, sources) if start else [])]:
         print_note(note)
-    return execute(settings, checkpoint, resumed, own, start)
+    run = prepare(settings, checkpoint, resumed, own, start)
+    if checkpoint is None:
+        run.save(LAST)  # what --resume continues from if the run ends before its first save
+    execute(run)
+    return run
 
 
 def in_force(settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import os
 import pathlib
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +37,8 @@ def start():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(flags) trains in an empty folder, in this process, without pictures: status and what was printed."""
+    from running import called
+
     import plots
     import run_log
     import train
@@ -47,12 +48,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
 
     def call(flags):
-        try:
-            status = train.main(flags.split())
-        except SystemExit as stopped:
-            status = stopped.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+        return called(capsys, train.main, flags.split())
 
     return call
 

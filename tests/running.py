@@ -1,6 +1,7 @@
-"""Real processes of train.py for the tests: started, watched, and ended.
+"""Commands for the tests, in this process, and in real ones that are started, watched and ended.
 
-Each runs train.py as __main__. They are forked from a server that has the libraries loaded, which saves seconds apiece.
+Each of those that `server` starts runs train.py as __main__. They are forked from a process that has the libraries
+loaded, which saves seconds apiece.
 """
 
 import multiprocessing
@@ -8,9 +9,11 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +102,26 @@ def wait_until(condition, process):
         assert time.monotonic() < until
         time.sleep(0.0005)
     return False
+
+
+def called(capsys, main, words):
+    """A command in this process: its status and what it printed."""
+    capsys.readouterr()
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stopped:
+        status = stopped.code
+    printed = capsys.readouterr()
+    return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+
+
+def in_two_processes(flags):
+    """What torchrun shows of train.py in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def children(pid):

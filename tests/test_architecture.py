@@ -16,7 +16,7 @@ from running import ROOT
 import inference
 import tasks
 from messages import UserError
-from tasks import Task
+from tasks import LabelledTask
 
 # --- Imports ---------------------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_the_model_needs_torch_alone():
 
 
 @dataclass(frozen=True)
-class Counts(Task):
+class Counts(LabelledTask):
     """How often something happens, 0, 1, 2, ...: one output, the logarithm of a Poisson distribution's mean."""
 
     kind = "counts"
@@ -130,8 +130,8 @@ class Counts(Task):
     def answer(self, output):
         return {"mean": math.exp(output[0])}
 
-    def cells(self, answer):
-        return {"mean": f"{answer['mean']:.4f}"}
+    def records(self, answer):
+        return [{"mean": f"{answer['mean']:.4f}"}]
 
 
 def test_a_task_is_one_class(run, monkeypatch, capsys):

@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from running import called
 from sklearn.datasets import load_digits
 from torch.utils.data import Subset
 
@@ -202,13 +203,7 @@ def call(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(main, flags):
-        capsys.readouterr()
-        try:
-            status = main(flags.split() if isinstance(flags, str) else [str(word) for word in flags])
-        except SystemExit as stopped:
-            status = stopped.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+        return called(capsys, main, flags.split() if isinstance(flags, str) else flags)
 
     return run
 

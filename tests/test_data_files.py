@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from user_files import image_file, message, quick, write
 
 from config import Settings
 from data_files import (
@@ -24,34 +24,9 @@ from messages import UserError
 from series_files import read_one_series
 from tables import read_table
 
-quick = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(min_size=1).filter(str.strip)  # any Unicode but surrogates
 labels = texts.map(str.strip)
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def message(read, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        read(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def image_file(path, colour="red", size=(3, 2), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
-    return path
 
 
 def same(found, expected):

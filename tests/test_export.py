@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from running import called
 
 import adapters
 import export
@@ -56,12 +57,8 @@ def write_checkpoint(path, parts, task, settings=None, **arguments):
 
 def command(capsys, *words):
     """export.py in this process: status, what it printed, its errors."""
-    try:
-        status = export.main([str(word) for word in words])
-    except SystemExit as stopped:
-        status = stopped.code
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
+    done = called(capsys, export.main, words)
+    return done.status, done.out, done.err
 
 
 def session_of(path):

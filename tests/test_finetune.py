@@ -5,14 +5,13 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from published import IMAGES, MODELS, write_models
-from running import end, output, stamp, succeed, wait_until
+from running import called, end, output, stamp, succeed, wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -87,12 +86,7 @@ def go(world, tmp_path, monkeypatch, capsys):
     quiet(monkeypatch)
 
     def call(flags, main=train.main, where="--checkpoint_dir {}/run --log_dir {}/runs"):
-        try:
-            status = main(f"{flags} {where}".format(tmp_path, tmp_path).split())
-        except SystemExit as stopped:
-            status = stopped.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+        return called(capsys, main, f"{flags} {where}".format(tmp_path, tmp_path).split())
 
     return call
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from user_files import image_file, message, quick, write
 
 import image_files
 from adapters import square_pixels
@@ -20,31 +21,6 @@ from image_files import depth, find_splits, open_image, read_images, to_rgb
 from messages import UserError
 
 ROOT = Path(image_files.__file__).parent
-quick = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def message(read, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        read(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def image_file(path, colour="red", size=(3, 2), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
-    return path
 
 
 def make(root, *files):

@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ROOT, end, output, succeed, wait_until
+from running import ROOT, end, in_two_processes, output, succeed, wait_until
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_absolute_error
 from test_resume import assert_same, assert_same_run, log_of
@@ -247,11 +246,8 @@ def test_two_processes_train_the_same_run(folder, run):
     Path("walks.py").write_text(STEPS)
     flags = f"--dataset walks.py {FLAGS} --dropout=0 --epochs=2 --class_weights=balanced --device=cpu"
     assert run(f"{flags} --checkpoint_dir=one/checkpoints").status == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), *flags.split(), "--checkpoint_dir=two/checkpoints"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("data    walks.py: ") == done.stdout.count("weights up ") == 1
+    shown = in_two_processes(f"{flags} --checkpoint_dir=two/checkpoints")
+    assert shown.count("data    walks.py: ") == shown.count("weights up ") == 1
     for one, two in zip(log_of(folder / "one"), log_of(folder / "two"), strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)

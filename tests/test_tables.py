@@ -9,6 +9,7 @@ import unicodedata
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from user_files import message, write
 
 from config import Settings
 from messages import UserError
@@ -23,23 +24,10 @@ quick = settings(
 KOREAN = [("text", "label"), ("좋은 영화, 1", "긍정"), ("나쁜\n영화", "부정"), ('"둘째"', "긍정"), ("끝", "부정")]
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def as_csv(rows, delimiter=",", line_end="\r\n", **options):
     stream = io.StringIO()
     csv.writer(stream, delimiter=delimiter, lineterminator=line_end, **options).writerows(rows)
     return stream.getvalue()
-
-
-def message(read, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        read(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def rows_of(path, **told):

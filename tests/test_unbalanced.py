@@ -5,14 +5,12 @@ import csv
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import ROOT, before_step
+from running import before_step, in_two_processes
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, recall_score
 from sklearn.utils.class_weight import compute_class_weight
 from test_resume import assert_same_run, log_of
@@ -208,11 +206,8 @@ def test_a_run_with_thresholds_and_weights_resumes_bit_for_bit(data, monkeypatch
 def test_two_processes_find_the_same_thresholds_and_weights(data):
     flags = f"{LABELS} --epochs=2 --tune_thresholds --class_weights=balanced --dropout=0 --device=cpu"
     assert data(f"{flags} --checkpoint_dir=one").status == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), *flags.split(), "--checkpoint_dir=two"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("weights without/with the label: ") == 1
+    shown = in_two_processes(f"{flags} --checkpoint_dir=two")
+    assert shown.count("weights without/with the label: ") == 1
     one, two = (load_checkpoint(f"{place}/{LAST}")["data"]["task"] for place in ("one", "two"))
     assert one["weights"] == two["weights"] and one["class_names"] == two["class_names"]
     assert two["thresholds"] == pytest.approx(one["thresholds"], abs=1e-3)

@@ -15,12 +15,12 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import pytest
 import torch
+from running import called
 
 import inference
 import plots
@@ -198,19 +198,14 @@ def run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(work)
 
     def call(main, *flags):
-        capsys.readouterr()
-        try:
-            status = main([str(flag) for flag in flags])
-        except SystemExit as stopped:
-            status = stopped.code
-        printed = capsys.readouterr()
-        assert status in (0, 2)
-        if status == 2:
-            assert_clear(printed.err)
-            assert all(line.startswith("error: ") for line in printed.err.splitlines()), printed.err
+        done = called(capsys, main, flags)
+        assert done.status in (0, 2)
+        if done.status == 2:
+            assert_clear(done.err)
+            assert all(line.startswith("error: ") for line in done.err.splitlines()), done.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["of"]  # nothing was written outside the folder
         assert sorted(path.name for path in work.parent.iterdir()) == ["run"]
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+        return done
 
     return call
 
@@ -228,6 +223,7 @@ def number_of_forgeries(config, default=1):
 READ_BY_ALL = {"model", "model_args", "settings", "data", "epoch", "step", "best", "format", "format_version"}
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_by_load_model_or_changes_no_answer(contents, tmp_path, pytestconfig):
     path = tmp_path / "forged.pth"
     torch.save(contents, path)
@@ -249,6 +245,7 @@ def test_any_forged_entry_is_refused_by_load_model_or_changes_no_answer(contents
     assert refused > 100
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_by_inference_or_leaves_it_whole(contents, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, READ_BY_ALL, 7, number_of_forgeries(pytestconfig)):
@@ -261,6 +258,7 @@ def test_any_forged_entry_is_refused_by_inference_or_leaves_it_whole(contents, r
     assert refused > 30
 
 
+@pytest.mark.slow
 def test_any_forged_entry_is_refused_on_resume_or_leaves_the_run_whole(contents, folder, run, pytestconfig):
     refused = 0
     for place, name, other in forgeries(contents, contents.keys(), 0, number_of_forgeries(pytestconfig)):
