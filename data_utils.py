@@ -272,11 +272,11 @@ def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple
     """num_samples sequences for training and validation, and a fifth as many for the test set."""
     data = make_synthetic(settings, "train", settings.num_samples)
     test = make_synthetic(settings, "test", math.ceil(settings.num_samples / 5))
-    rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
-    names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
     adapter = _known_adapter(info, TensorAdapter) or TensorAdapter(settings.feature_dim, settings.max_seq_len)
     first = np.arange(settings.num_samples) % settings.num_classes  # the class that a sequence has, or begins with
-    train, val = _split_off_validation(first, settings)
+    train, val = _split_off_validation(first, settings)  # refuses more classes than samples
+    rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
+    names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
     splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
     for split in splits.values():
         split.sequences = [adapter(sequence) for sequence in split.sequences]

@@ -25,7 +25,7 @@ from config import FIELDS, PYTHON, Settings, has_effect
 from files import disk_advice, make_folder, new_folder, replace, written_whole
 from messages import UserError, figure_text, print_note, printable, quoted
 from progress import Progress
-from tasks import Task
+from tasks import LAST_EPOCH, Task
 
 CURVES = "training_curves.png"
 RUN_FILES = (BEST, LAST, "settings.json", "log.jsonl", CURVES)
@@ -182,7 +182,7 @@ class RunLog:
             return f"{name} loss {figure_text(line[f'{name}_loss'])}" + f" {label} {figure_text(value)}" * there
 
         say(
-            f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}  "
+            f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}{self._chosen(line)}  "
             f"lr {line['learning_rate']:.2e}  {line['samples_per_second']:,.0f} samples/s  {line['seconds']:.1f} s"
             + ("  best" if is_best else "")
         )
@@ -209,6 +209,13 @@ class RunLog:
             with disk_advice():
                 self.writer.flush()
 
+    def _chosen(self, line: Mapping[str, Any]) -> str:
+        """The score of a line of the log that picks the best epoch, ' balanced accuracy 0.87'; '' where it is shown."""
+        name = self.settings.select_by
+        if name in (None, LAST_EPOCH, "loss", self.task.headline):
+            return ""
+        return f" {name.replace('_', ' ')} {figure_text(line[f'val_{name}'])}"
+
     # --- After the last step ---
 
     def draw_curves(self) -> None:
@@ -229,8 +236,8 @@ class RunLog:
             following = "from inference import evaluate, predict; evaluate(result.model, result.splits['test'])"
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
-            f"{figure_text(tested[f'val_{headline}'])}, test {label} {figure_text(test[headline])} ({beside}"
-            f"{test['num_samples']} samples, touched only now)\n"
+            f"{figure_text(tested[f'val_{headline}'])}{self._chosen(tested)}, test {label} "
+            f"{figure_text(test[headline])} ({beside}{test['num_samples']} samples, touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
             f"next:   {following}"
         )
