@@ -925,8 +925,9 @@ def _hidden(
         kinds = {name: adapter.features.get("vocab_size", 0) for name, adapter in adapters.items()}
         train = splits["train"]
         task = tasks.Reconstruct({name: tasks.Contents.of(train, name, number) for name, number in kinds.items()})
-    kept = {name: value for name, value in specific.items() if name != "class_names"}
-    return splits, kept | description(task, adapters, specific["notes"])
+    described = description(task, adapters, specific["notes"])
+    more = {name: value for name, value in specific.items() if name not in described and name != "class_names"}
+    return splits, described | more
 
 
 # --- By name ---------------------------------------------------------------------------------------------------------

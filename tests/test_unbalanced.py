@@ -149,7 +149,7 @@ def test_a_score_that_the_task_has_not_is_refused(data):
     result = data(f"{CLASSES} --select_by=rmse")
     assert result.status == 2 and result.err == (
         "error: select_by: rmse is no score of classification; choose one of accuracy, balanced_accuracy, macro_f1, "
-        "loss\n"
+        "loss, last\n"
     )
     assert data(f"{LABELS} --select_by=accuracy").err.startswith("error: select_by: accuracy is no score of multilabel")
     assert data(f"{CLASSES} --epochs=1 --select_by=loss").status == 0
