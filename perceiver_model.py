@@ -137,17 +137,21 @@ class MultiHeadAttention(nn.Module):
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
     def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H), in as few products as possible."""
+        """Queries (B or 1, H, N, E/H), keys (B, H, L, E/H), values (B, H, L, V/H), in as few products as pays off.
+
+        One product for all copies their weights, which the backward pass keeps: too dear for fewer rows than columns.
+        """
         together = [self.query, self.key, self.value] if inputs is None else [self.key, self.value]
-        if not self._layers_are_plain():
-            inputs = queries if inputs is None else inputs
-            parts = self.query(queries), self.key(inputs), self.value(inputs)
+        source = queries if inputs is None else inputs
+        few = not torch.compiler.is_exporting() and source.size(0) * source.size(1) < source.size(2)
+        if few or not self._layers_are_plain():
+            parts = self.query(queries), self.key(source), self.value(source)
         else:
             weight = torch.cat([layer.weight for layer in together])
             bias = None
             if inputs is None and self.query.bias is not None:
                 bias = F.pad(self.query.bias, (0, weight.size(0) - self.query.out_features))
-            parts = F.linear(queries if inputs is None else inputs, weight, bias)
+            parts = F.linear(source, weight, bias)
             parts = parts.split([layer.out_features for layer in together], -1)
             if inputs is not None:
                 parts = self.query(queries), *parts

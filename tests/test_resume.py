@@ -140,6 +140,9 @@ BUCKETS = f"{SMALL_BATCHES} --bucket_by_length"
 AUGMENTED = f"{DIGITS} --epochs=3 --batch_size=256"
 HIDDEN = f"{BUCKETS} --task=reconstruct"
 TAGGED = f"{BUCKETS} --task=tagging"
+TARGETS = f"--dataset=text --data_path={ROOT}/tests/data/targets.jsonl {MODEL} --epochs=4 --batch_size=8"
+NUMBERS = f"{TARGETS} --task=regression --label_column=parts"
+LABELS = f"{TARGETS} --task=multilabel --label_column=names --tune_thresholds --class_weights=balanced"
 MOMENTS = st.lists(
     st.tuples(st.just("step"), st.floats(0, 0.4))
     | st.tuples(st.just("save"), st.floats(0, 0.003))
@@ -148,7 +151,7 @@ MOMENTS = st.lists(
     max_size=5,
 )
 OPTIONS = st.fixed_dictionaries({
-    "data": st.sampled_from([BUCKETS, SMALL_BATCHES, AUGMENTED, HIDDEN, TAGGED]),
+    "data": st.sampled_from([BUCKETS, SMALL_BATCHES, AUGMENTED, HIDDEN, TAGGED, NUMBERS, LABELS]),
     "dropout": st.sampled_from([0.0, 0.3]),
     "attention_dropout": st.sampled_from([0.0, 0.2]),
     "accumulation_steps": st.sampled_from([1, 2, 3]),
@@ -174,11 +177,13 @@ def test_a_killed_run_ends_as_the_unbroken_one(start, tmp_path_factory, pytestco
     kills = 0
 
     @settings(
-        max_examples=math.ceil(wanted / 5) - 1, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
+        max_examples=math.ceil(wanted / 5) - 3, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
     @example(ALL_ON, [("save", 0.0), ("step", 0.1), ("start", 0.3), ("save", 0.001), ("step", 0.3)])
     @example(IMAGES, [("step", 0.05), ("save", 0.0), ("step", 0.2), ("save", 0.002), ("step", 0.0)])
+    @example(ALL_ON | {"data": NUMBERS}, [("step", 0.0), ("save", 0.001), ("step", 0.2), ("start", 0.5), ("save", 0.0)])
+    @example(ALL_ON | {"data": LABELS}, [("save", 0.001), ("step", 0.1), ("save", 0.0), ("step", 0.3), ("start", 0.8)])
     @given(OPTIONS, MOMENTS)
     def check(options, moments):
         nonlocal kills
