@@ -47,6 +47,20 @@ CPU_THREADS = torch.get_num_threads()  # read once, since a compiled forward pas
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
+def _attention_weights(q: Tensor, k: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """(B, H, N, L), each row 1 in all, of queries (B, H, N, E) and keys (B, H, L, E)."""
+    scores = (q * scale) @ k.mT
+    return (scores if allowed is None else scores.masked_fill(~allowed, -math.inf)).softmax(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """(B, H, N, V): F.scaled_dot_product_attention, where every query is allowed some token."""
+    if q.device.type == "cpu" and q.size(-1) != v.size(-1):
+        # No fused kernel has values of another width, and torch's own fallback looks for queries without a token
+        return F.dropout(_attention_weights(q, k, allowed, scale), dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=scale)
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2), self or cross, with torch's fused kernels.
 
@@ -123,17 +137,15 @@ class MultiHeadAttention(nn.Module):
             empty = ~mask.any(1)  # (B,) softmax over no token is NaN: let such samples see all, then zero the result
             allowed = (mask | empty[:, None])[:, None, None]  # (B, 1, 1, L)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=self.scale)
+        attended = _attend(q, k, v, allowed, dropout, self.scale)
         if mask is not None:
             attended = attended.masked_fill(empty[:, None, None, None], 0)
         attended = self._unfold(attended) if folded else attended  # (B, H, N, V/H)
         result = self.output(attended.transpose(1, 2).flatten(2))
         if not return_attention:
             return result
-        scores = (q * self.scale) @ k.mT
-        if mask is not None:
-            scores = scores.masked_fill(~allowed, -math.inf)
-        weights = scores.softmax(-1).reshape(k.size(0), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
+        weights = _attention_weights(q, k, allowed, self.scale)
+        weights = weights.reshape(k.size(0), self.num_heads, queries.size(1), k.size(2))  # (B, H, N, L)
         return result, weights if mask is None else weights.masked_fill(empty[:, None, None, None], 0)
 
     def _project(self, queries: Tensor, inputs: Tensor | None) -> tuple[Tensor, ...]:
