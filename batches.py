@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from config import choose_workers
 from messages import UserError, naming
 
 Batch = dict[str, Any]
@@ -375,6 +376,10 @@ class HidingDataset(Dataset):
         self.ids = getattr(dataset, "ids", np.arange(len(dataset)))
         self.epoch = 0
 
+    @property
+    def reads_files(self) -> bool:
+        return getattr(self.dataset, "reads_files", False)
+
     def set_epoch(self, epoch: int) -> None:
         if self.split == "train":  # evaluation hides the same in every epoch
             self.epoch = epoch
@@ -433,6 +438,10 @@ class Mixed(Dataset):
         if hasattr(dataset, "lengths"):  # it is not to be read for a check, see `create_dataloader`
             self.lengths, self.labels = dataset.lengths, getattr(dataset, "labels", None)
         self.set_epoch(0)
+
+    @property
+    def reads_files(self) -> bool:
+        return getattr(self.dataset, "reads_files", False)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -613,7 +622,7 @@ def create_dataloader(
     batch_size: int,
     shuffle: bool = False,
     seed: int = 0,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     num_classes: int | None = None,
     max_seq_len: int | None = None,
     bucket_by_length: bool = False,
@@ -630,6 +639,7 @@ def create_dataloader(
     Args:
         shuffle: for training: a new order each epoch; data from which nothing can be learnt are refused.
         seed: of the order.
+        num_workers: processes that load data; None for as many as config.choose_workers says.
         num_classes: labels must be in 0..num_classes-1.
         targets: a task (tasks.py), if the labels are not classes.
         max_seq_len: longer sequences are cut to this many tokens.
@@ -660,7 +670,7 @@ def create_dataloader(
         dataset,
         batch_sampler=sampler,
         collate_fn=partial(collate, max_seq_len=max_seq_len, targets=targets),
-        num_workers=num_workers,
+        num_workers=choose_workers(num_workers, getattr(dataset, "reads_files", False)),
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

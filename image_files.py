@@ -29,7 +29,9 @@ with suppress(ImportError):
 
     register_heif_opener()
 # EPS would run another program, Ghostscript; Pillow recognises the others but needs more software to read them.
+# They are tried in this order, the usual ones first.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+FORMATS.sort(key=lambda name: name not in ("JPEG", "PNG"))
 EXTENSIONS = {extension for extension, format in Image.registered_extensions().items() if format in FORMATS}
 # Photos that not every installation reads: their extensions, the possible bytes 8 to 11 of the file, the remedy
 PHOTOS = {

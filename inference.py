@@ -44,6 +44,7 @@ from config import (
     PYTHON,
     Parser,
     Settings,
+    check_cache,
     check_folder,
     choose_device,
     choose_precision,
@@ -67,7 +68,7 @@ LOOKS = ("delimiter", "encoding", "quoting")  # true of one file, not of the nex
 # Settings that may differ from those of training
 OVERRIDES = (
     "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
-    "amp", "device",
+    "amp", "device", "cache", "cache_dir",
 )  # fmt: skip
 COMMON = {"Settings": ("data_path", "test_path", "label_column", "batch_size", "num_workers", "amp", "device")}
 EXAMPLES = 3  # samples whose attention maps are drawn
@@ -181,7 +182,7 @@ def evaluate(
     dataset: Dataset,
     batch_size: int = 32,
     amp_dtype: torch.dtype | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     analyze: bool = False,
     output_dir: str | Path | None = None,
     about: dict[str, Any] | None = None,
@@ -472,7 +473,8 @@ def main(argv: list[str] | None = None) -> int:
     new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
     if new_data and args.flags.pop("data_path", None):
         print_note("data_path has no effect: all of test_path is evaluated")
-    here = {"device": "auto", "augment": False}  # the training device may not exist on this machine
+    # The training device may not exist on this machine; pixels are put on its disk where that is asked for here
+    here = {"device": "auto", "augment": False, "cache": "auto"}
     if args.input is not None or new_data:
         here |= {name: FIELDS[name].default for name in LOOKS}
     settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
@@ -491,6 +493,7 @@ def main(argv: list[str] | None = None) -> int:
         amp_dtype = choose_precision(settings.amp, device)
     model = equipped_model(checkpoint, device, own and own.classes)
     check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+    check_cache(settings, sources)
     with memory_advice("while reading the data", READING_REMEDIES):
         splits, data = load_splits(settings, model.data_info, split, own)
     for note in data["notes"]:

@@ -70,9 +70,11 @@ from checkpoint import (
 )
 from config import (
     FIELDS,
+    OWN_DATA,
     PYTHON,
     Settings,
     changed_settings,
+    check_cache,
     check_folder,
     check_memory,
     choose_device,
@@ -248,7 +250,10 @@ def prepare(
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
-    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+    # Files of the user's are read by all processes at once; what may be downloaded, by the first one first
+    at_once = settings.dataset_type in OWN_DATA
+    turns = nullcontext() if at_once else distributed.first_process_first()
+    with turns, memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
@@ -616,7 +621,8 @@ def finish(run: Run) -> None:
         run.log.draw_curves()
         model, tested, file = best_model(run)
         share = distributed.rank(), distributed.size()
-        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task)
+        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task,
+                                   num_workers=run.settings.num_workers)  # fmt: skip
         metrics = metrics_of(model.task, collect(run, model, loader), "test")
     headline = model.task.headline
     progress.test = {"epoch": tested["epoch"], headline: metrics[headline], "num_samples": metrics["num_samples"]}
@@ -772,6 +778,7 @@ def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, 
     if distributed.is_first():
         check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
         check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+        check_cache(settings, sources)
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)
