@@ -56,9 +56,20 @@ from config import (
 from data_files import Items, without_effect
 from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
-from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
+from messages import (
+    UserError,
+    as_utf8,
+    exit_on_user_error,
+    figure_text,
+    memory_advice,
+    naming,
+    print_note,
+    printable,
+    with_progress,
+)
 from own_data import OwnData
 from perceiver_model import PerceiverModel
+from pixels import in_threads
 from pretrained import fill_masks, load_pretrained
 from tables import FileFinder
 
@@ -198,7 +209,7 @@ def evaluate(
     model = evaluation.in_evaluation_mode(model)
     task, device, about = model.task, next(model.parameters()).device, about or {}
     loader = create_dataloader(dataset, batch_size, targets=task, num_workers=num_workers)
-    rows = evaluation.collect(model, loader, task, device, amp_dtype)
+    rows = evaluation.collect(model, with_progress(loader, "evaluating"), task, device, amp_dtype)
     if not rows["finite"].all():
         raise UserError(NOT_FINITE)
     results = {**about, **task.metrics(rows)}
@@ -252,7 +263,7 @@ def _analysis_figures(
         return tokens if isinstance(tokens, dict) else {only: tokens}
 
     def latents(path: Path) -> None:
-        pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
+        pooled = evaluation.collect_latents(model, with_progress(loader, "reading latents"), device, amp_dtype)
         plots.plot_latent_projection(pooled, colours, names, path, task.colour_meaning())
 
     def attention(modality: str, path: Path) -> None:
@@ -304,12 +315,17 @@ def write_predictions(
     """
     done = []  # ids, in the order of the answers
 
+    def attempt(number: int) -> Item | UserError:
+        try:
+            return _prepare(model, items.values[number], items.places[number])
+        except UserError as error:
+            return error
+
     def prepared() -> Iterator[Item]:
-        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
-            try:
-                item = _prepare(model, value, place)
-            except UserError as error:
-                on_error(error)
+        ahead = in_threads(attempt, range(len(items.ids)), 2 * batch_size)
+        for id, item in zip(items.ids, with_progress(ahead, "predicting", len(items.ids)), strict=True):
+            if isinstance(item, UserError):
+                on_error(item)
                 continue
             done.append(id)
             yield item

@@ -208,11 +208,11 @@ def _stat(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def in_threads(function: Callable[[Any], Any], values: Sequence[Any]) -> Iterator[Any]:
+def in_threads(function: Callable[[Any], Any], values: Sequence[Any], at_once: int = AT_ONCE) -> Iterator[Any]:
     """function(value) of each value, in order. Files are read and decoded in C, which lets threads run at once."""
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(values), AT_ONCE):
-            yield from pool.map(function, values[start : start + AT_ONCE])
+        for start in range(0, len(values), at_once):
+            yield from pool.map(function, values[start : start + at_once])
 
 
 # --- The check and its record ----------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Record:
 
     def write(self) -> None:
         """Raises OSError."""
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(self.path) as file:
             np.save(file, np.frombuffer("\0".join(self.names).encode("utf-8", "surrogateescape"), np.uint8))
             np.save(file, self.rows)
