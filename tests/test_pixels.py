@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import before_step
 from user_files import message, write
 
 import adapters
@@ -352,10 +353,10 @@ def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypat
         both.wait()
         return values
 
+    plain, found = loaded(shutil.copytree(folder, folder.parent / "copy")), {}
     for name, of in {"rank": lambda: one.rank, "size": lambda: 2, "is_first": lambda: one.rank == 0,
                      "all_gather": all_gather}.items():  # fmt: skip
         monkeypatch.setattr(pixels.distributed, name, of)
-    plain, found = loaded(folder.parent / shutil.copytree(folder, folder.parent / "copy").name), {}
 
     def process(rank):
         one.rank = rank
@@ -372,7 +373,6 @@ def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypat
             thread.join()
         return found[0], found[1]
 
-    one.rank = 0
     decoded.clear()
     first, second = together()
     assert len(decoded) == 44 and first[1] == second[1]
@@ -385,18 +385,17 @@ def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypat
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
-def test_train_evaluate_and_resume_with_pixels_on_disk_and_workers(folder, run, tmp_path, capsys):
-    words = f"--dataset=images --data_path={folder} --image_size=16 --model_size=tiny --epochs=2 --batch_size=8"
-    ends = []
-    for number, more in enumerate(("", "--num_workers=2 --cache=disk", "--num_workers=0 --cache=none")):
-        assert run(f"{words} {more} --checkpoint_dir={number}").status == 0
-        ends.append(torch.load(tmp_path / f"{number}/last_model.pth", weights_only=True)["model"])
-    assert all(torch.equal(ends[0][name], other[name]) for other in ends[1:] for name in ends[0])
-    shown = run(f"{words} --num_workers=2 --cache=disk --checkpoint_dir=new").out
-    assert "images  44 files of 16 x 16 pixels, read by 2 processes (--num_workers), kept in" in shown
-    done = run("--resume=1/last_model.pth --epochs=3")
-    assert done.status == 0, done.err
-    assert inference.main(["--model_path=1/best_model.pth", "--cache=none", "--num_workers=1"]) == 0
+def test_a_stopped_run_with_pixels_on_disk_ends_as_one_in_memory(folder, run, tmp_path, monkeypatch):
+    words = f"--dataset=images --data_path={folder} --image_size=16 --model_size=tiny --batch_size=8 --save_every=2"
+    first = run(f"{words} --epochs=2 --checkpoint_dir=0")
+    assert "images  44 files of 16 x 16 pixels, read, kept in memory: 0.00 GiB (--cache)" in first.out, first.err
+    before_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = run(f"{words} --epochs=2 --checkpoint_dir=1 --num_workers=2 --cache=disk")
+    assert "images  44 files of 16 x 16 pixels, read by 2 processes (--num_workers), kept in" in stopped.out
+    assert stopped.status == 143 and run("--resume=1/last_model.pth --cache=none").status == 0
+    ends = [torch.load(tmp_path / f"{number}/last_model.pth", weights_only=True)["model"] for number in (0, 1)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert inference.main(["--model_path=1/best_model.pth", "--cache=disk", "--num_workers=1"]) == 0
 
 
 def test_lengths_of_several_modalities_need_no_image(folder, decoded):
