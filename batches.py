@@ -566,14 +566,20 @@ class EpochBatchSampler(Sampler[list[int]]):
 class EpochDataLoader(DataLoader):
     """A DataLoader over an `EpochBatchSampler`: every pass is the next epoch.
 
+    spare_workers: whether a pass over data of which no file is left to read does without the workers.
+
     The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes are started for each
     pass, so they never hold an older epoch. Iterating draws nothing from torch's global generator, and the random
     numbers of a worker depend only on (seed, epoch, worker). For a CUDA device without workers, a thread makes the next
     batch while the device computes.
     """
 
+    spare_workers = False
+
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.batch_sampler
+        if self.spare_workers and not self.dataset.reads_files:
+            self.num_workers = 0
         self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(sampler.epoch)
@@ -666,11 +672,14 @@ def create_dataloader(
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None, share)
     if labels is not None:
         targets.check(labels, for_training=shuffle)
-    return EpochDataLoader(
+    reads_files = getattr(dataset, "reads_files", False)
+    loader = EpochDataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=partial(collate, max_seq_len=max_seq_len, targets=targets),
-        num_workers=choose_workers(num_workers, getattr(dataset, "reads_files", False)),
+        num_workers=choose_workers(num_workers, reads_files),
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
+    loader.spare_workers = num_workers is None and reads_files
+    return loader

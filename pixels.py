@@ -48,6 +48,7 @@ ROW = np.dtype([
     ("bits", "u1"),  # of what was taken for white in a file of GREY; else 0
     ("sums", "<i8", 3), ("squares", "<i8", 3),  # of its pixels, by channel
 ])  # fmt: skip
+MARK, SEAL = b"seal", 8  # what stands behind kept pixels, and its bytes in all
 STAT = ["size", "modified", "changed"]
 GREY, COLOUR = 1, 2
 
@@ -81,7 +82,7 @@ class Kept:
         self._open()
 
     def _open(self) -> None:
-        total, self.file = self.places * (self.size + len(_seal(b"", 0))), None
+        total, self.file = self.places * (self.size + SEAL), None
         if self.path is None:
             self.map = mmap.mmap(-1, total)
             return
@@ -104,10 +105,16 @@ class Kept:
         """The pixels (size,) in a place; None if it holds none of a file with this key."""
         if self.map is None:
             return None
-        start = int(place) * (self.size + len(_seal(b"", 0)))
-        pixels, seal = self.map[start : start + self.size], _seal(b"", 0)
-        seal = self.map[start + self.size : start + self.size + len(seal)]
+        start = int(place) * (self.size + SEAL)
+        pixels, seal = self.map[start : start + self.size], self.map[start + self.size : start + self.size + SEAL]
         return np.frombuffer(pixels, np.uint8) if seal == _seal(pixels, key) else None
+
+    def all_filled(self, places: np.ndarray) -> bool:
+        """Whether these places have been filled, as far as is known without reading them: none of a file is."""
+        if self.map is None or self.path is not None:
+            return False
+        marks = np.ndarray(self.places, f"S{len(MARK)}", self.map, self.size, self.size + SEAL)
+        return bool((marks[places] == MARK).all())
 
     def put(self, place: int, key: int, pixels: np.ndarray) -> None:
         if self.map is None:
@@ -123,7 +130,7 @@ class Kept:
 
 
 def _seal(pixels: bytes, key: int) -> bytes:
-    return b"seal" + zlib.crc32(pixels, key).to_bytes(4, "little")
+    return MARK + zlib.crc32(pixels, key).to_bytes(4, "little")
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -140,19 +147,23 @@ class ImageFiles:
         kept: None where nothing is kept.
         prepare: makes the pixels of a file.
         side: of the square [pixels].
-        reads_files: whether files are still to be read; else all lies in memory.
     """
 
     def __init__(
         self, paths: Sequence[Path], names: Sequence[str], rows: np.ndarray, places: np.ndarray, kept: Kept | None,
-        prepare: Callable[[Path], np.ndarray], side: int, reads_files: bool,
+        prepare: Callable[[Path], np.ndarray], side: int,
     ):  # fmt: skip
         self.paths, self.names, self.rows, self.places, self.kept = paths, names, rows, places, kept
-        self.prepare, self.side, self.reads_files = prepare, side, reads_files
+        self.prepare, self.side = prepare, side
         self.shape = len(paths), side, side, 3
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether files are still to be read; else all pixels lie in memory."""
+        return not (self.kept and self.kept.all_filled(self.places))
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """(mean, standard deviation) per channel."""
@@ -161,8 +172,7 @@ class ImageFiles:
 
     def subset(self, numbers: np.ndarray) -> "ImageFiles":
         paths, names = ([values[number] for number in numbers] for values in (self.paths, self.names))
-        return ImageFiles(paths, names, self.rows[numbers], self.places[numbers], self.kept, self.prepare, self.side,
-                          self.reads_files)  # fmt: skip
+        return ImageFiles(paths, names, self.rows[numbers], self.places[numbers], self.kept, self.prepare, self.side)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         numbers = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
@@ -175,8 +185,9 @@ class ImageFiles:
                 missing.append((image, number))
             else:
                 image[:] = kept.reshape(image.shape)
-        read = map if get_worker_info() or len(missing) < 2 else in_threads  # workers themselves run at once
-        refuse_together(filter(None, read(self._read, missing)))
+        alone = get_worker_info() or len(missing) < 2  # workers themselves run at once
+        read = map(self._read, missing) if alone else in_threads(self._read, missing, AT_ONCE)
+        refuse_together(filter(None, read))
         return images
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -208,8 +219,9 @@ def _stat(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def in_threads(function: Callable[[Any], Any], values: Sequence[Any], at_once: int = AT_ONCE) -> Iterator[Any]:
-    """function(value) of each value, in order. Files are read and decoded in C, which lets threads run at once."""
+def in_threads(function: Callable[[Any], Any], values: Sequence[Any], at_once: int) -> Iterator[Any]:
+    """function(value) of each value, in order; so many are begun at a time. Files are read and decoded in C, which
+    lets threads run at once."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(values), at_once):
             yield from pool.map(function, values[start : start + at_once])
@@ -296,7 +308,6 @@ class Check:
         for name, found in zip(STAT, stats.T, strict=True):
             self.rows[name] = found
         self.errors: dict[int, UserError] = {}  # by number of the file
-        self.read = np.zeros(len(self.paths), bool)  # by this process, now
         self.places = self.numbers if on_disk else np.arange(len(self.paths))
         self.kept = self._kept()
         self._pass(self._look, ~self.done)
@@ -345,7 +356,6 @@ class Check:
         row["squares"] = np.square(values, dtype=np.uint16).sum(0, dtype=np.int64)
         if self.kept:
             self.kept.put(self.places[number], _key(row), pixels)
-        self.read[number] = True
 
     def _pass(self, look: Callable[[int], None], wanted: np.ndarray) -> None:
         """look(number) at the wanted files in threads: this process at its share of them. Then all know all of it."""
@@ -362,7 +372,7 @@ class Check:
                 self.errors[number], self.done[number] = error, False
 
         try:
-            for _ in with_progress(in_threads(at, wanted), "checking images", len(wanted)):
+            for _ in with_progress(in_threads(at, wanted, AT_ONCE), "checking images", len(wanted)):
                 if time.monotonic() > saved + SAVE_EVERY:
                     self._remember()
                     saved = time.monotonic()
@@ -410,11 +420,10 @@ class Check:
         self._pass(partial(self._prepare, bits), grey & self.done)
         self._remember()
         refuse_together(self.errors[number] for number in sorted(self.errors))
-        in_memory = self.kept is not None and self.kept.path is None
         prepare = partial(self.prepare, bits=bits)
         return {
             split: ImageFiles(self.paths[part], self.names[part], self.rows[part], self.places[part], self.kept,
-                              prepare, self.side, not (in_memory and self.read.all()))
+                              prepare, self.side)
             for split, part in self.ranges.items()
         }  # fmt: skip
 
@@ -424,11 +433,11 @@ class Check:
 
     def about(self) -> str:
         """Where pixels come from, in words, for the first lines of a run."""
-        size, in_memory = len(self.paths) * 3 * self.side**2, self.kept is not None and self.kept.path is None
-        kept = "not kept" if not self.kept else "kept in memory" if in_memory else f"kept in {self.kept.path}"
-        count = f"{len(self.paths):,} files of {self.side} x {self.side} pixels"
-        workers = choose_workers(self.settings.num_workers, not (in_memory and self.read.all()))
-        how = f"read by {workers} processes (--num_workers)" if workers else "read by this process (--num_workers 0)"
-        if in_memory and self.read.all():
-            how = "read"
-        return f"images  {count}, {how}, {kept}: {size / 2**30:,.2f} GiB (--cache)"
+        size = len(self.paths) * 3 * self.side**2
+        kept = f"kept in {self.kept.path or 'memory'}" if self.kept else "not kept"
+        read = self.kept is not None and self.kept.all_filled(self.places)
+        workers = choose_workers(self.settings.num_workers, True)
+        by = f"{workers} processes (--num_workers)" if workers else "this process (--num_workers 0)"
+        return (f"images  {len(self.paths):,} files to {self.side} x {self.side} pixels, "
+                f"{'read' if read else f'read when a batch needs them by {by}'}, {kept}: "
+                f"{size / 2**30:,.2f} GiB (--cache)")  # fmt: skip

@@ -55,6 +55,9 @@ def make_photos(folder: Path, count: int, size: tuple[int, int], classes: int = 
 
 
 def build(spec: measure.Spec) -> tuple[measure.Step, measure.Step, measure.Spec]:
+    import torch
+
+    torch.set_num_threads(1)  # in the process without workers, as torch sets it in workers
     folder, workers = spec["folder"], spec["workers"]
     if spec["name"] == OURS:
         from batches import create_dataloader

@@ -388,10 +388,10 @@ def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypat
 def test_a_stopped_run_with_pixels_on_disk_ends_as_one_in_memory(folder, run, tmp_path, monkeypatch):
     words = f"--dataset=images --data_path={folder} --image_size=16 --model_size=tiny --batch_size=8 --save_every=2"
     first = run(f"{words} --epochs=2 --checkpoint_dir=0")
-    assert "images  44 files of 16 x 16 pixels, read, kept in memory: 0.00 GiB (--cache)" in first.out, first.err
+    assert "images  44 files to 16 x 16 pixels, read, kept in memory: 0.00 GiB (--cache)" in first.out, first.err
     before_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     stopped = run(f"{words} --epochs=2 --checkpoint_dir=1 --num_workers=2 --cache=disk")
-    assert "images  44 files of 16 x 16 pixels, read by 2 processes (--num_workers), kept in" in stopped.out
+    assert "read when a batch needs them by 2 processes (--num_workers), kept in" in stopped.out
     assert stopped.status == 143 and run("--resume=1/last_model.pth --cache=none").status == 0
     ends = [torch.load(tmp_path / f"{number}/last_model.pth", weights_only=True)["model"] for number in (0, 1)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -408,6 +408,19 @@ def test_lengths_of_several_modalities_need_no_image(folder, decoded):
     assert several.lengths.tolist() == [tokens + 3, 5, tokens] and several.reads_files
     create_dataloader(several, 2, num_workers=0)
     assert decoded == []
+
+
+def test_processes_load_until_all_is_in_memory(folder, remembered):
+    loaded(folder)
+    data = loaded(folder, augment=False)[0]["train"]
+    assert data.reads_files
+    loader = create_dataloader(data, 8, num_workers=None)
+    started = loader.num_workers
+    first = list(loader)
+    assert not data.reads_files
+    same(loader, first)
+    assert started == choose_workers(None, True) and loader.num_workers == 0
+    assert loaded(folder, cache="disk")[0]["train"].reads_files and loaded(folder, cache="none")[0]["train"].reads_files
 
 
 def test_how_many_processes_load(monkeypatch):
