@@ -750,7 +750,7 @@ def check_memory(needed: float, what: str, device: torch.device | str = "cpu") -
 def choose_workers(num_workers: int | None, reads_files: bool) -> int:
     """How many processes load data; None is 0, and for data that are read from files one for each core of this process.
 
-    Measured with JPEGs on two cores: docs/speed.md. On a single core another process would only take turns.
+    Decoding keeps a core busy, and on a single one another process would only take turns with this one.
     """
     if num_workers is not None or not reads_files:
         return num_workers or 0
