@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -33,10 +33,11 @@ from torch.utils.data import Dataset
 import plots
 from augmentation import SeriesAugmentation, series_augmentation
 from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
-from config import FIELDS, Settings, check_memory
+from config import FIELDS, Settings
 from data_files import Items, OnError, read_series, read_texts
-from image_files import depth, open_image, read_images, to_bytes, to_rgb, upright
+from image_files import open_image, read_images, to_bytes, to_rgb, upright
 from messages import UserError, naming, printable, refuse_together
+from pixels import COLOUR, GREY, Check, ImageFiles, statistics
 from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_named_series, read_one_series
 from tables import FileFinder, listed, nfc, repeated
@@ -162,6 +163,20 @@ class MultimodalDataset(Dataset):
     ):
         self.parts, self.labels, self.ids = parts, labels, _ids(ids, len(labels))
 
+    @property
+    def reads_files(self) -> bool:
+        return any(getattr(dataset, "reads_files", False) for dataset, _ in self.parts.values())
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, (N,), of all modalities together."""
+        total = np.zeros(len(self), np.int64)
+        for dataset, places in self.parts.values():
+            own = getattr(dataset, "lengths", None)
+            own = np.array([len(dataset[i]["input"]) for i in range(len(dataset))] if own is None else own, np.int64)
+            total[places >= 0] += own[places[places >= 0]]
+        return total
+
     def set_epoch(self, epoch: int) -> None:
         for dataset, _ in self.parts.values():
             if hasattr(dataset, "set_epoch"):
@@ -193,6 +208,9 @@ class Source:
     names: list[str] | None = None  # of the columns of the training data, where the file has them
     table_rows: str | None = None
     notes: list[str] = field(default_factory=list)  # for the user; added to
+    data: Path | None = None  # the file or folder that they were read from
+    remember: bool = False  # whether what is found out about files may be written beside them
+    check: Check | None = None  # of images
 
 
 @dataclass(frozen=True)
@@ -879,16 +897,18 @@ class ImageAdapter(Adapter):
     @classmethod
     def load(
         cls, source: Source, settings: Settings, known: "ImageAdapter | None"
-    ) -> tuple["ImageAdapter", dict[str, np.ndarray]]:
-        """The images are kept in memory as bytes, image_size x image_size x 3 each."""
-        size, bits = (known.image_shape[0], known.bits) if known else (settings.image_size, None)
-        if not known:
-            check_patches(settings, size, size)
-            bits = _bits(source.values["train"], source.places["train"], settings, source.notes)
-        raw = _read_pixels(source.values, source.places, size, bits, known and known.crop)
+    ) -> tuple["ImageAdapter", dict[str, ImageFiles]]:
+        """Every file is checked; pixels are read when they are needed, see pixels.py."""
         if known:
-            return known, raw
-        return cls.fit(raw["train"], settings.patch_size, True, bits, image_stem(settings)), raw
+            source.check = source.check or _check(source, known.image_shape[0], known.crop, settings)
+            return known, source.check.files(known.bits)
+        side, stem = settings.image_size, image_stem(settings)
+        check_patches(settings, side, side)
+        source.check = _check(source, side, None, settings)
+        bits = _bits(source, settings)
+        raw = source.check.files(bits)
+        patch_size = 1 if stem else settings.patch_size
+        return cls([side, side, 3], patch_size, *raw["train"].statistics(), True, bits, stem=stem), raw
 
     def taken_over(self, source: Source, settings: Settings) -> "ImageAdapter | None":
         side = settings.image_size
@@ -897,13 +917,14 @@ class ImageAdapter(Adapter):
                                 "normalised by these data")  # fmt: skip
             return None
         check_patches(settings, side, side)
-        bits = self.bits or _bits(source.values["train"], source.places["train"], settings, source.notes)
+        source.check = _check(source, side, self.crop, settings)
+        bits = self.bits or _bits(source, settings)
         stem = image_stem(settings)
         patch_size = 1 if stem else settings.patch_size
         return replace(self, image_shape=[side, side, 3], patch_size=patch_size, any_size=True, bits=bits, stem=stem)
 
     def datasets(
-        self, raw: dict[str, np.ndarray], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
+        self, raw: dict[str, ImageFiles], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
         settings: Settings, targets: Targets,
     ) -> dict[str, Dataset]:  # fmt: skip
         made = {}
@@ -913,7 +934,7 @@ class ImageAdapter(Adapter):
         return made
 
     def about(self, raw: Sequence[Any], source: Source) -> list[str]:
-        return []  # a line about the augmentation follows, see ImageDataset
+        return [source.check.about()] if source.check else []  # one about the augmentation follows, see ImageDataset
 
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
@@ -971,10 +992,10 @@ def shift_and_flip(images: np.ndarray, offsets: np.ndarray, flips: np.ndarray, m
 
 
 class ImageDataset(Dataset):
-    """Images kept as bytes. A batch is augmented and cut into patches as a whole.
+    """Images as bytes, in memory or in files. A batch is augmented and cut into patches as a whole.
 
     Args:
-        images: uint8 (N, H, W, C).
+        images: uint8 (N, H, W, C), or files that are read as such.
         labels: N labels, such as class numbers.
         adapter: makes the tokens.
         margin: images are shifted by up to this many pixels; 0 for none.
@@ -986,7 +1007,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | ImageFiles,
         labels: np.ndarray,
         adapter: ImageAdapter,
         margin: int = 0,
@@ -995,13 +1016,17 @@ class ImageDataset(Dataset):
         ids: Sequence[str] | None = None,
         targets: Targets | None = None,
     ):
-        self.images = np.ascontiguousarray(images)
+        self.images = images if isinstance(images, ImageFiles) else np.ascontiguousarray(images)
         self.targets = targets or ClassTargets()
         self.labels = np.array([self.targets.target(label, f"sample {i}") for i, label in enumerate(labels)])
         self.adapter, self.margin, self.flip, self.seed = adapter, margin, flip, seed
         self.ids = _ids(ids, len(images))
         self.lengths = np.full(len(images), math.prod(adapter.grid_shape))
         self.set_epoch(0)
+
+    @property
+    def reads_files(self) -> bool:
+        return isinstance(self.images, ImageFiles) and self.images.reads_files
 
     @property
     def augmentation(self) -> str:
@@ -1020,7 +1045,8 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def subset(self, numbers: np.ndarray) -> "ImageDataset":
-        return ImageDataset(self.images[numbers], self.labels[numbers], self.adapter, self.margin, self.flip, self.seed,
+        images = self.images.subset(numbers) if isinstance(self.images, ImageFiles) else self.images[numbers]
+        return ImageDataset(images, self.labels[numbers], self.adapter, self.margin, self.flip, self.seed,
                             self.ids[numbers], self.targets)  # fmt: skip
 
     def __getitems__(self, numbers: list[int]) -> Batch:
@@ -1048,44 +1074,26 @@ def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, An
     return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
 
 
-def _read_pixels(
-    files: dict[str, Sequence[Path]], places: dict[str, Sequence[str]], size: int, bits: int | None, crop: float | None
-) -> dict[str, np.ndarray]:
-    """uint8 (N, size, size, 3) of each split.
-
-    Raises:
-        UserError: images that cannot be read, or more than this machine's memory holds.
-    """
-    number = sum(map(len, files.values()))
-    check_memory(3 * number * size**2, f"{number:,} images of {size:,} x {size:,} pixels (--image_size)")
-    pixels = {name: np.empty((len(paths), size, size, 3), np.uint8) for name, paths in files.items()}
-
-    def read(job: tuple[np.ndarray, int, Path]) -> None:
-        images, number, file = job
-        images[number] = square_pixels(file, size, bits, crop)
-
-    each_of(read, {name: [(pixels[name], *pair) for pair in enumerate(files[name])] for name in files}, places)
-    return pixels
+def _check(source: Source, side: int, crop: float | None, settings: Settings) -> Check:
+    prepare = partial(square_pixels, size=side, crop=crop)
+    return Check(source.values, source.places, prepare, side, crop, settings, source.data, source.remember)
 
 
-def _bits(files: Sequence[Path], places: Sequence[str], settings: Settings, notes: list[str]) -> int | None:
+def _bits(source: Source, settings: Settings) -> int | None:
     """The bits in use in grey training images; None if they have no more than 8. Adds a note on what is assumed.
 
     A camera of 10 or 12 bits stores them in 16-bit files, which would look almost black.
     """
-    used = {"grey": [], "colour": []}  # bits of each image
-    for found in each(depth, files, places):
-        if found:
-            used[found[0]].append(found[1])
-    if used["colour"] and max(used["colour"]) <= 14:
-        raise UserError(f"{settings.data_path}: {len(used['colour'])} training images have colours of 16 bits, but use "
-                        f"{max(used['colour'])} of them at most, and only the upper 8 are read; save them as 8 bit")
-    if not used["grey"]:
+    grey, colour = (source.check.sixteen_bits("train", kind) for kind in (GREY, COLOUR))
+    if len(colour) and colour.max() <= 14:
+        raise UserError(f"{settings.data_path}: {len(colour)} training images have colours of 16 bits, but use "
+                        f"{colour.max()} of them at most, and only the upper 8 are read; save them as 8 bit")
+    if not len(grey):
         return settings.image_bits
-    most = max(used["grey"])
+    most = int(grey.max())
     bits = settings.image_bits or next((bits for bits in (8, 10, 12, 14) if bits >= most), 16)
-    notes.append(f"{len(used['grey'])} of {len(files)} training images are grey of 16 bits and use {most} of them: "
-                 f"0 is taken for black, {2**bits - 1} for white (--image_bits {bits})")  # fmt: skip
+    source.notes.append(f"{len(grey)} of {len(source.values['train'])} training images are grey of 16 bits and use "
+                        f"{most} of them: 0 is taken for black, {2**bits - 1} for white (--image_bits {bits})")
     return bits
 
 
@@ -1208,11 +1216,9 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], pixels: in
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """(mean, standard deviation) per channel of uint8 (N, H, W, C); a constant channel has deviation 1."""
     planes = [torch.from_numpy(images[..., c].ravel()) for c in range(images.shape[-1])]
-    share = np.stack([plane.bincount(minlength=256) / len(plane) for plane in planes])  # (C, 256)
+    counts = np.stack([plane.bincount(minlength=256) for plane in planes])  # (C, 256)
     values = np.arange(256)
-    mean = share @ values
-    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
-    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+    return statistics(images[..., 0].size, counts @ values, counts @ values**2)
 
 
 # --- Descriptions ----------------------------------------------------------------------------------------------------

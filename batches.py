@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from config import choose_workers
 from messages import UserError, naming
 
 Batch = dict[str, Any]
@@ -375,6 +376,10 @@ class HidingDataset(Dataset):
         self.ids = getattr(dataset, "ids", np.arange(len(dataset)))
         self.epoch = 0
 
+    @property
+    def reads_files(self) -> bool:
+        return getattr(self.dataset, "reads_files", False)
+
     def set_epoch(self, epoch: int) -> None:
         if self.split == "train":  # evaluation hides the same in every epoch
             self.epoch = epoch
@@ -433,6 +438,10 @@ class Mixed(Dataset):
         if hasattr(dataset, "lengths"):  # it is not to be read for a check, see `create_dataloader`
             self.lengths, self.labels = dataset.lengths, getattr(dataset, "labels", None)
         self.set_epoch(0)
+
+    @property
+    def reads_files(self) -> bool:
+        return getattr(self.dataset, "reads_files", False)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -557,14 +566,20 @@ class EpochBatchSampler(Sampler[list[int]]):
 class EpochDataLoader(DataLoader):
     """A DataLoader over an `EpochBatchSampler`: every pass is the next epoch.
 
+    spare_workers: whether a pass over data of which no file is left to read does without the workers.
+
     The data set is told which epoch begins (its `set_epoch`, if it has one). Worker processes are started for each
     pass, so they never hold an older epoch. Iterating draws nothing from torch's global generator, and the random
     numbers of a worker depend only on (seed, epoch, worker). For a CUDA device without workers, a thread makes the next
     batch while the device computes.
     """
 
+    spare_workers = False
+
     def __iter__(self) -> Iterator[Batch]:
         sampler = self.batch_sampler
+        if self.spare_workers and not self.dataset.reads_files:
+            self.num_workers = 0
         self.generator.manual_seed(int(random_stream("workers", sampler.seed, sampler.epoch).integers(2**63)))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(sampler.epoch)
@@ -613,7 +628,7 @@ def create_dataloader(
     batch_size: int,
     shuffle: bool = False,
     seed: int = 0,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     num_classes: int | None = None,
     max_seq_len: int | None = None,
     bucket_by_length: bool = False,
@@ -630,6 +645,7 @@ def create_dataloader(
     Args:
         shuffle: for training: a new order each epoch; data from which nothing can be learnt are refused.
         seed: of the order.
+        num_workers: processes that load data; None for as many as config.choose_workers says.
         num_classes: labels must be in 0..num_classes-1.
         targets: a task (tasks.py), if the labels are not classes.
         max_seq_len: longer sequences are cut to this many tokens.
@@ -656,11 +672,14 @@ def create_dataloader(
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None, share)
     if labels is not None:
         targets.check(labels, for_training=shuffle)
-    return EpochDataLoader(
+    reads_files = getattr(dataset, "reads_files", False)
+    loader = EpochDataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=partial(collate, max_seq_len=max_seq_len, targets=targets),
-        num_workers=num_workers,
+        num_workers=choose_workers(num_workers, reads_files),
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
+    loader.spare_workers = num_workers is None and reads_files
+    return loader

@@ -76,6 +76,7 @@ PYTHON = "python"  # the data set that is given to train.train(); one of a file 
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
 _LAST = object()  # --resume without a path, until checkpoint_dir is known
 _TOO_LARGE = 2**31  # upper bound of every integer setting
+MOST_WORKERS = 16  # that are chosen without being asked for
 _NAMED = 20  # unknown names that get a line each; finding the nearest valid one takes time
 
 
@@ -105,6 +106,7 @@ _CIFAR10 = {"dataset_type": ("cifar10",)}
 _OUR_IMAGES = {"dataset_type": ("cifar10", "digits", "images", "multimodal")}
 _IMAGES = {"dataset_type": (*_OUR_IMAGES["dataset_type"], PYTHON)}
 _OWN_IMAGES = {"dataset_type": ("images", "multimodal", PYTHON)}
+_IMAGE_FILES = {"dataset_type": ("images", "multimodal")}
 _SEQUENCES = {"dataset_type": ("synthetic", "sequences", "text", "multimodal", PYTHON)}
 _FILES = {"dataset_type": OWN_DATA}
 _OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
@@ -228,9 +230,16 @@ class Settings:
     val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
-    num_workers: int = _data(
-        0, "processes that load data; 0 = the training process", "processes", at_least=0, at_most=1024,
+    num_workers: int | None = _data(
+        None, "processes that load data; 0 = the training process; none = 0, and for images that are read from files "
+        "one for each processor core, at most 16", "processes", at_least=0, at_most=1024, on_resume="free")
+    cache: str = _data(
+        "auto", "where the pixels of your images are kept once they were read: memory, a file on disk, or none; auto = "
+        "memory up to 0.75 GiB, else none", choices=("auto", "memory", "disk", "none"), applies=_IMAGE_FILES,
         on_resume="free")
+    cache_dir: str | None = _data(
+        None, "folder of what is remembered about your images; none = .perceiver_cache beside them",
+        applies=_IMAGE_FILES, on_resume="free")
 
     init_from: str | None = _start(
         None, "another model whose weights a new run starts from: a checkpoint, or a published one")
@@ -644,6 +653,23 @@ def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *sig
                         f"if that is right, say so with {flag_of(name)}")
 
 
+def cache_folder(settings: Settings, data: Path | None = None) -> Path:
+    """The folder of what is remembered about images. data: their folder or manifest, data_path or test_path."""
+    data = data or Path(settings.data_path)
+    return Path(settings.cache_dir or (data if data.is_dir() else data.parent) / ".perceiver_cache")
+
+
+def check_cache(settings: Settings, sources: Mapping[str, str]) -> None:
+    """`check_folder` of the pixels on disk: where a checkpoint names the place, they are put there if it is in use."""
+    if not has_effect(settings, "cache") or settings.cache != "disk" or settings.data_path is None:
+        return
+    named_by_checkpoint = sources["cache_dir" if settings.cache_dir else "data_path"] == "checkpoint"
+    folder = Path(os.path.abspath(cache_folder(settings)))
+    if named_by_checkpoint and not folder.is_relative_to(Path.cwd()) and not folder.exists():
+        raise UserError(f"cache: the checkpoint would write into {_shown(str(folder))}, outside the current folder; if "
+                        "that is right, say so with --cache_dir")  # fmt: skip
+
+
 def format_settings(settings: Settings, sources: Mapping[str, str], in_force: Mapping[str, Any]) -> str:
     """The settings that were given or are not at their default, aligned, with unit and source.
 
@@ -702,19 +728,35 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise UserError(f"device: {device!s} cannot be used here: {reason}; choose_device('auto') finds one") from error
 
 
+def memory_of(device: torch.device | str) -> float:
+    """The whole memory of the device [bytes]; infinity where it cannot be known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if torch.device(device).type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+
 def check_memory(needed: float, what: str, device: torch.device | str = "cpu") -> None:
     """Check that so many bytes are no more than the whole memory of the device, if that can be known.
 
     Raises:
         UserError: they are more.
     """
-    there = math.inf
-    if torch.device(device).type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    elif torch.device(device).type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    if needed > (there := memory_of(device)):
         raise UserError(f"{what} would take {needed / 2**30:,.0f} GiB, and {device} has {there / 2**30:,.0f} GiB")
+
+
+def choose_workers(num_workers: int | None, reads_files: bool) -> int:
+    """How many processes load data; None is 0, and for data that are read from files one for each core of this process.
+
+    Decoding keeps a core busy, and on a single one another process would only take turns with this one.
+    """
+    if num_workers is not None or not reads_files:
+        return num_workers or 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
 def choose_precision(amp: str, device: torch.device) -> torch.dtype | None:

@@ -62,8 +62,9 @@ from batches import (  # noqa: F401 (for those who import them from here)
 )
 from config import FIELDS, OWN_DATA, PYTHON, Settings, check_memory, is_code
 from data_files import Items, OnError, raise_it, read_manifest, without_effect
+from files import checksum_of
 from image_files import PURPOSES, find_splits
-from messages import UserError, as_utf8, naming, printable, refuse_together
+from messages import UserError, as_utf8, naming, refuse_together
 from own_data import OwnData
 from tables import FileFinder
 from tasks import Classification, Task
@@ -535,6 +536,7 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     if "train" in items:
         notes += _split_off(items, targets, task, settings, str(settings.data_path))
 
+    home = FileFinder()(Path(settings.data_path if "train" in items else settings.test_path or settings.data_path))
     loaded = {}
     for modality in _modalities(items, known, settings, notes):
         there = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
@@ -544,6 +546,8 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
             {name: [items[name].places[i] for i in numbers] for name, numbers in there.items()},
             train and train.columns,
             train and train.table_rows,
+            data=home,
+            remember=not info,
         )
         adapter = known.get(modality)
         if modality in start:
@@ -587,7 +591,10 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     labels = {name: task.texts(values) for name, values in targets.items()}
     if settings.task == "reconstruct":  # of data without labels
         labels = {name: [""] * len(values) for name, values in labels.items()}
-    prints = _fingerprints(items, labels, info)
+    checksums = {}
+    for _, source, _, _ in loaded.values():
+        checksums |= source.check.checksums() if source.check else {}
+    prints = _fingerprints(items, labels, info, checksums)
     return splits, description(task, adapters, notes, about=about, fingerprints=prints, **augmentation)
 
 
@@ -777,12 +784,14 @@ def _refuse_shared_groups(items: dict[str, Items]) -> None:
                                 f"{first}; move all items of a group to one side")  # fmt: skip
 
 
-def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: Info | None) -> dict[str, str]:
+def _fingerprints(
+    items: dict[str, Items], labels: dict[str, list[str]], info: Info | None, checksums: Mapping[Path, int]
+) -> dict[str, str]:
     """A checksum of the samples of each split in their order: ids, labels, texts, series, file names.
 
-    If there are files, a checksum of all their bytes follows after a "-". They were read a moment ago, so the system
-    still has them in memory, and this costs little compared with decoding them. Names may be in another normal form of
-    Unicode than in the checkpoint, since data may have moved between systems.
+    If there are files, a checksum of all their bytes follows after a "-", made from that of each file: `checksums`
+    has those that are known. Names may be in another normal form of Unicode than in the checkpoint, since data may have
+    moved between systems.
     """
     known = (info or {}).get("fingerprints", {})
 
@@ -801,7 +810,9 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
                  for part in parts if isinstance(part, Path)]  # fmt: skip
         if not files:
             return ""
-        sums = each(_file_checksum, *map(list, zip(*files, strict=True)))
+        unknown = {path: place for path, place in files if path not in checksums}
+        read = dict(zip(unknown, each(checksum_of, [*unknown], [*unknown.values()]), strict=True))
+        sums = [checksums[path] if path in checksums else read[path] for path, _ in files]
         return f"-{zlib.crc32(np.array(sums, '<u4').tobytes()):08x}"
 
     def fingerprint(found: Items, texts: list[str], before: str) -> str:
@@ -814,17 +825,6 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
     return {
         name: fingerprint(found, labels[name], known.get(name, "").partition("-")[0]) for name, found in items.items()
     }
-
-
-def _file_checksum(path: Path) -> int:
-    result = 0
-    try:
-        with open(path, "rb") as file:
-            while data := file.read(2**20):
-                result = zlib.crc32(data, result)
-    except OSError as error:
-        raise UserError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
-    return result
 
 
 # --- Data given in Python --------------------------------------------------------------------------------------------

@@ -203,6 +203,15 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, in each of them; they wait up to LONGEST_DOWNLOAD."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value, dist.new_group(backend="gloo", timeout=LONGEST_DOWNLOAD))
+    return values
+
+
 def broadcast(function: Callable[..., Any], *args: Any) -> Any:
     """Call the function in the first process; all processes get what it returns."""
     if size() == 1:

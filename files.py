@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -31,6 +32,21 @@ HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # how the system reports a l
 PATIENCE = 5  # seconds to wait for a file that another program holds open
 
 _owners: dict[Path, object] = {}  # folders of this process's runs, since a process is not stopped by its own locks
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def checksum_of(path: PathLike) -> int:
+    """crc32 of a file's bytes. Raises UserError if it cannot be read."""
+    result = 0
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(2**20):
+                result = zlib.crc32(data, result)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return result
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import distributed
 from adapters import ImageAdapter, SeriesAdapter, from_description
@@ -32,7 +31,7 @@ from batches import Batch, Device, inputs_for, token_counts, unshared
 from checkpoint import BEST, build_model, listed, load_checkpoint
 from config import FIELDS, MODEL_SETTINGS, OWN_DATA, Settings
 from evaluation import evaluating
-from messages import UserError, naming
+from messages import UserError, naming, with_progress
 from perceiver_model import DECODER, FEATURES, PerceiverModel
 from pretrained import WEIGHTS, find_folder, read_pretrained, weights_file
 from token_features import PositionFeatures
@@ -295,9 +294,8 @@ def encode(
 ) -> CachedFeatures:
     """The pooled latents of all items of a loader in the order of their numbers; processes share the work."""
     parts: dict[str, list[Tensor]] = {"latents": [], "targets": [], "lengths": []}
-    bar = tqdm(loader, f"encoding {what}", leave=False, delay=2, dynamic_ncols=True, disable=None)
     with evaluating(model, device, amp_dtype):
-        for batch in bar if distributed.is_first() else loader:
+        for batch in with_progress(loader, f"encoding {what}"):
             latents = model.pooled_latents(*inputs_for(model, batch, device))
             for name, values in zip(parts, (latents.float(), batch["label"], token_counts(batch)), strict=True):
                 parts[name].append(values.cpu().clone())

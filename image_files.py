@@ -29,7 +29,9 @@ with suppress(ImportError):
 
     register_heif_opener()
 # EPS would run another program, Ghostscript; Pillow recognises the others but needs more software to read them.
+# They are tried in this order, the usual ones first.
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+FORMATS.sort(key=lambda name: name not in ("JPEG", "PNG"))
 EXTENSIONS = {extension for extension, format in Image.registered_extensions().items() if format in FORMATS}
 # Photos that not every installation reads: their extensions, the possible bytes 8 to 11 of the file, the remedy
 PHOTOS = {
@@ -200,7 +202,8 @@ def read_images(path: str | Path, labelled: bool = True) -> Items:
     notes = [f"{path}: left out as no images: {shown}; the first is {file}" for file in others[:1]]
     values = [file for files in images.values() for file in files]
     labels = [as_utf8(folder.name) for folder, files in images.items() for _ in files] if labelled else None
-    ids = [as_utf8(file.relative_to(path).as_posix()) for file in values]
+    root = os.path.join(path, "")
+    ids = [as_utf8(str(file).removeprefix(root).replace(os.sep, "/")) for file in values]
     return Items(ids, [printable(str(file)) for file in values], values, labels, notes=notes + walk.notes())
 
 

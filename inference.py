@@ -44,6 +44,7 @@ from config import (
     PYTHON,
     Parser,
     Settings,
+    check_cache,
     check_folder,
     choose_device,
     choose_precision,
@@ -55,9 +56,20 @@ from config import (
 from data_files import Items, without_effect
 from data_utils import CIFAR10_FILES, load_splits, read_items
 from distributed import refuse_processes
-from messages import UserError, as_utf8, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable
+from messages import (
+    UserError,
+    as_utf8,
+    exit_on_user_error,
+    figure_text,
+    memory_advice,
+    naming,
+    print_note,
+    printable,
+    with_progress,
+)
 from own_data import OwnData
 from perceiver_model import PerceiverModel
+from pixels import in_threads
 from pretrained import fill_masks, load_pretrained
 from tables import FileFinder
 
@@ -67,7 +79,7 @@ LOOKS = ("delimiter", "encoding", "quoting")  # true of one file, not of the nex
 # Settings that may differ from those of training
 OVERRIDES = (
     "data_path", "test_path", *COLUMNS, *FEATURES, *LOOKS, "max_unpacking", "data_dir", "num_workers", "batch_size",
-    "amp", "device",
+    "amp", "device", "cache", "cache_dir",
 )  # fmt: skip
 COMMON = {"Settings": ("data_path", "test_path", "label_column", "batch_size", "num_workers", "amp", "device")}
 EXAMPLES = 3  # samples whose attention maps are drawn
@@ -181,7 +193,7 @@ def evaluate(
     dataset: Dataset,
     batch_size: int = 32,
     amp_dtype: torch.dtype | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     analyze: bool = False,
     output_dir: str | Path | None = None,
     about: dict[str, Any] | None = None,
@@ -197,7 +209,7 @@ def evaluate(
     model = evaluation.in_evaluation_mode(model)
     task, device, about = model.task, next(model.parameters()).device, about or {}
     loader = create_dataloader(dataset, batch_size, targets=task, num_workers=num_workers)
-    rows = evaluation.collect(model, loader, task, device, amp_dtype)
+    rows = evaluation.collect(model, with_progress(loader, "evaluating"), task, device, amp_dtype)
     if not rows["finite"].all():
         raise UserError(NOT_FINITE)
     results = {**about, **task.metrics(rows)}
@@ -251,7 +263,7 @@ def _analysis_figures(
         return tokens if isinstance(tokens, dict) else {only: tokens}
 
     def latents(path: Path) -> None:
-        pooled = evaluation.collect_latents(model, loader, device, amp_dtype)
+        pooled = evaluation.collect_latents(model, with_progress(loader, "reading latents"), device, amp_dtype)
         plots.plot_latent_projection(pooled, colours, names, path, task.colour_meaning())
 
     def attention(modality: str, path: Path) -> None:
@@ -303,12 +315,17 @@ def write_predictions(
     """
     done = []  # ids, in the order of the answers
 
+    def attempt(number: int) -> Item | UserError:
+        try:
+            return _prepare(model, items.values[number], items.places[number])
+        except UserError as error:
+            return error
+
     def prepared() -> Iterator[Item]:
-        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
-            try:
-                item = _prepare(model, value, place)
-            except UserError as error:
-                on_error(error)
+        ahead = in_threads(attempt, range(len(items.ids)), 2 * batch_size)
+        for id, item in zip(items.ids, with_progress(ahead, "predicting", len(items.ids)), strict=True):
+            if isinstance(item, UserError):
+                on_error(item)
                 continue
             done.append(id)
             yield item
@@ -472,7 +489,8 @@ def main(argv: list[str] | None = None) -> int:
     new_data = new_data and checkpoint["settings"].get("dataset_type") in OWN_DATA
     if new_data and args.flags.pop("data_path", None):
         print_note("data_path has no effect: all of test_path is evaluated")
-    here = {"device": "auto", "augment": False}  # the training device may not exist on this machine
+    # The training device may not exist on this machine; pixels are put on its disk where that is asked for here
+    here = {"device": "auto", "augment": False, "cache": "auto"}
     if args.input is not None or new_data:
         here |= {name: FIELDS[name].default for name in LOOKS}
     settings, sources = resolve(base={**checkpoint["settings"], **here}, flags=args.flags)
@@ -491,6 +509,7 @@ def main(argv: list[str] | None = None) -> int:
         amp_dtype = choose_precision(settings.amp, device)
     model = equipped_model(checkpoint, device, own and own.classes)
     check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+    check_cache(settings, sources)
     with memory_advice("while reading the data", READING_REMEDIES):
         splits, data = load_splits(settings, model.data_info, split, own)
     for note in data["notes"]:

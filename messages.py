@@ -8,23 +8,29 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 # --- Text from files -------------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
     """The text with escapes for control and invisible characters and non-UTF-8 bytes: \\x1b, \\n, \\u200b, \\xb0."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
 
 
 def as_utf8(text: str) -> str:
     """The text with those bytes of a file name that are not UTF-8 as escapes, so that any file can hold it."""
+    if text.isascii():
+        return text
     return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
@@ -102,6 +108,32 @@ def refuse_together(errors: Iterable[UserError], most: int = 10) -> None:
     if lines:
         more = [f"and {len(lines) - most} more like these"] if len(lines) > most else []
         raise UserError("\n".join(lines[:most] + more))
+
+
+# --- Progress --------------------------------------------------------------------------------------------------------
+
+QUIET = 2  # seconds of work that nothing is said about
+
+
+def with_progress(items: Iterable[Any], what: str, total: int | None = None, lines: bool = True) -> Iterator[Any]:
+    """The items, one by one. After QUIET seconds a bar on a terminal; in a log file a line then and one at the end.
+
+    what: is done, such as 'checking images'. total: how many items, where len() does not say it. lines: False for
+    work that is done in every epoch, about which a log file need not speak.
+    """
+    total = len(items) if total is None and hasattr(items, "__len__") else total
+    if sys.stderr.isatty() and sys.stdout.isatty():  # processes other than the first print nowhere
+        yield from tqdm(items, what, total, delay=QUIET, leave=False, dynamic_ncols=True)
+        return
+    started, told, number = time.monotonic(), not lines, 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if not told and (seconds := time.monotonic() - started) > QUIET:
+            told = True
+            left = f" of {total:,}, about {seconds / number * (total - number):,.0f} s left" if total else ""
+            print(f"{what}: {number:,}{left}", flush=True)
+    if told and lines:
+        print(f"{what}: {number:,} in {time.monotonic() - started:,.0f} s", flush=True)
 
 
 # --- What becomes of errors ------------------------------------------------------------------------------------------

@@ -45,14 +45,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import adapters as adapters_module
 from adapters import ADAPTERS, Adapter, Source, TensorAdapter, describe
 from batches import ONLY, Item, for_tokens, to_sample
 from config import PYTHON, Settings, check_settings
 from data_files import Items
-from messages import UserError, as_utf8, refuse_together
+from messages import UserError, as_utf8, refuse_together, with_progress
 from tasks import Task
 
 SPLITS = ("train", "val", "test")
@@ -254,7 +253,7 @@ def read_items(
         groups = []
         if hasattr(source, "set_epoch"):
             source.set_epoch(0)
-        for number in tqdm(range(len(source)), f"reading {name}", delay=2, leave=False, disable=None):
+        for number in with_progress(range(len(source)), f"reading {name}"):
             if len(errors) > max_errors:
                 break
             try:
@@ -393,7 +392,7 @@ class PreparedDataset(Dataset):
         return tokens if isinstance(tokens, dict) else {next(iter(self.adapters), TensorAdapter.modality): tokens}
 
     def _shown(self, show: str) -> Any:
-        return tqdm(range(len(self)), show, delay=2, leave=False, disable=None if show else True)
+        return with_progress(range(len(self)), show) if show else range(len(self))
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.source, "set_epoch"):

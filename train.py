@@ -70,9 +70,11 @@ from checkpoint import (
 )
 from config import (
     FIELDS,
+    OWN_DATA,
     PYTHON,
     Settings,
     changed_settings,
+    check_cache,
     check_folder,
     check_memory,
     choose_device,
@@ -87,7 +89,17 @@ from config import (
 )
 from data_utils import CIFAR10_FILES, load_splits
 from files import owned
-from messages import UserError, exit_on_user_error, figure_text, memory_advice, naming, print_note, printable, quoted
+from messages import (
+    UserError,
+    exit_on_user_error,
+    figure_text,
+    memory_advice,
+    naming,
+    print_note,
+    printable,
+    quoted,
+    with_progress,
+)
 from own_data import OwnData
 from perceiver_model import MODEL_SIZES, PerceiverModel
 from progress import (
@@ -248,7 +260,10 @@ def prepare(
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
-    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+    # Files of the user's are read by all processes at once; what may be downloaded, by the first one first
+    at_once = settings.dataset_type in OWN_DATA
+    turns = nullcontext() if at_once else distributed.first_process_first()
+    with turns, memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
@@ -571,10 +586,11 @@ def named_again(own: OwnData | None) -> str:
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def collect(run: Run, model: nn.Module, loader: Any, batches: int | None = None) -> dict[str, np.ndarray]:
+def collect(run: Run, model: nn.Module, loader: Any, what: str, batches: int | None = None) -> dict[str, np.ndarray]:
     """The rows of `evaluation.collect` over the first `batches` of a loader, gathered in the first process; {} in the
-    others."""
-    found = evaluation.collect(model, islice(loader, batches), run.task, run.device, run.amp_dtype)
+    others. what: is done, for a bar on a terminal."""
+    some = with_progress(islice(loader, batches), what, batches or len(loader), lines=False)
+    found = evaluation.collect(model, some, run.task, run.device, run.amp_dtype)
     parts = distributed.gather(found)
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
@@ -596,7 +612,7 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
     settings = run.settings
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
-        rows = collect(run, run.evaluated, run.loaders["val"], batches)
+        rows = collect(run, run.evaluated, run.loaders["val"], "validating", batches)
     task = run.task
     if settings.tune_thresholds:
         task = distributed.broadcast(lambda: task.tuned(rows))
@@ -616,8 +632,9 @@ def finish(run: Run) -> None:
         run.log.draw_curves()
         model, tested, file = best_model(run)
         share = distributed.rank(), distributed.size()
-        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task)
-        metrics = metrics_of(model.task, collect(run, model, loader), "test")
+        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task,
+                                   num_workers=run.settings.num_workers)  # fmt: skip
+        metrics = metrics_of(model.task, collect(run, model, loader, "testing"), "test")
     headline = model.task.headline
     progress.test = {"epoch": tested["epoch"], headline: metrics[headline], "num_samples": metrics["num_samples"]}
     if (baseline := metrics.get(f"baseline_{headline}")) is not None:
@@ -772,6 +789,7 @@ def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, 
     if distributed.is_first():
         check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
         check_folder("data_dir", settings, sources, *CIFAR10_FILES)
+        check_cache(settings, sources)
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)

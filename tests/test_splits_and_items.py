@@ -193,8 +193,11 @@ def test_bits_of_a_manifest(tmp_path):
 
 def test_images_that_do_not_fit_into_memory_are_refused_at_once(tmp_path):
     make_images(tmp_path / "data", 300)
-    done = run(train.main, tmp_path, "--dataset=images", "--data_path=data", "--image_size=16376", "--patch_size=8")
-    assert done.status == 2 and "(--image_size) would take 450 GiB, and cpu has" in done.err
+    words = "--dataset=images", "--data_path=data", "--image_size=16376", "--patch_size=8", "--batch_size=300"
+    done = run(train.main, tmp_path, *words)
+    assert done.status == 2 and "(--batch_size, --image_size) would take 1,124 GiB, and cpu has" in done.err
+    done = run(train.main, tmp_path, *words[:-1], "--batch_size=1", "--cache=memory")
+    assert done.status == 2 and "--cache memory: the pixels of 600 images of 16,376 x 16,376 would take" in done.err
     done = run(train.main, tmp_path, "--dataset=images", "--data_path=data", "--image_size=2147483640")
     assert done.status == 2 and "--image_size: expected a whole number (pixels)" in done.err
 
