@@ -23,12 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config import FIELDS, Settings
 from labels import OUTSIDE, class_name
 from messages import UserError
+from packed import Packed, PackedTexts
 from series_files import (
     Part,
     SeriesFile,
+    Whole,
     arff_series,
     groups_of,
     npz_series,
@@ -46,18 +50,40 @@ class Items:
 
     ids: list[str]  # their names in predictions: row number from 1, series id, or file name relative to the folder
     places: list[str]  # for error messages: "train.csv, line 12" or "pets/cats/7.png"
-    values: list[Any]
+    values: Sequence[Any]  # a list, or packed.Packed; of a manifest, dicts by modality
     labels: list[Any] | None  # one for each, as it stands in the file; None if they were not asked for
     columns: list[str] | None = None  # names of the feature columns, if the file has them
     notes: list[str] = field(default_factory=list)  # for the user: what was guessed or left out without being wrong
     groups: list[str] | None = None  # what each item belongs to (a patient, a device), if the file says it
     table_rows: str | None = None  # what a row of a table of series is: 'steps' or 'series'
+    modality: str | None = None  # of all values; None where each is a dict by modality
 
-    def subset(self, numbers: Iterable[int]) -> "Items":
+    def subset(self, numbers: Sequence[int]) -> "Items":
         """The items of these numbers, in their order."""
         columns = (self.ids, self.places, self.values, self.labels, self.groups)
-        *chosen, groups = ([column[i] for i in numbers] if column else column for column in columns)
-        return Items(*chosen, self.columns, self.notes, groups, self.table_rows)
+        *chosen, groups = (chosen_of(column, numbers) if column else column for column in columns)
+        return Items(*chosen, self.columns, self.notes, groups, self.table_rows, self.modality)
+
+    def by_modality(self, number: int) -> dict[str, Any]:
+        """The value of an item, by modality."""
+        return {self.modality: self.values[number]} if self.modality else self.values[number]
+
+    def modalities(self) -> list[str]:
+        """Those that any item has."""
+        return [self.modality] if self.modality else list(dict.fromkeys(name for value in self.values for name in value))
+
+    def of(self, modality: str) -> tuple[np.ndarray, Sequence[Any]]:
+        """(the numbers of the items that have a modality, their values of it)."""
+        if self.modality:
+            there = self.modality == modality
+            return np.arange(len(self.values) * there), self.values if there else []
+        numbers = [number for number, value in enumerate(self.values) if modality in value]
+        return np.array(numbers, int), [self.values[number][modality] for number in numbers]
+
+
+def chosen_of(values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    """The values of these numbers, in their order."""
+    return values.subset(numbers) if isinstance(values, Packed) else [values[number] for number in numbers]
 
 
 OnError = Callable[[UserError], None]
@@ -68,7 +94,13 @@ def raise_it(error: UserError) -> None:
     raise error
 
 
-def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, **about: Any) -> Items:
+def _gather(parts: Iterable[Part] | Whole, labelled: bool, on_error: OnError, **about: Any) -> Items:
+    if isinstance(parts, Whole):
+        for _, error in sorted(parts.faults.items()):
+            on_error(error)
+        items = Items(parts.ids, parts.places, parts.values, parts.labels, groups=parts.groups, **about)
+        good = [number for number in range(len(items.ids)) if number not in parts.faults]
+        return items.subset(good) if parts.faults else items
     items, groups = Items([], [], [], [] if labelled else None, **about), []
     for id, place, make, *group in parts:
         try:
@@ -205,7 +237,34 @@ def read_texts(
 
     if labelled and settings.task == "tagging":
         return _rows_of(table, text_of, settings, True, on_error, *_spans_of(table, settings))
-    return _rows_of(table, text_of, settings, labelled, on_error)
+    faults = {row: UserError(text) for row, text in table.faults.items()}
+    contents = [_encoded(text) for text in texts]
+    for row, content in enumerate(contents):
+        if content is None:
+            contents[row] = b""
+            try:
+                text_of(row)
+            except UserError as error:
+                faults.setdefault(row, error)
+    labels = label_cells(table, settings) if labelled else None
+    groups = [group for row in groups_of(table, settings) for group in row] or None
+    rows = range(len(contents))
+    whole = Whole([*map(str, _ids(table, settings))], [*map(table.place, rows)], PackedTexts.of(contents), labels,
+                  groups, faults)  # fmt: skip
+    return _gather(whole, labelled, on_error, notes=table.notes)
+
+
+def _encoded(text: Any) -> bytes | None:
+    """The text in UTF-8; None for what `_text` refuses."""
+    try:
+        return text.encode() if isinstance(text, str) and text.strip() else None
+    except UnicodeEncodeError:
+        return None
+
+
+def _ids(table: Table, settings: Settings) -> Sequence[Any]:
+    """The ids of the rows, by default their numbers."""
+    return table.column(settings.id_column) if table.has(settings.id_column) else range(1, len(table.rows) + 1)
 
 
 SPANS = "spans"  # the column of spans, where --label_column names no other
@@ -277,9 +336,7 @@ def _rows_of(
         item's value and its place.
     """
     labels = label_cells(table, settings) if labelled and labels is None else labels
-    groups = groups_of(table, settings)
-    named = table.has(settings.id_column)
-    ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)
+    groups, ids = groups_of(table, settings), _ids(table, settings)
 
     def make(row: int) -> tuple[Any, Any]:
         if row in table.faults:

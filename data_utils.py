@@ -65,6 +65,7 @@ from data_files import Items, OnError, raise_it, read_manifest, without_effect
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, printable, refuse_together
 from own_data import OwnData
+from packed import Packed
 from tables import FileFinder
 from tasks import Classification, Task
 
@@ -492,7 +493,7 @@ def read_items(
         columns = {name: getattr(settings, f"{name}_column") for name in known or MODALITIES}
         items = read_manifest(path, columns, settings, labelled, on_error)
         if not labelled:
-            lacking = [name for name in columns if not any(name in value for value in items.values)]
+            lacking = [name for name in columns if name not in items.modalities()]
             items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
     if modality is None and len(known) == 1:
@@ -501,7 +502,7 @@ def read_items(
         modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
     reader = type(known[modality]) if modality in known else MODALITIES[modality]
     items = reader.read_items(path, settings, labelled, on_error, known.get(modality) or trained)
-    items.values = [{modality: value} for value in items.values]
+    items.modality = modality
     return items
 
 
@@ -537,10 +538,11 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
 
     loaded = {}
     for modality in _modalities(items, known, settings, notes):
-        there = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
+        found = {name: split.of(modality) for name, split in items.items()}
+        there = {name: numbers for name, (numbers, _) in found.items()}
         train = items.get("train")
         source = Source(
-            {name: [items[name].values[i][modality] for i in numbers] for name, numbers in there.items()},
+            {name: values for name, (_, values) in found.items()},
             {name: [items[name].places[i] for i in numbers] for name, numbers in there.items()},
             train and train.columns,
             train and train.table_rows,
@@ -648,7 +650,7 @@ def _modalities(
     items: dict[str, Items], known: dict[str, Adapter], settings: Settings, notes: list[str]
 ) -> list[str]:
     """The modalities of the training items, in their order. Adds a note on modalities that only other items have."""
-    there = {name for item in items["train"].values for name in item} if not known else set(known)
+    there = set(known or items["train"].modalities())
     if not known and settings.dataset_type == "multimodal":
         for name in MODALITIES:
             column = getattr(settings, f"{name}_column")
@@ -656,10 +658,12 @@ def _modalities(
                 raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
     modalities = [name for name in MODALITIES if name in there]
     for found in items.values():
-        for item, place in zip(found.values, found.places, strict=True):
+        for number in range(0 if found.modality in modalities else len(found.values)):
+            item = found.by_modality(number)
             if item.keys().isdisjoint(modalities):
-                raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
-    unseen = {name for found in items.values() for item in found.values for name in item}.difference(modalities)
+                raise UserError(f"{found.places[number]}: it has only {', '.join(item)}, which no training item has; "
+                                "remove the row")  # fmt: skip
+    unseen = {name for found in items.values() for name in found.modalities()}.difference(modalities)
     notes += [f"no training item has an entry for {name}, so it is not looked at" for name in sorted(unseen)]
     return modalities
 
@@ -788,15 +792,18 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
 
     def of_names(found: Items, texts: list[str], in_form: Callable[[str], str]) -> str:
         result = 0
-        for id, label, value in zip(found.ids, texts, found.values, strict=True):
-            parts = value.values()
+        packed = isinstance(found.values, Packed)
+        for number, (id, label) in enumerate(zip(found.ids, texts, strict=True)):
+            parts = [found.values.contents(number)] if packed else found.by_modality(number).values()
             parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
             for part in (in_form(id), label, *parts):
-                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else part.tobytes(), result)
+                result = zlib.crc32(_bytes_of(part), result)
         return f"{result:08x}"
 
     def of_files(found: Items) -> str:
-        values = [list(value.values()) for value in found.values]
+        if isinstance(found.values, Packed):
+            return ""
+        values = [found.by_modality(number).values() for number in range(len(found.values))]
         files = [(part, place) for parts, place in zip(values, found.places, strict=True)
                  for part in parts if isinstance(part, Path)]  # fmt: skip
         if not files:
@@ -814,6 +821,12 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
     return {
         name: fingerprint(found, labels[name], known.get(name, "").partition("-")[0]) for name, found in items.items()
     }
+
+
+def _bytes_of(part: str | bytes | np.ndarray) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    return as_utf8(part).encode() if isinstance(part, str) else part.tobytes()
 
 
 def _file_checksum(path: Path) -> int:

@@ -304,9 +304,9 @@ def write_predictions(
     done = []  # ids, in the order of the answers
 
     def prepared() -> Iterator[Item]:
-        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
+        for number, (id, place) in enumerate(zip(items.ids, items.places, strict=True)):
             try:
-                item = _prepare(model, value, place)
+                item = _prepare(model, items.by_modality(number), place)
             except UserError as error:
                 on_error(error)
                 continue
@@ -318,10 +318,10 @@ def write_predictions(
         for count, answer in enumerate(_answers(model, prepared(), batch_size), 1):
             rows += [{"id": done[count - 1], **row} for row in model.task.records(answer)]
     else:
-        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
+        for number, (id, place) in enumerate(zip(items.ids, items.places, strict=True)):
             try:
                 with naming(place):
-                    rows.append({"id": id, "text": fill_masks(model, value["text"])})
+                    rows.append({"id": id, "text": fill_masks(model, items.by_modality(number)["text"])})
                 count += 1
             except UserError as error:
                 on_error(error)

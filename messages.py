@@ -20,11 +20,15 @@ import torch
 
 def printable(text: str) -> str:
     """The text with escapes for control and invisible characters and non-UTF-8 bytes: \\x1b, \\n, \\u200b, \\xb0."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
 
 
 def as_utf8(text: str) -> str:
     """The text with those bytes of a file name that are not UTF-8 as escapes, so that any file can hold it."""
+    if text.isascii():  # most are, and it is seen at once
+        return text
     return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
