@@ -713,7 +713,8 @@ class SeriesAdapter(Adapter):
         cls, source: Source, settings: Settings, known: "SeriesAdapter | None"
     ) -> tuple["SeriesAdapter", dict[str, list[np.ndarray]]]:
         raw, names = source.values, source.names
-        if any(isinstance(value, Path) for values in raw.values() for value in values):  # a file each
+        in_files = (value for values in raw.values() if not isinstance(values, PackedSeries) for value in values)
+        if any(isinstance(value, Path) for value in in_files):  # a file each
             names = known.channels if known else _series_names(raw["train"])
             raw = each_of(partial(read_one_series, known=names), raw, source.places)
         if known:

@@ -17,7 +17,7 @@ the flag that overrides them. Nothing is unpickled.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -238,19 +238,22 @@ def read_texts(
     if labelled and settings.task == "tagging":
         return _rows_of(table, text_of, settings, True, on_error, *_spans_of(table, settings))
     faults = {row: UserError(text) for row, text in table.faults.items()}
-    contents = [_encoded(text) for text in texts]
-    for row, content in enumerate(contents):
-        if content is None:
-            contents[row] = b""
-            try:
-                text_of(row)
-            except UserError as error:
-                faults.setdefault(row, error)
+
+    def contents() -> Iterator[bytes]:
+        for row, text in enumerate(texts):
+            found = _encoded(text)
+            if found is None:
+                try:
+                    text_of(row)
+                except UserError as error:
+                    faults.setdefault(row, error)
+            yield found or b""
+
+    values = PackedTexts.of(contents())
     labels = label_cells(table, settings) if labelled else None
     groups = [group for row in groups_of(table, settings) for group in row] or None
-    rows = range(len(contents))
-    whole = Whole([*map(str, _ids(table, settings))], [*map(table.place, rows)], PackedTexts.of(contents), labels,
-                  groups, faults)  # fmt: skip
+    ids, places = [*map(str, _ids(table, settings))], [*map(table.place, range(len(texts)))]
+    whole = Whole(ids, places, values, labels, groups, faults)
     return _gather(whole, labelled, on_error, notes=table.notes)
 
 

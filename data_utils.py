@@ -797,7 +797,7 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
             parts = [found.values.contents(number)] if packed else found.by_modality(number).values()
             parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
             for part in (in_form(id), label, *parts):
-                result = zlib.crc32(_bytes_of(part), result)
+                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else np.ascontiguousarray(part), result)
         return f"{result:08x}"
 
     def of_files(found: Items) -> str:
@@ -821,12 +821,6 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
     return {
         name: fingerprint(found, labels[name], known.get(name, "").partition("-")[0]) for name, found in items.items()
     }
-
-
-def _bytes_of(part: str | bytes | np.ndarray) -> bytes:
-    if isinstance(part, bytes):
-        return part
-    return as_utf8(part).encode() if isinstance(part, str) else part.tobytes()
 
 
 def _file_checksum(path: Path) -> int:

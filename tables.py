@@ -15,9 +15,10 @@ import io
 import json
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,11 @@ def csv_reader(lines: Iterable[str], **options: Any) -> Any:
     return csv.reader(lines, **options)
 
 
+def _physical_lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends, those of any system, without a copy of the whole text."""
+    return (match[0] for match in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
+
+
 def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple[list[tuple[str, ...]], list[int]]:
     """(rows, first line of each).
 
@@ -261,7 +267,7 @@ def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple
         csv.Error: with two arguments, the line and what is wrong.
     """
     quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-    reader = csv_reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv_reader(_physical_lines(text), delimiter=delimiter, strict=True, quoting=quoting)
     rows, lines, before = [], [], line - 1
     try:
         for row in reader:
@@ -284,7 +290,7 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     multiline = [i for i, row in enumerate(cells.rows) if i and any("\n" in cell or "\r" in cell for cell in row)]
     if not multiline:
         return None
-    physical, width = io.StringIO(text, newline="").readlines(), len(cells.rows[0])
+    physical, width = [*_physical_lines(text)], len(cells.rows[0])
     ends = [*cells.lines[1:], first_line + len(physical)]
     others = sorted(set(range(1, len(cells.rows))).difference(multiline))
     values: dict[int, set[str]] = {}  # by column, those of the other rows
@@ -468,28 +474,30 @@ def _with_points(table: Table, cells: list[Any]) -> list[Any]:
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = [(nfc(key), value) for key, value in pairs]
-    twice = repeated(key for key, _ in pairs)
-    if twice is not None:
-        raise ValueError(f"key {shown(twice)} is there more than once")
-    return dict(pairs)
+    found = {sys.intern(nfc(key)): value for key, value in pairs}  # all rows share the text of a key
+    if len(found) < len(pairs):
+        raise ValueError(f"key {shown(repeated(nfc(key) for key, _ in pairs))} is there more than once")
+    return found
 
 
 def _read_objects(path: Path, settings: Settings) -> Table:
     notes: list[str] = []
     objects, lines, faults, keys = [], [], {}, {}
-    for number, line in enumerate(read_text(path, settings, notes).split("\n"), 1):
+    decoder = json.JSONDecoder(object_pairs_hook=_json_object)
+    for number, match in enumerate(re.finditer("[^\n]*\n|[^\n]+$", read_text(path, settings, notes)), 1):
+        line = match[0].removesuffix("\n")
         if not line.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=_json_object)
+            value = decoder.decode(line) if line[0] != "\ufeff" else json.loads(line)  # which names that mark
             if not isinstance(value, dict):
                 raise ValueError(f"{shown(value)} is not an object")
         except (ValueError, RecursionError) as error:
             what = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
             faults[len(lines)] = f'{path}, line {number}: {what}; write one object per line: {{"text": "..."}}'
             value = {}
-        keys.update(zip(value, value, strict=True))
+        if not value.keys() <= keys.keys():
+            keys.update(zip(value, value, strict=True))
         objects.append(value)
         lines.append(number)
     if objects and not keys:
