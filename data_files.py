@@ -70,7 +70,7 @@ class Items:
 
     def modalities(self) -> list[str]:
         """Those that any item has."""
-        return [self.modality] if self.modality else list(dict.fromkeys(name for value in self.values for name in value))
+        return [self.modality] if self.modality else [*dict.fromkeys(name for value in self.values for name in value)]
 
     def of(self, modality: str) -> tuple[np.ndarray, Sequence[Any]]:
         """(the numbers of the items that have a modality, their values of it)."""

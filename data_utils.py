@@ -797,7 +797,8 @@ def _fingerprints(items: dict[str, Items], labels: dict[str, list[str]], info: I
             parts = [found.values.contents(number)] if packed else found.by_modality(number).values()
             parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
             for part in (in_form(id), label, *parts):
-                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else np.ascontiguousarray(part), result)
+                data = as_utf8(part).encode() if isinstance(part, str) else np.ascontiguousarray(part)
+                result = zlib.crc32(data, result)
         return f"{result:08x}"
 
     def of_files(found: Items) -> str:
