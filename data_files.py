@@ -1,8 +1,8 @@
 """Users' own files of series and texts, and tables that name files, read into raw items. Images: image_files.py.
 
-    read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .txt    float64 (L, C), NaN where a value is missing
-    read_texts      .csv, .tsv, .jsonl, .txt                    str
-    read_manifest   .csv, .tsv, .jsonl that names files         {'image': Path, 'text': str, 'series': Path}
+    read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .parquet, .txt    float64 (L, C), NaN where a value is missing
+    read_texts      .csv, .tsv, .jsonl, .parquet, .txt                    str
+    read_manifest   .csv, .tsv, .jsonl, .parquet that names files         {'image': Path, 'text': str, 'series': Path}
 
 Letters: L steps of a series, C channels. Three arguments are the same everywhere:
 
@@ -141,6 +141,7 @@ _OF_FORMATS = {  # settings that say how a file of this kind is read
     ".csv": _COLUMNS | {"feature_columns", "ignore_columns", "table_rows", "delimiter", "quoting"},
 }
 _OF_FORMATS[".tsv"] = _OF_FORMATS[".csv"]
+_OF_FORMATS[".parquet"] = _OF_FORMATS[".csv"] - {"encoding", "delimiter", "quoting"}
 
 
 def without_effect(paths: Iterable[Path], given: Iterable[str]) -> list[str]:
@@ -181,7 +182,8 @@ def read_series(
                 follow one another and their lengths sum to T.
                 With settings.task tagging y has the shape of x without channels, a label for each step.
     .npy        one series (L, C) or (L,), without label.
-    .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
+    .csv, .tsv, .parquet
+                a line per time step: columns of series id, label and group, all others are features. The steps of a
                 series are in file order and may lie between those of others; its label and group are the same in all
                 its rows.
                 Missing: an empty cell, ?, nan, NA, null and the like. Without labels, a file that has no column of
@@ -194,13 +196,14 @@ def read_series(
             others are refused. A file without names is taken in its own order.
     """
     path = Path(path)
-    extension = extension_of(path, [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt"], labelled, ".npy")
+    valid = [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt", ".parquet"]
+    extension = extension_of(path, valid, labelled, ".npy")
     if labelled and settings.task == "tagging" and extension in (".ts", ".arff", ".txt"):
         raise UserError(f"{path}: {extension} files have one label for a series; --task tagging needs one for each "
                         "step: a .csv of a row for each step, or an .npz")  # fmt: skip
     if extension == ".npy":
         found = SeriesFile([(path.name, str(path), lambda: (read_named_series(path)[0], None))])
-    elif extension in (".csv", ".tsv"):
+    elif extension in (".csv", ".tsv", ".parquet"):
         found = table_series(path, settings, labelled, known)
     else:
         read = {".ts": ts_series, ".arff": arff_series, ".npz": npz_series, ".txt": ucr_series}[extension]
@@ -217,14 +220,14 @@ def read_series(
 def read_texts(
     path: str | Path, settings: Settings = DEFAULTS, labelled: bool = True, on_error: OnError = raise_it
 ) -> Items:
-    """Texts as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
+    """Texts as they stand in the file: one per row of a .csv, .tsv, .jsonl or .parquet, or (no label) a whole .txt.
 
     Their ids come from the column of ids, if there is one, otherwise they are the numbers of the rows. With
     settings.task tagging the label of a text is a list of those of its characters, from the spans of a .jsonl (see
     `spans_to_labels`).
     """
     path = Path(path)
-    if extension_of(path, [".csv", ".tsv", ".jsonl"], labelled, ".txt") == ".txt":
+    if extension_of(path, [".csv", ".tsv", ".jsonl", ".parquet"], labelled, ".txt") == ".txt":
         notes: list[str] = []
         text = read_text(path, settings, notes)
         part = path.name, str(path), lambda: (_text(text, f"{path}: it"), None)
@@ -361,7 +364,8 @@ def read_manifest(
     labelled: bool = True,
     on_error: OnError = raise_it,
 ) -> Items:
-    """Items of several modalities, one per row of a .csv, .tsv or .jsonl: {'image': Path, 'text': str, 'series': Path}.
+    """Items of several modalities, one per row of a .csv, .tsv, .jsonl or .parquet: {'image': Path, 'text': str,
+    'series': Path}.
 
     Args:
         columns: the column of each modality. The file must have at least one of them.

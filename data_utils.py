@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 import own_data
 import tasks
 from adapters import (  # noqa: F401
@@ -379,7 +380,8 @@ CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, a
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if missing."""
     check_patches(settings, 32, 32)
-    train, test = _open_cifar10(Path(settings.data_dir))
+    with distributed.first_process_first():
+        train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
     ids = {name: np.arange(len(numbers)).astype(str) for name, numbers in labels.items()}
     return _image_splits(images, labels, ids, train.classes, settings, info, margin=4)
@@ -467,7 +469,7 @@ def create_cifar10_sequence_dataset(
 # --- Your own data ---------------------------------------------------------------------------------------------------
 
 MODALITY_OF = {"images": "image", "sequences": "series", "text": "text"}  # of data sets of one modality
-MANIFESTS = (".csv", ".tsv", ".jsonl")
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def read_items(
@@ -842,11 +844,16 @@ def load_given_splits(
     settings: Settings, info: Info | None = None, only: str | None = None, own: OwnData | None = None
 ) -> tuple[Splits, Info]:
     """What the user's own code gives, see own_data.py; what it does not give is split off as by `load_own_splits`."""
-    given = own_data.load(own, settings)
+    with distributed.first_process_first():  # the user's code may download, too
+        given = own_data.load(own, settings)
     sources = given.sources
     if info and only in sources and only != "train":
         sources = {only: sources[only]}
     labelled = settings.task != "reconstruct"
+    streamed = isinstance(sources.get("train"), own_data.Stream)
+    if streamed and (not labelled or settings.mixup):
+        what = "mixup" if labelled else "task: reconstruct"
+        raise UserError(f"{what}: not of an iterable; give the training items as a list or a Dataset")
     items = own_data.read_items(sources, own, labelled)
     if labelled:
         task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
@@ -854,13 +861,16 @@ def load_given_splits(
         task, targets, notes = *_one_class(items), []
     if "train" in items:
         notes += _split_off(items, targets, task, settings, own.path or "data")
+    if streamed:
+        notes.append("train is an iterable: its items are not shuffled here, only their labels were checked, and "
+                     "--resume is exact only if it gives the same items in the same order again")  # fmt: skip
 
     fitted = known_adapters(info, own.classes) if info and given.adapters else {}
     fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
     splits = {
         name: own_data.PreparedDataset(
             found.values, found.places, found.ids, targets[name], fitted, settings.max_seq_len, name == "train",
-            f"preparing {name}", task.per_token,
+            f"preparing {name}", task.per_token, partial(own_data.target_of, task),
         )
         for name, found in items.items()
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Files of series, each format read into parts: (id, place, a function that gives the series and its label cell).
 
-    table_series    .csv, .tsv: a row per time step, or per series (with a header, or as in the UCR archive)
+    table_series    .csv, .tsv, .parquet: a row per time step, or per series (with a header, or as in the UCR archive)
     ucr_series      .txt: a line per series, its label first, as in older forms of the UCR archive
     ts_series       .ts and
     arff_series     .arff: as in the UEA and UCR archives
@@ -49,6 +49,7 @@ from tables import (
     note_comma,
     numbered_lines,
     read_cells,
+    read_parquet,
     read_text,
     repeated,
     shown,
@@ -133,7 +134,12 @@ def _checked(
 
 
 def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
-    """The series of a .csv or .tsv. What a row is, is said by settings.table_rows, or decided from the file."""
+    """The series of a .csv, .tsv or .parquet. What a row is, is said by settings.table_rows, or decided from the file.
+    """
+    if path.suffix.lower() == ".parquet":
+        table = read_parquet(path)
+        table.rows = [tuple(map(_as_cell, row)) for row in table.rows]
+        return _series_of(table, settings, labelled, known)
     cells = read_cells(path, settings)
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
@@ -150,6 +156,11 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
                         "write a line above that names the columns (id, label, ...); or, if each line is a whole "
                         "series with its label first, say --table_rows series")
     return SeriesFile([(path.name, str(path), lambda: (_one_by_position(cells), None))], notes=cells.notes)
+
+
+def _as_cell(value: Any) -> str:
+    """What a value would be in a .csv; numbers keep all their digits."""
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
 
 def _has_header(cells: Cells, expected: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
     read_text    the text of a file, in the encoding of the settings or the one that its first bytes show
     read_cells   .csv, .tsv: rows of cells as they stand, and the line of each
-    read_table   .csv, .tsv, .jsonl: a Table, whose columns have names
+    read_table   .csv, .tsv, .jsonl, .parquet: a Table, whose columns have names
 
 Delimiter and quoting are guessed from the file if they are not given. A guess is mentioned in `notes`, with the flag
 that overrides it; if none is good enough, it is an error. Column names are compared in Unicode's NFC, in which an "é"
@@ -315,7 +315,8 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
 
 @dataclass
 class Table:
-    """Rows with named columns. A row is a tuple of cells (.csv, .tsv) or the object itself (.jsonl)."""
+    """Rows with named columns. A row is a tuple of cells (text; of a .parquet what it holds) or the object itself
+    (.jsonl)."""
 
     path: Path
     keys: dict[str, Any]  # for each column name, its position or the key in the objects
@@ -325,6 +326,7 @@ class Table:
     delimiter: str = ""
     notes: list[str] = field(default_factory=list)
     index: str | None = None  # a column that only counts the rows
+    unit: str = "line"  # what the numbers in `lines` count
 
     @property
     def columns(self) -> list[str]:
@@ -334,7 +336,7 @@ class Table:
         return nfc(name) in self.keys
 
     def place(self, row: int) -> str:
-        return f"{self.path}, line {self.lines[row]}"
+        return f"{self.path}, {self.unit} {self.lines[row]}"
 
     def column(self, name: str) -> list[Any]:
         """The cells of a column; None where an object lacks it.
@@ -357,7 +359,7 @@ class Table:
 
 
 def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
-    """A .csv or .tsv file whose first line names the columns, or a .jsonl file of one object per line.
+    """A .csv or .tsv file whose first line names the columns, a .jsonl file of one object per line, or a .parquet.
 
     Blank lines are skipped. A row that cannot be used becomes a fault of the table.
 
@@ -365,8 +367,11 @@ def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
         UserError: the file as a whole cannot be used.
     """
     path = Path(path)
-    if extension_of(path, [".csv", ".tsv", ".jsonl"]) == ".jsonl":
+    extension = extension_of(path, [".csv", ".tsv", ".jsonl", ".parquet"])
+    if extension == ".jsonl":
         table = _read_objects(path, settings)
+    elif extension == ".parquet":
+        table = read_parquet(path)
     else:
         table = named(read_cells(path, settings))
     if not table.rows:
@@ -426,6 +431,42 @@ def named(cells: Cells) -> Table:
         raise UserError(f"{where}: no column has a name; name them")
     index = "Unnamed: 0" if counts_rows and header[0] == "Unnamed: 0" else None
     return Table(path, keys, rows, lines, faults, cells.delimiter, notes, index)
+
+
+def read_parquet(path: Path) -> Table:
+    """The rows of a .parquet file, which pandas reads: numbers, text, true and false, lists; None where one is missing.
+
+    An index with a name is a column.
+    """
+    check_regular(path)
+    import pandas
+
+    try:
+        frame = pandas.read_parquet(path)
+    except ImportError as error:
+        raise UserError(f"{path}: to read .parquet, pandas needs a package more: pip install pyarrow; or save it as "
+                        ".csv or .jsonl") from error  # fmt: skip
+    except MemoryError:
+        raise
+    except OSError as error:
+        told = error.strerror or error
+        raise UserError(f"{path}: cannot be read: {told}; correct the path, or save it again") from error
+    except Exception as error:  # damaged bytes raise several kinds of exception
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{path}: is no .parquet file: {first}; save it again") from error
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    names = [nfc(str(name)) for name in frame.columns]
+    if (twice := repeated(names)) is not None:
+        raise UserError(f"{path}: column {shown(twice)} is there more than once; rename one")
+    columns = [column.astype(object).where(column.notna(), None).tolist() for _, column in frame.items()]
+    rows = [tuple(map(_plain, row)) for row in zip(*columns, strict=True)]
+    keys = {name: position for position, name in enumerate(names)}
+    return Table(path, keys, rows, list(range(1, len(rows) + 1)), {}, unit="row")
+
+
+def _plain(cell: Any) -> Any:
+    return cell.tolist() if hasattr(cell, "tolist") else cell  # a list comes as an array
 
 
 def note_comma(table: Table) -> None:

@@ -248,7 +248,7 @@ def prepare(
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
-    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+    with memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):

@@ -13,7 +13,8 @@ The cases are made in a temporary folder, from random numbers with a seed:
 
 Each run is a process of its own on one thread, train.py with the preset tiny. Seconds are processor time and memory
 the highest resident memory (VmHWM of Linux), both from when train.py has been imported, with what torch imports for
-its first optimizer, until the model is first called. Pages of a file that is mapped into memory count. With --against, runs of the two checkouts alternate.
+its first optimizer, until the model is first called. Pages of a file that is mapped into memory count. With --against,
+runs of the two checkouts alternate.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import measure
 import numpy as np
+import torch
 
 SERIES, TEXTS = 100_000, 200_000
 HERE = Path(__file__).resolve().parent.parent
@@ -45,13 +47,13 @@ def series(path: Path, size: float, save: Callable = np.savez) -> None:
 
 
 def texts(path: Path, size: float) -> None:
-    rng = np.random.default_rng(0)
+    rng, number = np.random.default_rng(0), round(size * TEXTS)
     words = np.array(["".join(map(chr, rng.integers(97, 123, rng.integers(2, 10)))) for _ in range(3000)])
     with open(path, "w", encoding="utf-8") as file:
         if path.suffix == ".csv":
             file.write("text,label\n")
-        for chosen, label in zip(rng.integers(0, 3000, (round(size * TEXTS), 18)), rng.integers(0, 4, 2**20)):
-            text, name = " ".join(words[chosen]), ("news", "sport", "law", "art")[label]
+        for chosen in rng.integers(0, 3000, (number, 18)):
+            text, name = " ".join(words[chosen]), ("news", "sport", "law", "art")[chosen[0] % 4]
             row = f"{text},{name}" if path.suffix == ".csv" else json.dumps({"text": text, "label": name})
             file.write(row + "\n")
 
@@ -70,8 +72,6 @@ CASES: dict[str, tuple[str, str, Callable]] = {  # what --dataset says, the file
 def to_the_first_step(checkout: str, dataset: str, file: str) -> None:
     """In a process of its own: print seconds and bytes, and exit when the model is first called."""
     sys.path[0] = checkout
-    import torch
-
     import perceiver_model
     import train
 
@@ -107,8 +107,8 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1.0, help="share of the items (default: 1)")
     args = parser.parse_args()
     checkouts = [HERE] + ([args.against.resolve()] if args.against else [])
-    widths = (10, 34, 26, 26, 16)
-    print(f"{measure.device_name(__import__('torch').device('cpu'))}; medians of {args.repeats} runs (range)")
+    widths = (16, 16, 22, 22, 16)
+    print(f"{measure.device_name(torch.device('cpu'))}; medians of {args.repeats} runs (range)")
     measure.print_row(("case", "checkout", "seconds of one core", "MB above the start", "times the file"), widths)
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
@@ -121,13 +121,13 @@ def main() -> None:
             bytes_of_file = file.stat().st_size
             for checkout, runs in found.items():
                 seconds, memory = ([each[key] for each in runs] for key in ("seconds", "memory"))
-                times = [each / bytes_of_file for each in memory]
-                megabytes = [each / 1e6 for each in memory]
-                measure.print_row((f"{case}, {bytes_of_file / 1e6:.0f} MB", checkout.name, measure.spread(seconds, ".2f"),
-                                   measure.spread(megabytes, ".0f"), measure.spread(times, ".1f")), widths)  # fmt: skip
+                name = f"{case}, {bytes_of_file / 1e6:.0f} MB"
+                figures = measure.spread(seconds), measure.spread([each / 1e6 for each in memory], ".0f")
+                times = measure.spread([each / bytes_of_file for each in memory], ".1f")
+                measure.print_row((name, checkout.name, *figures, times), widths)
             if args.against:
                 ours, theirs = (statistics.median(each["seconds"] for each in found[one]) for one in checkouts)
-                print(f"{'':10}{ours / theirs:.2f} of the time of the other\n")
+                print(f"{ours / theirs:.2f} of the time\n")
             file.unlink()
 
 
