@@ -215,8 +215,8 @@ def load(own: OwnData, settings: Settings) -> Given:
             continue
         indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
         if isinstance(source, (str, Mapping)) or not (indexed or hasattr(source, "__iter__")):
-            raise UserError(f"{where}: {name} is a {type(source).__name__}; it must be a list of items, or a Dataset that "
-                            "has a length, or an iterable")  # fmt: skip
+            raise UserError(f"{where}: {name} is a {type(source).__name__}; it must be a list of items, or a Dataset "
+                            "that has a length, or an iterable")  # fmt: skip
         if isinstance(source, IterableDataset) or not indexed:
             with running(f"{where}: {name}"):
                 source = Stream(source, f"{where}: {name}") if name == "train" else list(source)

@@ -94,7 +94,7 @@ def _extremes(part: np.ndarray) -> np.ndarray:
     """The lowest and the highest value of each channel of (T, C), (2, C); NaN where there is none."""
     rows = len(part) // WIDTH  # of many steps each, so that NumPy compares many numbers at once
     whole, rest = part[: rows * WIDTH], part[rows * WIDTH :]
-    wide = whole.reshape(rows, -1)
+    wide = whole.reshape(rows, WIDTH * part.shape[1])
     low, high = (choose.reduce(wide).reshape(-1, part.shape[1]) if rows else rest for choose in (np.fmin, np.fmax))
     return np.stack([np.fmin.reduce(np.concatenate([low, rest])), np.fmax.reduce(np.concatenate([high, rest]))])
 
