@@ -34,9 +34,10 @@ import plots
 from augmentation import SeriesAugmentation, series_augmentation
 from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings
-from data_files import Items, OnError, read_series, read_texts
+from data_files import Items, OnError, chosen_of, read_series, read_texts
 from image_files import open_image, read_images, to_bytes, to_rgb, upright
 from messages import UserError, naming, printable, refuse_together
+from packed import PackedSeries, PackedTexts, Steps
 from pixels import COLOUR, GREY, Check, ImageFiles, statistics
 from schema import Positive, Size, read, shown
 from series_files import not_as_trained, read_named_series, read_one_series
@@ -82,16 +83,22 @@ def _ids(ids: Sequence[str] | None, count: int) -> np.ndarray:
 
 
 class SequenceDataset(Dataset):
-    """Sequences in memory.
+    """Sequences in memory, or made when they are asked for.
 
     Args:
         sequences: N arrays (L, C).
         labels: a label for each, such as its class number.
         ids: their names; by default their numbers.
+        lengths: tokens of each, int64 (N,), where sequences and labels have been checked.
     """
 
-    def __init__(self, sequences: Sequence[np.ndarray], labels: Sequence[Any], ids: Sequence[str] | None = None):
+    def __init__(
+        self, sequences: Sequence[np.ndarray], labels: Sequence[Any], ids: Sequence[str] | None = None,
+        lengths: np.ndarray | None = None,
+    ):  # fmt: skip
         self.sequences, self.labels, self.ids = sequences, np.asarray(labels), _ids(ids, len(sequences))
+        if lengths is not None:
+            self.lengths = lengths
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -100,7 +107,24 @@ class SequenceDataset(Dataset):
         return {"input": self.sequences[number], "label": self.labels[number]}
 
     def subset(self, numbers: np.ndarray) -> "SequenceDataset":
-        return SequenceDataset([self.sequences[i] for i in numbers], self.labels[numbers], self.ids[numbers])
+        lengths = self.lengths[numbers] if hasattr(self, "lengths") else None
+        return SequenceDataset(chosen_of(self.sequences, numbers), self.labels[numbers], self.ids[numbers], lengths)
+
+
+class Tokens(Sequence):
+    """The tokens of raw items, made when they are asked for."""
+
+    def __init__(self, adapter: "Adapter", raw: Sequence[Any]):
+        self.adapter, self.raw = adapter, raw
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.adapter(self.raw[number])
+
+    def subset(self, numbers: np.ndarray) -> "Tokens":
+        return Tokens(self.adapter, chosen_of(self.raw, numbers))
 
 
 class AugmentedSeries(SequenceDataset):
@@ -121,8 +145,9 @@ class AugmentedSeries(SequenceDataset):
         flagged: Sequence[int],
         seed: int,
         per_step: bool = False,
+        lengths: np.ndarray | None = None,
     ):
-        super().__init__(sequences, labels, ids)
+        super().__init__(sequences, labels, ids, lengths)
         self.change, self.flagged, self.seed, self.per_step, self.epoch = change, tuple(flagged), seed, per_step, 0
 
     @property
@@ -144,8 +169,9 @@ class AugmentedSeries(SequenceDataset):
     def subset(self, numbers: np.ndarray) -> "AugmentedSeries":
         plain = super().subset(numbers)
         return AugmentedSeries(
-            plain.sequences, plain.labels, plain.ids, self.change, self.flagged, self.seed, self.per_step
-        )
+            plain.sequences, plain.labels, plain.ids, self.change, self.flagged, self.seed, self.per_step,
+            getattr(plain, "lengths", None),
+        )  # fmt: skip
 
 
 class MultimodalDataset(Dataset):
@@ -203,7 +229,7 @@ class MultimodalDataset(Dataset):
 class Source:
     """The raw values of one modality by split, as they were read from files, and notes about them."""
 
-    values: dict[str, list[Any]]
+    values: dict[str, Sequence[Any]]
     places: dict[str, list[str]]  # for messages, see data_files.Items
     names: list[str] | None = None  # of the columns of the training data, where the file has them
     table_rows: str | None = None
@@ -267,13 +293,27 @@ class Adapter(ABC):
         self, raw: dict[str, Any], source: Source, labels: dict[str, np.ndarray], ids: dict[str, Sequence[str]],
         settings: Settings, targets: Targets,
     ) -> dict[str, Dataset]:  # fmt: skip
-        """The data set of each split. The bad items of all splits are named at once."""
-        tokens = each_of(self, raw, source.places)
-        return {split: SequenceDataset(tokens[split], labels[split], ids[split]) for split in raw}
+        """The data set of each split, whose tokens are made when a batch needs them. The bad items of all splits are
+        named at once."""
+        lengths = self.checked_lengths(raw, source.places)
+        return {
+            split: SequenceDataset(Tokens(self, raw[split]), labels[split], ids[split], lengths[split]) for split in raw
+        }
+
+    def checked_lengths(
+        self, raw: dict[str, Sequence[Any]], places: dict[str, Sequence[str]]
+    ) -> dict[str, np.ndarray]:
+        """Tokens of each raw item of each split, int64 (N,). Raises UserError, which names all bad items."""
+        lengths = each_of(lambda item: len(self(item)), raw, places)
+        return {split: np.array(found, np.int64) for split, found in lengths.items()}
 
     def length(self, raw: Any) -> int | None:
         """Steps of a raw item (bytes of a text) before it is cut to max_seq_len; None if nothing is ever cut."""
         return None
+
+    def lengths(self, raw: Sequence[Any]) -> np.ndarray:
+        """That of each, int64 (N,); 0 where nothing is cut."""
+        return np.array([self.length(item) or 0 for item in raw], np.int64)
 
     def token_steps(self, length: int) -> np.ndarray:
         """The steps that each token which the encoder reads stands for: int64 (tokens, 2), the first one and the one
@@ -283,7 +323,7 @@ class Adapter(ABC):
     def about(self, raw: Sequence[Any], source: Source) -> list[str]:
         """Lines about the training items for the start of a run. May add notes to the source."""
         limit = getattr(self, "max_seq_len", None)
-        cut = sum((self.length(item) or 0) > (limit or math.inf) for item in raw)
+        cut = int((self.lengths(raw) > (limit or math.inf)).sum())
         if cut:
             source.notes.append(f"{cut} of {len(raw)} training items are cut to max_seq_len {limit} ({self.modality})")
         return []
@@ -401,8 +441,20 @@ class TextAdapter(Adapter):
             raise UserError(f"the text holds {text[error.start]!r}, half a character; it has no UTF-8 form") from error
         return torch.from_numpy(np.frombuffer(data[: self.max_seq_len], np.uint8).astype(np.float32))[:, None]
 
+    def checked_lengths(
+        self, raw: dict[str, Sequence[str]], places: dict[str, Sequence[str]]
+    ) -> dict[str, np.ndarray]:
+        """Texts in one buffer were checked when they were read."""
+        if type(self) is TextAdapter and all(isinstance(texts, PackedTexts) for texts in raw.values()):
+            return {split: np.minimum(texts.lengths, self.max_seq_len or np.inf).astype(np.int64)
+                    for split, texts in raw.items()}  # fmt: skip
+        return super().checked_lengths(raw, places)
+
     def length(self, raw: str) -> int:
         return len(raw.encode())
+
+    def lengths(self, raw: Sequence[str]) -> np.ndarray:
+        return raw.lengths if isinstance(raw, PackedTexts) else super().lengths(raw)
 
     def characters(self, tokens: Tensor) -> np.ndarray:
         """How many characters each token (L, 1) answers for, (L,): one byte of a character, its first, for all."""
@@ -486,6 +538,9 @@ class PretrainedTextAdapter(TextAdapter):
 
     def length(self, raw: str) -> int:
         return len(self.numbers(raw))
+
+    def lengths(self, raw: Sequence[str]) -> np.ndarray:
+        return Adapter.lengths(self, raw)
 
     def numbers(self, text: str) -> list[int]:
         """All of [CLS], text and [SEP], however long."""
@@ -593,21 +648,21 @@ class SeriesAdapter(Adapter):
         stride: by default a quarter of the window; of the stem 'conv', the power of two with which half of the series
         have at most STEM_TOKENS tokens.
         """
+        series = series if isinstance(series, PackedSeries) else [as_numbers(one, "series") for one in series]
+        steps = Steps(series, max_seq_len)
         if stride is None and stem == "conv":
-            median = np.median([len(one[:max_seq_len]) for one in series])
+            median = np.median(steps.lengths)
             stride = 2 ** max(0, math.ceil(math.log2(max(1, median) / STEM_TOKENS)))
         elif stride is None:
             stride = max(1, (window or 1) // 4)
-        steps = np.concatenate([as_numbers(one, "series")[:max_seq_len] for one in series])  # (all steps, C)
-        missing = np.isnan(steps)
-        for channel in np.flatnonzero(missing.all(0)):
+        found = steps.statistics()
+        for channel in np.flatnonzero(found["missing"] == len(steps)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
-        with np.errstate(over="ignore", invalid="ignore"):
-            mean, std = np.nanmean(steps, 0), np.nanstd(steps, 0)
+        mean, std = found["mean"], found["std"]
         for channel in np.flatnonzero(~np.isfinite(std)):
             raise UserError(f"channel {channel + 1} has values too large to be squared; scale them, or mark as missing")
-        varies = (np.nanmin(steps, 0) < np.nanmax(steps, 0)) & (std > 0)  # a constant's std may be a rounding error
-        flagged = np.flatnonzero(missing.any(0)).tolist()
+        varies = (found["low"] < found["high"]) & (std > 0)  # a constant's std may be a rounding error
+        flagged = np.flatnonzero(found["missing"]).tolist()
         std = np.where(varies, std, 1.0).tolist()
         return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride)
 
@@ -676,14 +731,15 @@ class SeriesAdapter(Adapter):
         cls, source: Source, settings: Settings, known: "SeriesAdapter | None"
     ) -> tuple["SeriesAdapter", dict[str, list[np.ndarray]]]:
         raw, names = source.values, source.names
-        if any(isinstance(value, Path) for values in raw.values() for value in values):  # a file each
+        in_files = (value for values in raw.values() if not isinstance(values, PackedSeries) for value in values)
+        if any(isinstance(value, Path) for value in in_files):  # a file each
             names = known.channels if known else _series_names(raw["train"])
             raw = each_of(partial(read_one_series, known=names), raw, source.places)
         if known:
             return known, raw
         series, places = raw["train"], source.places["train"]
         width = series[0].shape[1]
-        for one, place in zip(series, places, strict=True):
+        for one, place in () if isinstance(series, PackedSeries) else zip(series, places, strict=True):
             if one.shape[1] != width:
                 raise UserError(f"{place}: the series has {one.shape[1]} channels, that of {places[0]} {width}; "
                                 "all must have the same")
@@ -698,8 +754,9 @@ class SeriesAdapter(Adapter):
         for split, data in made.items():
             if change := series_augmentation(settings, split):
                 made[split] = AugmentedSeries(
-                    data.sequences, data.labels, data.ids, change, self.flagged, settings.seed, targets.per_token
-                )
+                    data.sequences, data.labels, data.ids, change, self.flagged, settings.seed, targets.per_token,
+                    data.lengths,
+                )  # fmt: skip
         return made
 
     def taken_over(self, source: Source, settings: Settings) -> "SeriesAdapter | None":
@@ -724,12 +781,34 @@ class SeriesAdapter(Adapter):
             source.notes[-1] += f"; to take them in the same order: --feature_columns {','.join(self.channels)}"
         return None
 
+    def checked_lengths(
+        self, raw: dict[str, Sequence[np.ndarray]], places: dict[str, Sequence[str]]
+    ) -> dict[str, np.ndarray]:
+        """Of series in one array each only those of a split are looked at of which some cannot be used."""
+        doubtful = {split: series for split, series in raw.items() if not self._takes(series)}
+        lengths = super().checked_lengths(doubtful, {split: places[split] for split in doubtful})
+        fine = {split: np.minimum(series.lengths, self.max_seq_len or np.inf).astype(np.int64)
+                for split, series in raw.items() if split not in doubtful}  # fmt: skip
+        return lengths | fine
+
+    def _takes(self, series: Sequence[np.ndarray]) -> bool:
+        """Whether it is seen at once that every series can be used: of each channel the lowest and the highest value
+        are standardised to finite numbers, so what lies between them is too."""
+        if not isinstance(series, PackedSeries) or series.channels != len(self.mean):
+            return False
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = ((series.extremes() - self.mean) / self.std).astype(np.float32)
+        return not np.isinf(scaled).any()
+
     def length(self, raw: np.ndarray) -> int:
         return len(raw)
 
+    def lengths(self, raw: Sequence[np.ndarray]) -> np.ndarray:
+        return raw.lengths if isinstance(raw, PackedSeries) else super().lengths(raw)
+
     def about(self, raw: Sequence[np.ndarray], source: Source) -> list[str]:
-        lengths, width = [len(one) for one in raw], len(self.mean)
-        low, high, median = min(lengths), max(lengths), int(np.median(lengths))
+        lengths, width = self.lengths(raw), len(self.mean)
+        low, high, median = lengths.min(), lengths.max(), int(np.median(lengths))
         steps, channels = f"{median} step{'s' * (median > 1)}", f"{width} channel{'s' * (width > 1)}"
         if high == 1 and self.table_rows == "steps":
             source.notes.append(f"every series has one step, of {channels}; if each row of the table is a whole "

@@ -669,7 +669,8 @@ def create_dataloader(
         lengths, labels = check_items(dataset, max_seq_len, targets)
     if bucket_by_length and lengths is None:
         raise UserError("bucket_by_length needs the lengths of the samples; give the data set an attribute `lengths`")
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, lengths if bucket_by_length else None, share)
+    mixed = shuffle and not getattr(dataset, "in_order", False)  # a stream has an order of its own
+    sampler = EpochBatchSampler(len(dataset), batch_size, mixed, seed, lengths if bucket_by_length else None, share)
     if labels is not None:
         targets.check(labels, for_training=shuffle)
     reads_files = getattr(dataset, "reads_files", False)

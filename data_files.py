@@ -1,8 +1,8 @@
 """Users' own files of series and texts, and tables that name files, read into raw items. Images: image_files.py.
 
-    read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .txt    float64 (L, C), NaN where a value is missing
-    read_texts      .csv, .tsv, .jsonl, .txt                    str
-    read_manifest   .csv, .tsv, .jsonl that names files         {'image': Path, 'text': str, 'series': Path}
+    read_series     .ts, .arff, .npz, .npy, .csv, .tsv, .parquet, .txt    float64 (L, C), NaN where a value is missing
+    read_texts      .csv, .tsv, .jsonl, .parquet, .txt                    str
+    read_manifest   .csv, .tsv, .jsonl, .parquet that names files         {'image': Path, 'text': str, 'series': Path}
 
 Letters: L steps of a series, C channels. Three arguments are the same everywhere:
 
@@ -17,18 +17,22 @@ the flag that overrides them. Nothing is unpickled.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config import FIELDS, Settings
 from labels import OUTSIDE, class_name
 from messages import UserError
+from packed import Packed, PackedTexts
 from series_files import (
     Part,
     SeriesFile,
+    Whole,
     arff_series,
     groups_of,
     npz_series,
@@ -46,18 +50,40 @@ class Items:
 
     ids: list[str]  # their names in predictions: row number from 1, series id, or file name relative to the folder
     places: list[str]  # for error messages: "train.csv, line 12" or "pets/cats/7.png"
-    values: list[Any]
+    values: Sequence[Any]  # a list, or packed.Packed; of a manifest, dicts by modality
     labels: list[Any] | None  # one for each, as it stands in the file; None if they were not asked for
     columns: list[str] | None = None  # names of the feature columns, if the file has them
     notes: list[str] = field(default_factory=list)  # for the user: what was guessed or left out without being wrong
     groups: list[str] | None = None  # what each item belongs to (a patient, a device), if the file says it
     table_rows: str | None = None  # what a row of a table of series is: 'steps' or 'series'
+    modality: str | None = None  # of all values; None where each is a dict by modality
 
-    def subset(self, numbers: Iterable[int]) -> "Items":
+    def subset(self, numbers: Sequence[int]) -> "Items":
         """The items of these numbers, in their order."""
         columns = (self.ids, self.places, self.values, self.labels, self.groups)
-        *chosen, groups = ([column[i] for i in numbers] if column else column for column in columns)
-        return Items(*chosen, self.columns, self.notes, groups, self.table_rows)
+        *chosen, groups = (chosen_of(column, numbers) if column else column for column in columns)
+        return Items(*chosen, self.columns, self.notes, groups, self.table_rows, self.modality)
+
+    def by_modality(self, number: int) -> dict[str, Any]:
+        """The value of an item, by modality."""
+        return {self.modality: self.values[number]} if self.modality else self.values[number]
+
+    def modalities(self) -> list[str]:
+        """Those that any item has."""
+        return [self.modality] if self.modality else [*dict.fromkeys(name for value in self.values for name in value)]
+
+    def of(self, modality: str) -> tuple[np.ndarray, Sequence[Any]]:
+        """(the numbers of the items that have a modality, their values of it)."""
+        if self.modality:
+            there = self.modality == modality
+            return np.arange(len(self.values) * there), self.values if there else []
+        numbers = [number for number, value in enumerate(self.values) if modality in value]
+        return np.array(numbers, int), [self.values[number][modality] for number in numbers]
+
+
+def chosen_of(values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    """The values of these numbers, in their order."""
+    return values.subset(numbers) if isinstance(values, Packed) else [values[number] for number in numbers]
 
 
 OnError = Callable[[UserError], None]
@@ -68,7 +94,13 @@ def raise_it(error: UserError) -> None:
     raise error
 
 
-def _gather(parts: Iterable[Part], labelled: bool, on_error: OnError, **about: Any) -> Items:
+def _gather(parts: Iterable[Part] | Whole, labelled: bool, on_error: OnError, **about: Any) -> Items:
+    if isinstance(parts, Whole):
+        for _, error in sorted(parts.faults.items()):
+            on_error(error)
+        items = Items(parts.ids, parts.places, parts.values, parts.labels, groups=parts.groups, **about)
+        good = [number for number in range(len(items.ids)) if number not in parts.faults]
+        return items.subset(good) if parts.faults else items
     items, groups = Items([], [], [], [] if labelled else None, **about), []
     for id, place, make, *group in parts:
         try:
@@ -109,6 +141,7 @@ _OF_FORMATS = {  # settings that say how a file of this kind is read
     ".csv": _COLUMNS | {"feature_columns", "ignore_columns", "table_rows", "delimiter", "quoting"},
 }
 _OF_FORMATS[".tsv"] = _OF_FORMATS[".csv"]
+_OF_FORMATS[".parquet"] = _OF_FORMATS[".csv"] - {"encoding", "delimiter", "quoting"}
 
 
 def without_effect(paths: Iterable[Path], given: Iterable[str]) -> list[str]:
@@ -149,7 +182,8 @@ def read_series(
                 follow one another and their lengths sum to T.
                 With settings.task tagging y has the shape of x without channels, a label for each step.
     .npy        one series (L, C) or (L,), without label.
-    .csv, .tsv  a line per time step: columns of series id, label and group, all others are features. The steps of a
+    .csv, .tsv, .parquet
+                a line per time step: columns of series id, label and group, all others are features. The steps of a
                 series are in file order and may lie between those of others; its label and group are the same in all
                 its rows.
                 Missing: an empty cell, ?, nan, NA, null and the like. Without labels, a file that has no column of
@@ -162,13 +196,14 @@ def read_series(
             others are refused. A file without names is taken in its own order.
     """
     path = Path(path)
-    extension = extension_of(path, [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt"], labelled, ".npy")
+    valid = [".ts", ".arff", ".npz", ".csv", ".tsv", ".txt", ".parquet"]
+    extension = extension_of(path, valid, labelled, ".npy")
     if labelled and settings.task == "tagging" and extension in (".ts", ".arff", ".txt"):
         raise UserError(f"{path}: {extension} files have one label for a series; --task tagging needs one for each "
                         "step: a .csv of a row for each step, or an .npz")  # fmt: skip
     if extension == ".npy":
         found = SeriesFile([(path.name, str(path), lambda: (read_named_series(path)[0], None))])
-    elif extension in (".csv", ".tsv"):
+    elif extension in (".csv", ".tsv", ".parquet"):
         found = table_series(path, settings, labelled, known)
     else:
         read = {".ts": ts_series, ".arff": arff_series, ".npz": npz_series, ".txt": ucr_series}[extension]
@@ -185,14 +220,14 @@ def read_series(
 def read_texts(
     path: str | Path, settings: Settings = DEFAULTS, labelled: bool = True, on_error: OnError = raise_it
 ) -> Items:
-    """Texts as they stand in the file: one per row of a .csv, .tsv or .jsonl, or a whole .txt (without label).
+    """Texts as they stand in the file: one per row of a .csv, .tsv, .jsonl or .parquet, or (no label) a whole .txt.
 
     Their ids come from the column of ids, if there is one, otherwise they are the numbers of the rows. With
     settings.task tagging the label of a text is a list of those of its characters, from the spans of a .jsonl (see
     `spans_to_labels`).
     """
     path = Path(path)
-    if extension_of(path, [".csv", ".tsv", ".jsonl"], labelled, ".txt") == ".txt":
+    if extension_of(path, [".csv", ".tsv", ".jsonl", ".parquet"], labelled, ".txt") == ".txt":
         notes: list[str] = []
         text = read_text(path, settings, notes)
         part = path.name, str(path), lambda: (_text(text, f"{path}: it"), None)
@@ -205,7 +240,37 @@ def read_texts(
 
     if labelled and settings.task == "tagging":
         return _rows_of(table, text_of, settings, True, on_error, *_spans_of(table, settings))
-    return _rows_of(table, text_of, settings, labelled, on_error)
+    faults = {row: UserError(text) for row, text in table.faults.items()}
+
+    def contents() -> Iterator[bytes]:
+        for row, text in enumerate(texts):
+            found = _encoded(text)
+            if found is None:
+                try:
+                    text_of(row)
+                except UserError as error:
+                    faults.setdefault(row, error)
+            yield found or b""
+
+    values = PackedTexts.of(contents())
+    labels = label_cells(table, settings) if labelled else None
+    groups = [group for row in groups_of(table, settings) for group in row] or None
+    ids, places = [*map(str, _ids(table, settings))], [*map(table.place, range(len(texts)))]
+    whole = Whole(ids, places, values, labels, groups, faults)
+    return _gather(whole, labelled, on_error, notes=table.notes)
+
+
+def _encoded(text: Any) -> bytes | None:
+    """The text in UTF-8; None for what `_text` refuses."""
+    try:
+        return text.encode() if isinstance(text, str) and text.strip() else None
+    except UnicodeEncodeError:
+        return None
+
+
+def _ids(table: Table, settings: Settings) -> Sequence[Any]:
+    """The ids of the rows, by default their numbers."""
+    return table.column(settings.id_column) if table.has(settings.id_column) else range(1, len(table.rows) + 1)
 
 
 SPANS = "spans"  # the column of spans, where --label_column names no other
@@ -277,9 +342,7 @@ def _rows_of(
         item's value and its place.
     """
     labels = label_cells(table, settings) if labelled and labels is None else labels
-    groups = groups_of(table, settings)
-    named = table.has(settings.id_column)
-    ids = table.column(settings.id_column) if named else range(1, len(table.rows) + 1)
+    groups, ids = groups_of(table, settings), _ids(table, settings)
 
     def make(row: int) -> tuple[Any, Any]:
         if row in table.faults:
@@ -301,7 +364,8 @@ def read_manifest(
     labelled: bool = True,
     on_error: OnError = raise_it,
 ) -> Items:
-    """Items of several modalities, one per row of a .csv, .tsv or .jsonl: {'image': Path, 'text': str, 'series': Path}.
+    """Items of several modalities, one per row of a .csv, .tsv, .jsonl or .parquet: {'image': Path, 'text': str,
+    'series': Path}.
 
     Args:
         columns: the column of each modality. The file must have at least one of them.

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 import own_data
 import tasks
 from adapters import (  # noqa: F401
@@ -66,6 +67,7 @@ from files import checksum_of
 from image_files import PURPOSES, find_splits
 from messages import UserError, as_utf8, naming, refuse_together
 from own_data import OwnData
+from packed import Packed
 from tables import FileFinder
 from tasks import Classification, Task
 
@@ -379,7 +381,8 @@ CIFAR10_FILES = ("cifar-10-batches-py", "cifar-10-python.tar.gz")  # unpacked, a
 def load_cifar10_splits(settings: Settings, info: Info | None = None) -> tuple[Splits, Info]:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels, downloaded into data_dir if missing."""
     check_patches(settings, 32, 32)
-    train, test = _open_cifar10(Path(settings.data_dir))
+    with distributed.first_process_first():
+        train, test = _open_cifar10(Path(settings.data_dir))
     images, labels = {"train": train.data, "test": test.data}, {"train": train.targets, "test": test.targets}
     ids = {name: np.arange(len(numbers)).astype(str) for name, numbers in labels.items()}
     return _image_splits(images, labels, ids, train.classes, settings, info, margin=4)
@@ -467,7 +470,7 @@ def create_cifar10_sequence_dataset(
 # --- Your own data ---------------------------------------------------------------------------------------------------
 
 MODALITY_OF = {"images": "image", "sequences": "series", "text": "text"}  # of data sets of one modality
-MANIFESTS = (".csv", ".tsv", ".jsonl")
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def read_items(
@@ -493,7 +496,7 @@ def read_items(
         columns = {name: getattr(settings, f"{name}_column") for name in known or MODALITIES}
         items = read_manifest(path, columns, settings, labelled, on_error)
         if not labelled:
-            lacking = [name for name in columns if not any(name in value for value in items.values)]
+            lacking = [name for name in columns if name not in items.modalities()]
             items.notes += [f"{path}: no item has an entry for {name} (column {columns[name]!r})" for name in lacking]
         return items
     if modality is None and len(known) == 1:
@@ -502,7 +505,7 @@ def read_items(
         modality = {".txt": "text", ".npy": "series"}.get(path.suffix.lower(), "image")
     reader = type(known[modality]) if modality in known else MODALITIES[modality]
     items = reader.read_items(path, settings, labelled, on_error, known.get(modality) or trained)
-    items.values = [{modality: value} for value in items.values]
+    items.modality = modality
     return items
 
 
@@ -539,10 +542,11 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     home = FileFinder()(Path(settings.data_path if "train" in items else settings.test_path or settings.data_path))
     loaded = {}
     for modality in _modalities(items, known, settings, notes):
-        there = {name: [i for i, item in enumerate(found.values) if modality in item] for name, found in items.items()}
+        found = {name: split.of(modality) for name, split in items.items()}
+        there = {name: numbers for name, (numbers, _) in found.items()}
         train = items.get("train")
         source = Source(
-            {name: [items[name].values[i][modality] for i in numbers] for name, numbers in there.items()},
+            {name: values for name, (_, values) in found.items()},
             {name: [items[name].places[i] for i in numbers] for name, numbers in there.items()},
             train and train.columns,
             train and train.table_rows,
@@ -655,7 +659,7 @@ def _modalities(
     items: dict[str, Items], known: dict[str, Adapter], settings: Settings, notes: list[str]
 ) -> list[str]:
     """The modalities of the training items, in their order. Adds a note on modalities that only other items have."""
-    there = {name for item in items["train"].values for name in item} if not known else set(known)
+    there = set(known or items["train"].modalities())
     if not known and settings.dataset_type == "multimodal":
         for name in MODALITIES:
             column = getattr(settings, f"{name}_column")
@@ -663,10 +667,12 @@ def _modalities(
                 raise UserError(f"{name}_column: no training item has a column {column!r}; correct it, or leave it out")
     modalities = [name for name in MODALITIES if name in there]
     for found in items.values():
-        for item, place in zip(found.values, found.places, strict=True):
+        for number in range(0 if found.modality in modalities else len(found.values)):
+            item = found.by_modality(number)
             if item.keys().isdisjoint(modalities):
-                raise UserError(f"{place}: it has only {', '.join(item)}, which no training item has; remove the row")
-    unseen = {name for found in items.values() for item in found.values for name in item}.difference(modalities)
+                raise UserError(f"{found.places[number]}: it has only {', '.join(item)}, which no training item has; "
+                                "remove the row")  # fmt: skip
+    unseen = {name for found in items.values() for name in found.modalities()}.difference(modalities)
     notes += [f"no training item has an entry for {name}, so it is not looked at" for name in sorted(unseen)]
     return modalities
 
@@ -797,15 +803,19 @@ def _fingerprints(
 
     def of_names(found: Items, texts: list[str], in_form: Callable[[str], str]) -> str:
         result = 0
-        for id, label, value in zip(found.ids, texts, found.values, strict=True):
-            parts = value.values()
+        packed = isinstance(found.values, Packed)
+        for number, (id, label) in enumerate(zip(found.ids, texts, strict=True)):
+            parts = [found.values.contents(number)] if packed else found.by_modality(number).values()
             parts = [in_form(part.name) if isinstance(part, Path) else part for part in parts]
             for part in (in_form(id), label, *parts):
-                result = zlib.crc32(as_utf8(part).encode() if isinstance(part, str) else part.tobytes(), result)
+                data = as_utf8(part).encode() if isinstance(part, str) else np.ascontiguousarray(part)
+                result = zlib.crc32(data, result)
         return f"{result:08x}"
 
     def of_files(found: Items) -> str:
-        values = [list(value.values()) for value in found.values]
+        if isinstance(found.values, Packed):
+            return ""
+        values = [found.by_modality(number).values() for number in range(len(found.values))]
         files = [(part, place) for parts, place in zip(values, found.places, strict=True)
                  for part in parts if isinstance(part, Path)]  # fmt: skip
         if not files:
@@ -834,11 +844,16 @@ def load_given_splits(
     settings: Settings, info: Info | None = None, only: str | None = None, own: OwnData | None = None
 ) -> tuple[Splits, Info]:
     """What the user's own code gives, see own_data.py; what it does not give is split off as by `load_own_splits`."""
-    given = own_data.load(own, settings)
+    with distributed.first_process_first():  # the user's code may download, too
+        given = own_data.load(own, settings)
     sources = given.sources
     if info and only in sources and only != "train":
         sources = {only: sources[only]}
     labelled = settings.task != "reconstruct"
+    streamed = isinstance(sources.get("train"), own_data.Stream)
+    if streamed and (not labelled or settings.mixup):
+        what = "mixup" if labelled else "task: reconstruct"
+        raise UserError(f"{what}: not of an iterable; give the training items as a list or a Dataset")
     items = own_data.read_items(sources, own, labelled)
     if labelled:
         task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
@@ -846,13 +861,16 @@ def load_given_splits(
         task, targets, notes = *_one_class(items), []
     if "train" in items:
         notes += _split_off(items, targets, task, settings, own.path or "data")
+    if streamed:
+        notes.append("train is an iterable: its items are not shuffled here, only their labels were checked, and "
+                     "--resume is exact only if it gives the same items in the same order again")  # fmt: skip
 
     fitted = known_adapters(info, own.classes) if info and given.adapters else {}
     fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
     splits = {
         name: own_data.PreparedDataset(
             found.values, found.places, found.ids, targets[name], fitted, settings.max_seq_len, name == "train",
-            f"preparing {name}", task.per_token,
+            f"preparing {name}", task.per_token, partial(own_data.target_of, task),
         )
         for name, found in items.items()
     }  # fmt: skip

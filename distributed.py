@@ -158,7 +158,8 @@ def barrier() -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Run the block in the first process, then in the first one of every other machine, then in all others.
+    """Run the block, which may download, in the first process, then in the first one of every other machine, then in
+    all others.
 
     So the later ones find the files that the block downloads, whether the disk is shared or each machine has its own.
     They wait up to LONGEST_DOWNLOAD.

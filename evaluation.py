@@ -3,14 +3,17 @@
 Letters: N samples, C classes, B batch, L tokens, D latent width.
 """
 
+import codecs
 import copy
 import csv
 import io
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -450,17 +453,54 @@ def write_file(path: PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def write_rows(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a .csv file with a header, the whole file or nothing, for spreadsheets and for `read_table`.
+@contextmanager
+def written_rows(path: PathLike, partial: PathLike | None = None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that adds a row to a .csv file, which replaces `path` at the end of the block. Without rows nothing is
+    written.
 
-    If it is not all ASCII, it begins with a byte order mark, without which Excel assumes another encoding. A cell that
-    a spreadsheet would run as a formula gets an apostrophe, which `tables.read_table` removes. Numbers are exact.
+    The file has a header and is for spreadsheets and for `read_table`. If it is not all ASCII, it begins with a byte
+    order mark, without which Excel assumes another encoding. A cell that a spreadsheet would run as a formula gets an
+    apostrophe, which `tables.read_table` removes. Numbers are exact.
+
+    partial: where the rows so far are kept if the block raises; the old file is then untouched. None drops them.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerows([rows[0].keys(), *([spreadsheet_cell(str(cell)) for cell in row.values()] for row in rows)])
-    data = as_utf8(text.getvalue())
-    write_file(path, data.encode("utf-8" if data.isascii() else "utf-8-sig"))
+    path, mark, file = Path(path), b"", None
+    with ExitStack() as stack:
+
+        def add(row: Mapping[str, Any]) -> None:
+            nonlocal mark, file
+            text = io.StringIO(newline="")
+            writer = csv.writer(text)
+            if file is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))  # rows wait there, not in memory
+                writer.writerow(row.keys())
+            writer.writerow([spreadsheet_cell(str(cell)) for cell in row.values()])
+            line = as_utf8(text.getvalue())
+            mark = mark if line.isascii() else codecs.BOM_UTF8
+            file.write(line.encode())
+
+        def save(target: PathLike) -> None:
+            if file is not None:
+                file.seek(0)
+                with written_whole(target, "wb") as whole:
+                    whole.write(mark)
+                    shutil.copyfileobj(file, whole)
+
+        try:
+            yield add
+        except BaseException:
+            if partial is not None:
+                save(partial)
+            raise
+        save(path)
+
+
+def write_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a .csv file, the whole file or nothing, see `written_rows`."""
+    with written_rows(path) as add:
+        for row in rows:
+            add(row)
 
 
 def save_evaluation(

@@ -21,7 +21,9 @@ whose [MASK] is filled.
 """
 
 import os
+import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -311,13 +313,15 @@ def write_predictions(
 ) -> int:
     """Write a table of ids and answers, or of texts with their masks filled. Returns how many items were answered.
 
-    The first rows are shown. An item that the model cannot take is passed to on_error and left out.
+    The first rows are shown. An item that the model cannot take is passed to on_error and left out. Rows are written as
+    they are made. The table replaces an older one when it is whole; if it is interrupted, what there is of it is kept
+    beside that, and a note says where.
     """
-    done = []  # ids, in the order of the answers
+    done = deque()  # ids, in the order of the answers
 
     def attempt(number: int) -> Item | UserError:
         try:
-            return _prepare(model, items.values[number], items.places[number])
+            return _prepare(model, items.by_modality(number), items.places[number])
         except UserError as error:
             return error
 
@@ -330,22 +334,34 @@ def write_predictions(
             done.append(id)
             yield item
 
-    rows, count = [], 0
-    if hasattr(model, "task"):
-        for count, answer in enumerate(_answers(model, prepared(), batch_size), 1):
-            rows += [{"id": done[count - 1], **row} for row in model.task.records(answer)]
-    else:
-        for id, place, value in zip(items.ids, items.places, items.values, strict=True):
+    def filled() -> Iterator[list[dict[str, Any]]]:
+        for number, (id, place) in enumerate(zip(items.ids, items.places, strict=True)):
             try:
                 with naming(place):
-                    rows.append({"id": id, "text": fill_masks(model, value["text"])})
-                count += 1
+                    yield [{"id": id, "text": fill_masks(model, items.by_modality(number)["text"])}]
             except UserError as error:
                 on_error(error)
-    if rows:
-        evaluation.write_rows(path, rows)
-        for row in rows[:REPORTED]:
-            print("  ".join(printable(str(cell)) for cell in list(row.values())[:3]))
+
+    def answered() -> Iterator[list[dict[str, Any]]]:
+        for answer in _answers(model, prepared(), batch_size):
+            id = done.popleft()
+            yield [{"id": id, **row} for row in model.task.records(answer)]
+
+    first, count, partial = [], 0, path.with_stem(f"{path.stem}.partial")
+    try:
+        with evaluation.written_rows(path, partial) as add:
+            for rows in answered() if hasattr(model, "task") else filled():
+                for row in rows:
+                    add(row)
+                first += rows[: REPORTED - len(first)]
+                count += 1
+    except BaseException as error:
+        if count and not isinstance(error, OSError):
+            print_note(f"{count:,} of {len(items.ids):,} items were predicted: {partial}")
+        raise
+    partial.unlink(missing_ok=True)  # of an earlier run
+    for row in first:
+        print("  ".join(printable(str(cell)) for cell in list(row.values())[:3]))
     return count
 
 
@@ -407,6 +423,9 @@ def predict_files(
         count = write_predictions(model, items, settings.batch_size, table, report)
     except OSError as error:
         raise UserError(f"cannot write {table}: {error.strerror}; take another --output_dir") from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if len(errors) > REPORTED:
         print(f"error: and {len(errors) - REPORTED} more", file=sys.stderr)
     left_out = f"; {len(errors)} could not be read" if errors else ""

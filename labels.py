@@ -164,10 +164,17 @@ def read_labels(
     """
     names: list[str | None] = []
     errors: list[UserError] = []
+    seen: dict[tuple[type, Any], str] = {}  # most cells are like one before; 1, 1.0 and True are equal, hence the type
     for cell, place in zip(cells, places, strict=True):
+        plain = isinstance(cell, (str, int, float))
+        if plain and (name := seen.get((type(cell), cell))) is not None:
+            names.append(name)
+            continue
         try:
             told = isinstance(cell, str) and cell.strip() in known
             names.append(cell.strip() if told else class_name(cell, place))
+            if plain:
+                seen[type(cell), cell] = names[-1]
         except UserError as error:
             names.append(None)
             errors.append(error)

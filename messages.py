@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 def as_utf8(text: str) -> str:
     """The text with those bytes of a file name that are not UTF-8 as escapes, so that any file can hold it."""
-    if text.isascii():
+    if text.isascii():  # most are, and it is seen at once
         return text
     return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
 

@@ -11,8 +11,8 @@ The file holds one function, and may hold settings that take the place of the de
 
 What it returns has these keys, which are also what `train.train` takes:
 
-    train         a list of items, or a `torch.utils.data.Dataset` of them
-    val, test     likewise; one that is missing is split off train
+    train         a list of items, a `torch.utils.data.Dataset` of them, or an iterable that can be run through again
+    val, test     likewise; one that is missing is split off train (not off an iterable)
     class_names   of classes 0, 1, ... (or of several labels, or of the numbers of a regression); without, labels are
                   taken as the names themselves
     adapters      what makes tokens of an item's 'input', where it is not tokens (L, C) yet: an adapter, or a class of
@@ -23,7 +23,7 @@ patient: items of one group are never on both sides of a split.
 
 A list is prepared once and kept in memory. A Dataset is asked for an item whenever a batch needs it, so it may be
 larger than memory, and may draw its training items anew in each epoch. Both are read through once at the start, to
-find what is wrong with an item before anything is trained.
+find what is wrong with an item before anything is trained. Of an iterable, see `Stream`, only the labels are.
 
 Code runs only where the user names its file. A checkpoint knows the file's name and checksum, and adapters as plain
 data: it is opened again with the same file.
@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import adapters as adapters_module
 from adapters import ADAPTERS, Adapter, Source, TensorAdapter, describe
@@ -212,13 +212,20 @@ def load(own: OwnData, settings: Settings) -> Given:
     for name in SPLITS:
         if (source := found.get(name)) is None and name != "train":
             continue
-        if not hasattr(source, "__len__") or not hasattr(source, "__getitem__") or isinstance(source, (str, Mapping)):
+        indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+        if isinstance(source, (str, Mapping)) or not (indexed or hasattr(source, "__iter__")):
             raise UserError(f"{where}: {name} is a {type(source).__name__}; it must be a list of items, or a Dataset "
-                            "that has a length")  # fmt: skip
-        if not len(source):
+                            "that has a length, or an iterable")  # fmt: skip
+        if isinstance(source, IterableDataset) or not indexed:
+            with running(f"{where}: {name}"):
+                source = Stream(source, f"{where}: {name}") if name == "train" else list(source)
+        elif not len(source):
             raise UserError(f"{where}: {name} is empty; give it items, or leave it out" * (name != "train")
                             or f"{where}: train is empty; give it items")  # fmt: skip
         sources[name] = source
+    if isinstance(sources["train"], Stream) and (absent := [name for name in SPLITS if name not in sources]):
+        raise UserError(f"{where}: train is an iterable, of which nothing can be set aside: give "
+                        f"{' and '.join(absent)} too")  # fmt: skip
     if adapters is not None and not isinstance(adapters, Mapping):
         adapters = {getattr(adapters, "modality", ONLY): adapters}
     for name, adapter in (adapters or {}).items():
@@ -228,6 +235,61 @@ def load(own: OwnData, settings: Settings) -> Given:
         if not isinstance(name, str) or not name.isidentifier():
             raise UserError(f"{where}: {kind.__name__}.modality must be a name such as 'audio', not {name!r:.60}")
     return Given(sources, None if names is None else list(names), dict(adapters or {}))
+
+
+class Stream:
+    """An iterable as a list that is read forward: of training items in the order in which it gives them.
+
+    Each pass runs through it from the start. It may give its items in another order each time, but as many as in the
+    first pass. It is not known what comes later, so nothing is shuffled, and to get to an item those before it are
+    read: a resume in mid-epoch reads what it skips, and each worker and each process reads all.
+    """
+
+    in_order = True
+    lengths = None  # not known before an item is there
+
+    def __init__(self, source: Any, where: str):
+        if iter(source) is source:
+            raise UserError(f"{where} is a {type(source).__name__}, which can be run through only once; give a list, "
+                            "or an iterable that starts again, such as an object with __iter__")  # fmt: skip
+        self.source, self.where, self.count = source, where, 0
+        self.items, self.read, self.item = None, 0, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"items": None, "item": None}
+
+    def __len__(self) -> int:
+        """Items of the first pass, once that has ended."""
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        self.items = None
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+
+    def numbers(self) -> Iterator[int]:
+        """The first pass: the numbers of the items, as long as there are some."""
+        while self._read_to(self.count):
+            yield self.count
+            self.count += 1
+
+    def __getitem__(self, number: int) -> Any:
+        if not self._read_to(number):
+            raise UserError(f"{self.where} gave {self.read} items in this pass, {self.count} in the first one; it must "
+                            "give as many each time")  # fmt: skip
+        return self.item
+
+    def _read_to(self, number: int) -> bool:
+        """Read up to this item. False if they end before it."""
+        if self.items is None or number < self.read - 1:
+            self.items, self.read = iter(self.source), 0
+        while self.read <= number:
+            try:
+                self.item = next(self.items)
+            except StopIteration:
+                return False
+            self.read += 1
+        return True
 
 
 Place = tuple[Any, int]  # (list or Dataset, number of the item)
@@ -244,22 +306,27 @@ def read_items(
     for name, source in sources.items():
         where = f"{own.path}: {name}" if own.path else name
         found = splits[name] = Items([], [], [], [])
-        found.places = [f"{where}[{number}]" for number in range(len(source))]
-        found.values = [(source, number) for number in range(len(source))]
         if hasattr(source, "lengths") and hasattr(source, "labels"):
+            found.places = [f"{where}[{number}]" for number in range(len(source))]
+            found.values = [(source, number) for number in range(len(source))]
             found.labels = [plain_label(label) for label in source.labels]
             found.ids = [as_utf8(str(id)) for id in getattr(source, "ids", range(len(source)))]
             continue
         groups = []
         if hasattr(source, "set_epoch"):
             source.set_epoch(0)
-        for number in with_progress(range(len(source)), f"reading {name}"):
-            if len(errors) > max_errors:
-                break
+        numbers = source.numbers() if isinstance(source, Stream) else range(len(source))
+        numbers = iter(with_progress(numbers, f"reading {name}"))
+        while len(errors) <= max_errors:
+            with running(where):  # a stream may fail where it is asked whether there is another item
+                if (number := next(numbers, None)) is None:
+                    break
+            found.places.append(place := f"{where}[{number}]")
+            found.values.append((source, number))
             try:
-                item = item_of(source, number, found.places[number])
+                item = item_of(source, number, place)
                 if labelled and "label" not in item:
-                    raise UserError(f"{found.places[number]}: it has no 'label'")
+                    raise UserError(f"{place}: it has no 'label'")
                 found.labels.append(plain_label(item.get("label")))
                 found.ids.append(as_utf8(str(item.get("id", number))))
                 groups.append(item.get("group"))
@@ -267,6 +334,8 @@ def read_items(
                 if error.__cause__:  # an exception of the user's code, which is likely the same for every item
                     raise
                 errors.append(error)
+        if not found.places:
+            raise UserError(f"{where} is empty; give it items")
         if not errors and any(group is not None for group in groups):
             found.groups = ["" if group is None else str(plain_label(group)) for group in groups]
             refuse_together(UserError(f"{place}: it has no 'group', others have one; give it one")
@@ -315,6 +384,13 @@ def read_targets(task: Task, found: Items) -> tuple[list[Any], list[UserError]]:
     return [targets.get(number) for number in range(len(found.labels))], errors
 
 
+def target_of(task: Task, label: Any, place: str) -> Any:
+    """The target of one label, as `read_targets` makes it. Raises UserError."""
+    (target,), errors = read_targets(task, Items([""], [place], [None], [plain_label(label)]))
+    refuse_together(errors)
+    return target
+
+
 def fit_adapters(given: Given, train: Items, settings: Settings, own: OwnData) -> dict[str, Adapter]:
     """The adapters of the training items: as given, or of the given class, fitted."""
     made = {}
@@ -357,18 +433,20 @@ class PreparedDataset(Dataset):
         adapters: none where inputs are tokens.
         training: whether each epoch may draw the items anew; else they are those of epoch 0.
         per_token: whether a label has a value for each token, or what the adapter makes tokens of.
+        target_of: of a `Stream`, the target of an item's label and its place.
     """
 
     def __init__(
         self, places: Sequence[Place], names: Sequence[str], ids: Sequence[str], labels: Sequence[Any],
         adapters: Mapping[str, Adapter], max_seq_len: int | None, training: bool, show: str = "",
-        per_token: bool = False,
+        per_token: bool = False, target_of: Callable[[Any, str], Any] | None = None,
     ):  # fmt: skip
         self.places, self.names, self.ids, self.given = places, names, np.array(ids, object), labels
         self.labels, self.per_token = copy.copy(labels), per_token  # as the loss needs them; as they were given
         self.adapters, self.max_seq_len, self.training = adapters, max_seq_len, training
         source = places[0][0]
-        self.source, self.ready = source, None
+        self.source, self.ready, self.target_of = source, None, target_of
+        self.in_order = isinstance(source, Stream)
         self.set_epoch(0)
         if isinstance(source, (list, tuple)):
             self.ready = [self._prepare(number) for number in self._shown(show)]
@@ -416,7 +494,8 @@ class PreparedDataset(Dataset):
 
     def _prepare(self, number: int) -> Item:
         where = self.names[number]
-        item, label = item_of(*self.places[number], where), self.given[number]
+        item = item_of(*self.places[number], where)
+        label = self.target_of(item.get("label"), where) if self.in_order else self.given[number]
         inputs = by_modality(item, self.adapters, where)
         if self.adapters:
             with running(where):
@@ -457,7 +536,10 @@ def require(own: OwnData | None, dataset: str) -> None:
 
 
 def fingerprint(data: PreparedDataset, labels: Sequence[str]) -> str:
-    """A checksum of the names and labels of items; of a list, also of what they hold. A Dataset may draw its own."""
+    """A checksum of the names and labels of items; of a list, also of what they hold. A Dataset may draw its own; of a
+    `Stream`, whose order may change, how often each label occurs."""
+    if data.in_order:
+        return f"{zlib.crc32(as_utf8(chr(0).join(sorted(labels))).encode()):08x}"
     result = 0
     for number, (id, label) in enumerate(zip(data.ids, labels, strict=True)):
         parts = [id, label]

@@ -1,6 +1,6 @@
 """Files of series, each format read into parts: (id, place, a function that gives the series and its label cell).
 
-    table_series    .csv, .tsv: a row per time step, or per series (with a header, or as in the UCR archive)
+    table_series    .csv, .tsv, .parquet: a row per time step, or per series (with a header, or as in the UCR archive)
     ucr_series      .txt: a line per series, its label first, as in older forms of the UCR archive
     ts_series       .ts and
     arff_series     .arff: as in the UEA and UCR archives
@@ -8,13 +8,16 @@
     read_one_series .npy, .csv, .tsv: a file of one series
 
 A series is float64 (L, C), NaN where a value is missing. The function of a part raises the UserError of its own item.
+Those of an .npz are not taken apart: they stay in its arrays (packed.py).
 `known` are the feature columns of the training data: columns are put into that order, and others are refused.
 """
 
 import csv
 import math
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +29,7 @@ import numpy as np
 from config import FIELDS, Settings
 from labels import class_name, is_unlabelled, label_parts, same_label
 from messages import UserError
+from packed import VALUES, Packed, PackedSeries
 from tables import (
     DEFAULTS,
     Cells,
@@ -45,6 +49,7 @@ from tables import (
     note_comma,
     numbered_lines,
     read_cells,
+    read_parquet,
     read_text,
     repeated,
     shown,
@@ -55,8 +60,20 @@ Part = tuple[str, str, Make] | tuple[str, str, Make, str]  # id, place, function
 
 
 @dataclass
+class Whole:
+    """All items of a file that was read at once, and the errors of those that cannot be used, by number."""
+
+    ids: list[str]
+    places: list[str]
+    values: Packed
+    labels: list[Any] | None
+    groups: list[str] | None
+    faults: dict[int, UserError]
+
+
+@dataclass
 class SeriesFile:
-    parts: Iterable[Part]
+    parts: Iterable[Part] | Whole
     names: list[str] | None = None  # of the channels, or of the steps if a row of the table is a series
     table_rows: str | None = None  # what a row of the table is: 'steps' or 'series'; None if the file is no table
     notes: list[str] = field(default_factory=list)
@@ -117,7 +134,12 @@ def _checked(
 
 
 def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence[str] | None) -> SeriesFile:
-    """The series of a .csv or .tsv. What a row is, is said by settings.table_rows, or decided from the file."""
+    """The series of a .csv, .tsv or .parquet. What a row is, is said by settings.table_rows, or decided from the file.
+    """
+    if path.suffix.lower() == ".parquet":
+        table = read_parquet(path)
+        table.rows = [tuple(map(_as_cell, row)) for row in table.rows]
+        return _series_of(table, settings, labelled, known)
     cells = read_cells(path, settings)
     if not cells.rows:
         raise UserError(f"{path}: is empty; its first line must name the columns")
@@ -134,6 +156,11 @@ def table_series(path: Path, settings: Settings, labelled: bool, known: Sequence
                         "write a line above that names the columns (id, label, ...); or, if each line is a whole "
                         "series with its label first, say --table_rows series")
     return SeriesFile([(path.name, str(path), lambda: (_one_by_position(cells), None))], notes=cells.notes)
+
+
+def _as_cell(value: Any) -> str:
+    """What a value would be in a .csv; numbers keep all their digits."""
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
 
 def _has_header(cells: Cells, expected: Sequence[str]) -> bool:
@@ -695,6 +722,7 @@ def _relational_parts(table: Table, name: str, settings: Settings, labelled: boo
 
 _NPZ_NAMES = {"regression": "target_names", "multilabel": "class_names"}  # of the columns of y
 _SMALL = 1 << 28  # bytes that an archive may always unpack to
+_MAPPED = 1 << 24  # bytes of an array from which it is mapped into memory where it can be, rather than read
 
 
 def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.ndarray | dict[str, np.ndarray]:
@@ -713,10 +741,11 @@ def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.nd
                 times = unpacked // path.stat().st_size
                 raise UserError(f"{path}: unpacks to {unpacked / 2**30:.1f} GiB, {times} times its size; if that is "
                                 f"right, raise --max_unpacking (now {most})")
-            with np.load(path, allow_pickle=False) as loaded:
-                return {key: loaded[key] if key in wanted else None for key in loaded.files}
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a header that claims more than there is
-        return np.array(array)
+            with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as loaded:
+                mapped = {key: _mapped(path, archive, f"{key}.npy") for key in wanted if key in loaded.files}
+                arrays = {key: loaded[key] if array is None else array for key, array in mapped.items()}
+                return dict.fromkeys(loaded.files) | arrays
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a header that claims more than there is
     except (UserError, MemoryError):
         raise
     except OSError as error:
@@ -726,15 +755,33 @@ def load_numpy(path: Path, wanted: Sequence[str] = (), most: int = 100) -> np.nd
                         "y.astype(str), and series of unequal length as one array x and their lengths") from error
 
 
+def _mapped(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
+    """The array of an archive that stores it as it is, mapped into memory; None of one that is small or compressed."""
+    entry = archive.NameToInfo.get(name)
+    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < _MAPPED:
+        return None
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in headers:
+            return None
+        shape, fortran, dtype = headers[version](file)
+        header = file.tell()
+    if dtype.hasobject or header + math.prod(shape) * dtype.itemsize != entry.file_size:
+        return None  # np.load says what is wrong
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)  # lengths of the name and of what follows it, before the contents
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    if zlib.crc32(np.memmap(path, np.uint8, "r", start, (entry.file_size,))) != entry.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {name!r}")
+    return np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
+
+
 def _kind(array: Any) -> str:
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
 
 
 def npz_series(path: Path, settings: Settings, labelled: bool) -> SeriesFile:
-    return SeriesFile(_npz_parts(path, settings, labelled))
-
-
-def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]:
     group_column = settings.group_column
     of_labels = ["y", *_NPZ_NAMES.values()]  # ignored if labels are not asked for
     wanted = ["x", "lengths", "id", group_column] + of_labels * labelled
@@ -745,7 +792,7 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
     if not isinstance(arrays, dict) or not set(needed) <= set(arrays) <= {*needed, *others, *unused, group_column}:
         raise UserError(f"{path}: holds {listed(arrays) if isinstance(arrays, dict) else 'no keys'}; it must hold "
                         f"{' and '.join(needed)}, and of other keys only {', '.join(others)} and the --group_column")
-    series = _npz_series(path, arrays["x"], arrays.get("lengths"))
+    series = _packed(path, arrays["x"], arrays.get("lengths"))
 
     def column(key: str, kinds: str) -> list[Any]:
         return _per_series(path, key, arrays[key], kinds, len(series))
@@ -760,32 +807,72 @@ def _npz_parts(path: Path, settings: Settings, labelled: bool) -> Iterator[Part]
     if (twice := repeated(ids)) is not None:
         raise UserError(f"{path}: id {shown(twice)} is there more than once; give each series its own")
 
-    def make(row: int, place: str) -> tuple[np.ndarray, Any]:
-        if not ids[row].strip():
-            raise UserError(f"{place}: the id is empty; fill it in, or remove the row")
-        values = _checked(series[row], place, labels=labels[row] if per_step else None)
-        return values, (labels[row][: len(values)] if per_step else labels[row]) if labelled else None
+    places = [f"{path}, row {row}" for row in range(1, len(ids) + 1)]
+    faults = {row: UserError(f"{places[row]}: the id is empty; fill it in, or remove the row")
+              for row, id in enumerate(ids) if not id.strip()}  # fmt: skip
+    ends, doubtful = _without_padding(series, per_step)
+    for row in doubtful:
+        try:
+            values = _checked(series.part(row), places[row], labels=labels[row] if per_step else None)
+            ends[row] = series.starts[row] + len(values)
+        except UserError as error:
+            faults.setdefault(row, error)
+    series.ends = ends
+    if per_step:
+        labels = [label[:length] for label, length in zip(labels, series.lengths, strict=True)]
+    groups = None if groups is None else list(map(str, groups))
+    return SeriesFile(Whole(ids, places, series, labels, groups, faults))
 
-    for row, id in enumerate(ids):
-        place = f"{path}, row {row + 1}"
-        yield id, place, partial(make, row, place), *([] if groups is None else [str(groups[row])])
+
+def _without_padding(series: PackedSeries, per_step: bool) -> tuple[np.ndarray, list[int]]:
+    """(the end of each series without the padding, see `_checked`; the numbers of those that it must look at).
+
+    per_step: whether each step has a label, so that `_checked` decides what is padding.
+    """
+    starts, ends = series.starts, series.ends.copy()
+    doubtful = (ends == starts) | (series.channels == 0)
+    if series.data.dtype.kind != "f" or not series.data.size:
+        return ends, np.flatnonzero(doubtful).tolist()
+    first, room = 0, max(1, VALUES // series.channels)
+    while first < len(series):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + room, "right")))
+        part = series.data[starts[first] : ends[last - 1]]
+        if not np.isfinite(part).all():
+            missing = np.isnan(part).all(1)
+            infinite = np.concatenate([[0], np.cumsum(np.isinf(part).any(1))])
+            real = np.concatenate([[-1], np.maximum.accumulate(np.where(missing, -1, np.arange(len(part))))])
+            begin, end = starts[first:last] - starts[first], ends[first:last] - starts[first]
+            end_of_real = real[end] + 1
+            wrong = (infinite[end] > infinite[begin]) | (end_of_real <= begin)
+            doubtful[first:last] |= wrong | (per_step & (end_of_real < end))
+            ends[first:last] = starts[first] + np.where(wrong, end, end_of_real)
+        first = last
+    return ends, np.flatnonzero(doubtful).tolist()
 
 
-def _npz_series(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> Sequence[np.ndarray]:
+def _packed(path: Path, x: np.ndarray, lengths: np.ndarray | None) -> PackedSeries:
     """The series (L, C) in x, in the forms that `data_files.read_series` describes."""
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or not len(x):
         raise UserError(f"{path}: x is {_kind(x)}; it must be numbers (series, steps, channels)")
+    if x.dtype.itemsize > 8:  # of values that float64 may not hold
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float64)
+    if lengths is None or x.ndim == 3:
+        channels = x.shape[2] if x.ndim == 3 else 1
+        starts = np.arange(len(x)) * x.shape[1]
+        steps = x.reshape(len(x) * x.shape[1], channels)
     if lengths is None:
-        return x if x.ndim == 3 else x[:, :, None]
-    ends = np.cumsum(_per_series(path, "lengths", lengths, "iu", len(x) if x.ndim == 3 else None))
+        return PackedSeries(steps, starts, starts + x.shape[1])
+    sizes = np.array(_per_series(path, "lengths", lengths, "iu", len(x) if x.ndim == 3 else None))
     if lengths.min() < 0 or (x.ndim == 3 and lengths.max() > x.shape[1]):
         raise UserError(f"{path}: lengths go from {lengths.min()} to {lengths.max()}; x {x.shape} has no such steps")
     if x.ndim == 3:
-        return [steps[:length] for steps, length in zip(x, lengths, strict=True)]
+        return PackedSeries(steps, starts, starts + sizes)
+    ends = np.cumsum(sizes)
     if ends[-1] != len(x):
         raise UserError(f"{path}: lengths sum to {ends[-1]}, x (steps, channels) has {len(x)} steps; make them equal, "
                         "or give x as (series, steps, channels)")
-    return np.split(x, ends[:-1])
+    return PackedSeries(x, ends - sizes, ends)
 
 
 def _labels_of_steps(path: Path, y: Any, x: np.ndarray, lengths: np.ndarray | None) -> list[list[Any]]:

@@ -2,7 +2,7 @@
 
     read_text    the text of a file, in the encoding of the settings or the one that its first bytes show
     read_cells   .csv, .tsv: rows of cells as they stand, and the line of each
-    read_table   .csv, .tsv, .jsonl: a Table, whose columns have names
+    read_table   .csv, .tsv, .jsonl, .parquet: a Table, whose columns have names
 
 Delimiter and quoting are guessed from the file if they are not given. A guess is mentioned in `notes`, with the flag
 that overrides it; if none is good enough, it is an error. Column names are compared in Unicode's NFC, in which an "é"
@@ -15,9 +15,10 @@ import io
 import json
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,11 @@ def csv_reader(lines: Iterable[str], **options: Any) -> Any:
     return csv.reader(lines, **options)
 
 
+def _physical_lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends, those of any system, without a copy of the whole text."""
+    return (match[0] for match in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
+
+
 def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple[list[tuple[str, ...]], list[int]]:
     """(rows, first line of each).
 
@@ -261,7 +267,7 @@ def _parse(text: str, delimiter: str, line: int, literal: bool = False) -> tuple
         csv.Error: with two arguments, the line and what is wrong.
     """
     quoting = csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL
-    reader = csv_reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv_reader(_physical_lines(text), delimiter=delimiter, strict=True, quoting=quoting)
     rows, lines, before = [], [], line - 1
     try:
         for row in reader:
@@ -284,7 +290,7 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
     multiline = [i for i, row in enumerate(cells.rows) if i and any("\n" in cell or "\r" in cell for cell in row)]
     if not multiline:
         return None
-    physical, width = io.StringIO(text, newline="").readlines(), len(cells.rows[0])
+    physical, width = [*_physical_lines(text)], len(cells.rows[0])
     ends = [*cells.lines[1:], first_line + len(physical)]
     others = sorted(set(range(1, len(cells.rows))).difference(multiline))
     values: dict[int, set[str]] = {}  # by column, those of the other rows
@@ -309,7 +315,8 @@ def _swallowed(cells: Cells, text: str, first_line: int) -> tuple[int, str, bool
 
 @dataclass
 class Table:
-    """Rows with named columns. A row is a tuple of cells (.csv, .tsv) or the object itself (.jsonl)."""
+    """Rows with named columns. A row is a tuple of cells (text; of a .parquet what it holds) or the object itself
+    (.jsonl)."""
 
     path: Path
     keys: dict[str, Any]  # for each column name, its position or the key in the objects
@@ -319,6 +326,7 @@ class Table:
     delimiter: str = ""
     notes: list[str] = field(default_factory=list)
     index: str | None = None  # a column that only counts the rows
+    unit: str = "line"  # what the numbers in `lines` count
 
     @property
     def columns(self) -> list[str]:
@@ -328,7 +336,7 @@ class Table:
         return nfc(name) in self.keys
 
     def place(self, row: int) -> str:
-        return f"{self.path}, line {self.lines[row]}"
+        return f"{self.path}, {self.unit} {self.lines[row]}"
 
     def column(self, name: str) -> list[Any]:
         """The cells of a column; None where an object lacks it.
@@ -351,7 +359,7 @@ class Table:
 
 
 def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
-    """A .csv or .tsv file whose first line names the columns, or a .jsonl file of one object per line.
+    """A .csv or .tsv file whose first line names the columns, a .jsonl file of one object per line, or a .parquet.
 
     Blank lines are skipped. A row that cannot be used becomes a fault of the table.
 
@@ -359,8 +367,11 @@ def read_table(path: str | Path, settings: Settings = DEFAULTS) -> Table:
         UserError: the file as a whole cannot be used.
     """
     path = Path(path)
-    if extension_of(path, [".csv", ".tsv", ".jsonl"]) == ".jsonl":
+    extension = extension_of(path, [".csv", ".tsv", ".jsonl", ".parquet"])
+    if extension == ".jsonl":
         table = _read_objects(path, settings)
+    elif extension == ".parquet":
+        table = read_parquet(path)
     else:
         table = named(read_cells(path, settings))
     if not table.rows:
@@ -422,6 +433,42 @@ def named(cells: Cells) -> Table:
     return Table(path, keys, rows, lines, faults, cells.delimiter, notes, index)
 
 
+def read_parquet(path: Path) -> Table:
+    """The rows of a .parquet file, which pandas reads: numbers, text, true and false, lists; None where one is missing.
+
+    An index with a name is a column.
+    """
+    check_regular(path)
+    import pandas
+
+    try:
+        frame = pandas.read_parquet(path)
+    except ImportError as error:
+        raise UserError(f"{path}: to read .parquet, pandas needs a package more: pip install pyarrow; or save it as "
+                        ".csv or .jsonl") from error  # fmt: skip
+    except MemoryError:
+        raise
+    except OSError as error:
+        told = error.strerror or error
+        raise UserError(f"{path}: cannot be read: {told}; correct the path, or save it again") from error
+    except Exception as error:  # damaged bytes raise several kinds of exception
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{path}: is no .parquet file: {first}; save it again") from error
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    names = [nfc(str(name)) for name in frame.columns]
+    if (twice := repeated(names)) is not None:
+        raise UserError(f"{path}: column {shown(twice)} is there more than once; rename one")
+    columns = [column.astype(object).where(column.notna(), None).tolist() for _, column in frame.items()]
+    rows = [tuple(map(_plain, row)) for row in zip(*columns, strict=True)]
+    keys = {name: position for position, name in enumerate(names)}
+    return Table(path, keys, rows, list(range(1, len(rows) + 1)), {}, unit="row")
+
+
+def _plain(cell: Any) -> Any:
+    return cell.tolist() if hasattr(cell, "tolist") else cell  # a list comes as an array
+
+
 def note_comma(table: Table) -> None:
     note = f"{table.path}: a comma is the decimal point in it"
     if note not in table.notes:
@@ -468,28 +515,30 @@ def _with_points(table: Table, cells: list[Any]) -> list[Any]:
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    pairs = [(nfc(key), value) for key, value in pairs]
-    twice = repeated(key for key, _ in pairs)
-    if twice is not None:
-        raise ValueError(f"key {shown(twice)} is there more than once")
-    return dict(pairs)
+    found = {sys.intern(nfc(key)): value for key, value in pairs}  # all rows share the text of a key
+    if len(found) < len(pairs):
+        raise ValueError(f"key {shown(repeated(nfc(key) for key, _ in pairs))} is there more than once")
+    return found
 
 
 def _read_objects(path: Path, settings: Settings) -> Table:
     notes: list[str] = []
     objects, lines, faults, keys = [], [], {}, {}
-    for number, line in enumerate(read_text(path, settings, notes).split("\n"), 1):
+    decoder = json.JSONDecoder(object_pairs_hook=_json_object)
+    for number, match in enumerate(re.finditer("[^\n]*\n|[^\n]+$", read_text(path, settings, notes)), 1):
+        line = match[0].removesuffix("\n")
         if not line.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=_json_object)
+            value = decoder.decode(line) if line[0] != "\ufeff" else json.loads(line)  # which names that mark
             if not isinstance(value, dict):
                 raise ValueError(f"{shown(value)} is not an object")
         except (ValueError, RecursionError) as error:
             what = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
             faults[len(lines)] = f'{path}, line {number}: {what}; write one object per line: {{"text": "..."}}'
             value = {}
-        keys.update(zip(value, value, strict=True))
+        if not value.keys() <= keys.keys():
+            keys.update(zip(value, value, strict=True))
         objects.append(value)
         lines.append(number)
     if objects and not keys:

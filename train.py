@@ -70,7 +70,6 @@ from checkpoint import (
 )
 from config import (
     FIELDS,
-    OWN_DATA,
     PYTHON,
     Settings,
     changed_settings,
@@ -260,10 +259,7 @@ def prepare(
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
-    # Files of the user's are read by all processes at once; what may be downloaded, by the first one first
-    at_once = settings.dataset_type in OWN_DATA
-    turns = nullcontext() if at_once else distributed.first_process_first()
-    with turns, memory_advice("while reading the data", data_remedies(settings)):
+    with memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):

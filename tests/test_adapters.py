@@ -427,9 +427,9 @@ def test_statistics_come_from_the_training_split_only(tmp_path):
     splits, info = load_splits(fit)
     adapter = from_description(info["adapters"]["series"])
     assert sum(map(len, splits.values())) == 60
-    assert torch.cat(splits["train"].sequences).mean(0).abs().max() < 1e-6
-    assert (torch.cat(splits["train"].sequences).std(0, correction=0) - 1).abs().max() < 1e-5
-    held_out = torch.cat(splits["val"].sequences + splits["test"].sequences)
+    assert torch.cat([*splits["train"].sequences]).mean(0).abs().max() < 1e-6
+    assert (torch.cat([*splits["train"].sequences]).std(0, correction=0) - 1).abs().max() < 1e-5
+    held_out = torch.cat([*splits["val"].sequences, *splits["test"].sequences])
     assert held_out.mean(0).abs().max() > 1e-3
     back = held_out.numpy() * adapter.std + adapter.mean  # the same adapter made them
     assert all(np.isclose(x.reshape(-1, 2), row, atol=1e-5).all(1).any() for row in back)

@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -475,6 +476,31 @@ def test_pictures_that_cannot_be_written(sequences, call, monkeypatch, error):
 def test_a_flag_without_effect_is_named(sequences, call, quick):
     done = call(inference.main, ["--model_path", sequences, "--data_dir", "elsewhere"])
     assert done.status == 0 and "note: data_dir (flag) has no effect" in done.out
+
+
+def test_interrupted_predictions_are_kept_beside_the_whole_ones(sequences, call, quick, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(30, 5, 4))
+    np.savez("new.npz", x=x)
+    np.savez("old.npz", x=x[:3])
+    flags = ["--model_path", str(sequences), "--batch_size", "8", "--input"]
+    assert call(inference.main, [*flags, "old.npz"]).status == 0
+    whole, partial = Path("results/predictions.csv"), Path("results/predictions.partial.csv")
+    old, prepare = whole.read_bytes(), inference._prepare
+
+    def interrupted(model, item, where):
+        if where.endswith("row 20"):  # in the third batch
+            raise KeyboardInterrupt
+        return prepare(model, item, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "_prepare", interrupted)
+        done = call(inference.main, [*flags, "new.npz"])
+    assert done.status == 128 + signal.SIGINT and "16 of 30 items were predicted: results/predictions.par" in done.out
+    assert done.err == "interrupted\n" and whole.read_bytes() == old
+    kept = partial.read_text().splitlines()
+    done = call(inference.main, [*flags, "new.npz"])
+    assert done.status == 0 and "30 predictions" in done.out
+    assert whole.read_text().splitlines()[:17] == kept and files_below(Path("results")) == {str(whole.name)}
 
 
 def test_flags_without_effect_on_new_items_are_named(sequences, call, quick):

@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ROOT, end, in_two_processes, output, succeed, wait_until
+from running import ROOT, before_step, end, in_two_processes, output, succeed, wait_until
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_absolute_error
 from test_resume import assert_same, assert_same_run, log_of
 from torch.utils.data import Dataset
 
 import inference
+import own_data
 from adapters import Adapter, ImageAdapter, SeriesAdapter, TextAdapter, describe, from_description
 from checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from config import Settings
+from config import PYTHON, Settings
+from data_utils import create_dataloader, load_splits
 from inference import evaluate, load_model, predict
 from messages import UserError
 from train import train
@@ -285,6 +287,119 @@ def test_lists_and_datasets_give_the_same_run_with_any_number_of_workers(folder)
     assert answers == predict(load_model(result.checkpoint)[0], [item["input"] for item in test])
 
 
+class Passes:
+    """An iterable without a length, such as a webdataset."""
+
+    def __init__(self, *passes):
+        self.passes, self.number = passes, -1  # the items of each pass; the last ones again and again
+
+    def __iter__(self):
+        self.number += 1
+        yield from self.passes[min(self.number, len(self.passes) - 1)]
+
+
+def prepared(data, **options):
+    """The splits of data that are given in Python."""
+    keys = {name: options.pop(name) for name in ("class_names", "adapters") if name in options}
+    return load_splits(Settings(dataset_type=PYTHON, **options), own=own_data.of_python(data, **keys))
+
+
+def test_an_iterable_is_trained_in_its_order_and_resumed_within_an_epoch(folder, monkeypatch):
+    """With another number of workers, each of which reads all of it."""
+    items, test = ramps(40), ramps(12, seed=1)
+    settings = Settings(**(SMALL | {"num_epochs": 2}), batch_size=6, dropout=0.2)
+
+    def trained(place, **options):
+        data = {"train": Passes(items), "val": iter(test), "test": Passes(test)}
+        own = {"checkpoint_dir": f"{place}/checkpoints"} | options.pop("own", {})
+        return train(replace(settings, **own), data, **options)
+
+    unbroken = trained("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 10, lambda: signal.raise_signal(signal.SIGINT))  # the fourth of the second epoch
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert trained("broken").stopped == signal.SIGINT
+        signal.signal(signal.SIGINT, before)
+    resumed = trained("broken", own={"num_workers": 2}, resume=f"broken/checkpoints/{LAST}")
+    assert_same(resumed.history, unbroken.history)
+    assert_same(dict(resumed.model.state_dict()), dict(unbroken.model.state_dict()))
+    loader = create_dataloader(unbroken.splits["train"], 6, shuffle=True, targets=unbroken.model.task)
+    labels = [int(label) for batch in loader for label in batch["label"]]
+    assert labels == [item["label"] for item in items]
+    assert any("train is an iterable" in note for note in load_checkpoint(unbroken.checkpoint)["data"]["notes"])
+
+
+def test_an_iterable_may_give_another_order_each_time(folder):
+    """The label of an item goes with it."""
+    first, second = ramps(20), ramps(20)[::-1]
+    splits, info = prepared({"train": Passes(first, second), "val": ramps(9), "test": ramps(9)})
+    splits["train"].set_epoch(1)
+    for number, item in enumerate(second):
+        found = splits["train"][number]
+        assert found["label"] == item["label"]
+        np.testing.assert_array_equal(found["input"], item["input"])
+    again = prepared({"train": Passes(second), "val": ramps(9), "test": ramps(9)})[1]
+    assert again["fingerprints"]["train"] == info["fingerprints"]["train"]
+
+
+def test_what_is_wrong_with_an_iterable_is_said(folder):
+    others, items = {"val": ramps(9), "test": ramps(9)}, ramps(20)
+
+    def failing():
+        yield from items[:3]
+        raise OSError("shard 2 is gone")
+
+    class Failing:
+        __iter__ = staticmethod(failing)
+
+    wrong = [
+        ({"train": iter(items)} | others, "data: train is a list_iterator, which can be run through only once"),
+        ({"train": Passes(items), "val": items}, "data: train is an iterable, .*: give test too"),
+        ({"train": Passes([])} | others, "train is empty; give it items"),
+        ({"train": Passes(items[:2] + [{"input": [[1.0, 2.0]]}])} | others, r"train\[2\]: it has no 'label'"),
+        ({"train": Failing()} | others, "train: OSError: shard 2 is gone, raised at .*test_own_code.py"),
+    ]
+    for data, text in wrong:
+        with pytest.raises(UserError, match=text):
+            prepared(data)
+    with pytest.raises(UserError, match="mixup: not of an iterable"):
+        prepared({"train": Passes(items)} | others, mixup=0.2)
+    train_set = prepared({"train": Passes(items, items[:7])} | others)[0]["train"]
+    train_set.set_epoch(1)
+    with pytest.raises(UserError, match="data: train gave 7 items in this pass, 20 in the first one"):
+        train_set[7]
+
+
+class Table:
+    """What this project uses of a `datasets.Dataset` of Hugging Face: an item by its number, a column by its name."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: column[key] for name, column in self.columns.items()}
+
+    def rename_column(self, old, new):
+        return Table({new if name == old else name: column for name, column in self.columns.items()})
+
+
+def test_a_table_of_hugging_face_is_a_data_set(folder):
+    texts = [f"{'good' if number % 2 else 'bad'} {number}" for number in range(30)]
+    table = Table({"text": texts, "label": [number % 2 for number in range(30)]}).rename_column("text", "input")
+    items = [{"input": text, "label": number % 2} for number, text in enumerate(texts)]
+    found, expected = (prepared({"train": data}, class_names=["bad", "good"], adapters=TextAdapter())[0]
+                       for data in (table, items))  # fmt: skip
+    for name, split in expected.items():
+        assert len(found[name]) == len(split)
+        for one, other in zip(found[name], split, strict=True):
+            assert_same(one, other)
+
+
 def test_a_run_is_continued_from_python(folder):
     settings = Settings(**SMALL, dropout=0.2)
     data = {"train": ramps(40)}
@@ -316,8 +431,6 @@ def test_a_run_is_continued_from_python(folder):
 
 def test_a_signal_stops_a_run_in_python(folder, monkeypatch, capsys):
     """As the button "interrupt" of a notebook does."""
-    from running import before_step
-
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     before_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
     result = train(Settings(**(SMALL | {"num_epochs": 9}), batch_size=10), data={"train": ramps(40)})
