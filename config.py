@@ -225,7 +225,12 @@ class Settings:
     mixup: float = _data(
         0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
         at_least=0, applies=_NOT_CACHED | {"augment": (True,), "task": _OF_ITEMS}, on_resume="inexact")
-    val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
+    val_fraction: float = _data(
+        0.1, "training data kept for validation", "fraction", above=0, below=1, applies={"folds": (None,)})
+    folds: int | None = _data(
+        None, "train so many models, each on all but a part of the training data, which validates it, and answer with "
+        "their mean (docs/small_data.md); none = one model", "models", at_least=2, at_most=100)
+    fold: int | None = _data(None, "train only the model of this fold, from 1; none = all of them", at_least=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int = _data(
