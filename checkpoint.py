@@ -259,7 +259,7 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel | Ensemble:
             finite, all of which are listed.
     """
     arguments, members = checkpoint["model_args"], checkpoint.get("members")
-    if members is not None and len(members) < 2:
+    if members is not None and (len(members) < 2 or not checkpoint["model"]):
         raise UserError("the checkpoint is one from which a run of several models is resumed (--resume) and holds none "
                         f"of them; when the run has ended, their mean is {BEST} beside it")  # fmt: skip
     try:
@@ -277,7 +277,7 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel | Ensemble:
         return model.eval()
     expected = {member_weight(i, name): like for i in range(len(members)) for name, like in model.state_dict().items()}
     if problems := tensor_problems(checkpoint["model"], expected):
-        raise UserError("the checkpoint's weights do not fit its models: " + listed(problems))
+        raise UserError("the checkpoint's weights do not fit its models: " + listed(problems, 10))
     made = []
     for number in range(len(members)):
         weights = {name: checkpoint["model"][member_weight(number, name)] for name in model.state_dict()}

@@ -230,7 +230,7 @@ class Settings:
     folds: int | None = _data(
         None, "train so many models, each on all but a part of the training data, which validates it, and answer with "
         "their mean (docs/small_data.md); none = one model", "models", at_least=2, at_most=100)
-    fold: int | None = _data(None, "train only the model of this fold, from 1; none = all of them", at_least=1)
+    fold: int | None = _data(None, "train only the model of this fold; none = all of them", "from 1", at_least=1)
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int = _data(

@@ -745,7 +745,8 @@ def train_fold(
     if not distributed.broadcast(last.exists) or (whole.new and not whole.begun):
         if settings.init_from and start is None:  # the whole is resumed before this one has begun
             start = distributed.broadcast(finetune.read_start, settings.init_from)
-        return train_one(settings, None, None, own, start, whole)
+        own_weights = start and dataclasses.replace(start, weights=dict(start.weights))  # a run takes them out
+        return train_one(settings, None, None, own, own_weights, whole)
     flags, file = ({n: v for n, v in given.items() if n != "checkpoint_dir"} for given in changes)
     checkpoint = distributed.broadcast(load_checkpoint, last)
     settings, _ = resumed(SimpleNamespace(resume=str(last), flags=flags, file=file), own, checkpoint)
