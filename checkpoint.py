@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import tasks
 from adapters import Adapter, from_description
-from config import FIELDS, LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
+from config import CANDIDATES, FIELDS, LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
 from ensemble import Ensemble
 from files import remedy, written_whole
 from messages import UserError
@@ -73,6 +73,28 @@ class SplitSizes(TypedDict):
     test: int
 
 
+CHOSEN = {name for known in CANDIDATES.values() for values in known.values() for name in values}
+
+
+class Candidate(TypedDict):
+    """What --select auto may choose: settings under a name, which is that of a folder."""
+
+    name: Name
+    settings: dict[Annotated[str, CHOSEN.__contains__, "a setting that is chosen"], Annotated[Any, _is_plain, "plain"]]
+
+
+class SelectionRow(Candidate):
+    """What a candidate came to, over folds of the training data."""
+
+    metric: str
+    mean: float | None
+    std: float | None
+    n: int
+    loss: float
+    seconds: float
+    chosen: bool
+
+
 class Data(TypedDict):
     """What a checkpoint knows about the data, see data_utils.load_splits."""
 
@@ -88,6 +110,7 @@ class Data(TypedDict):
     split_seed: NotRequired[int]
     fingerprints: NotRequired[dict[str, str]]
     code: NotRequired[dict[str, str]]  # name and checksum of a file of the user's own, see own_data.py
+    selection: NotRequired[list[SelectionRow]]  # what --select auto has chosen between, see selection.py
 
 
 class Member(TypedDict):
@@ -115,6 +138,7 @@ class Contents(TypedDict):
     best: dict[str, float | str | None]
     members: NotRequired[Members]
     test: NotRequired[dict[str, float | str | None]]
+    candidates: NotRequired[list[Candidate]]  # of a run that is still choosing between them
 
 
 def model_arguments(settings: Settings, data: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -71,6 +71,26 @@ SERIES_RECIPES: dict[str, dict[str, Any]] = {
         "epoch_samples": 1600,
     },
 }
+# What --select auto chooses between: of each candidate a name, and the settings that it changes. What is given as a
+# flag or in a file holds for all of them.
+_STEPS = {"num_epochs": 40, "epoch_samples": 1600}  # 2,000 steps or more for all, so that tokens are compared
+_MOVED = {"series_warp": 0.2, "series_scale": 0.1}
+CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
+    "sequences": {
+        "steps": _STEPS,
+        "windows": _STEPS | {"series_window": 8},
+        "conv": _STEPS | {"stem": "conv"},
+        "strong": SERIES_RECIPES["strong"],
+        "strong_unshifted": _STEPS | {"stem": "conv"} | _MOVED,
+        "strong_circular": _STEPS | {"stem": "conv", "series_circular": True} | _MOVED,
+    },
+    **dict.fromkeys(("images", "cifar10", "digits"), {
+        "patches": {},
+        "conv": {"stem": "conv"},
+        "mixup": {"mixup": 0.2},
+    }),
+    "others": {"plain": {}, "dropout": {"dropout": 0.3}, "mixup": {"mixup": 0.2}},
+}  # fmt: skip
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -231,6 +251,12 @@ class Settings:
         None, "train so many models, each on all but a part of the training data, which validates it, and answer with "
         "their mean (docs/small_data.md); none = one model", "models", at_least=2, at_most=100)
     fold: int | None = _data(None, "train only the model of this fold; none = all of them", "from 1", at_least=1)
+    select: str = _data(
+        "none", "choose tokens, random changes or dropout by folds of the training data (docs/small_data.md): auto = "
+        "the best of a few candidates", choices=("none", "auto"), applies={"fold": (None,)})
+    select_share: float = _data(
+        0.25, "how long each of these candidates is trained", "share of its epochs", above=0, at_most=1,
+        applies={"select": ("auto",)})
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int = _data(

@@ -10,7 +10,7 @@ all training samples, and its spread says how far to trust it. (A cross-validati
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,20 @@ def member(settings: Settings, fold: int) -> Settings:
     return dataclasses.replace(settings, fold=fold, checkpoint_dir=str(folder))
 
 
-def save_place(settings: Settings, data: dict[str, Any], members: Sequence[dict], test: dict[str, Any]) -> None:
-    """Write what a run of all folds is resumed from: each model is resumed from its own folder.
+def save_place(
+    settings: Settings, data: dict[str, Any], members: Sequence[dict] = (), test: Mapping[str, Any] = {}, **more: Any
+) -> None:
+    """Write what a run of several models is resumed from: each model is resumed from its own folder.
 
     data: the description of all training data, see data_utils.load_splits.
     """
     nothing = {"model": {}, "model_args": {}, "epoch": 0, "step": 0, "best": {}}
-    about = {"settings": settings.to_dict(), "data": data, "members": list(members), "test": test}
+    about = {"settings": settings.to_dict(), "data": data, "members": list(members), "test": dict(test), **more}
     save_checkpoint(Path(settings.checkpoint_dir, LAST), nothing | about)
 
 
 class Place(Contents):
-    """What a run of all folds is resumed from."""
+    """What a run of several models is resumed from."""
 
     data: RunData
     members: Members
@@ -53,7 +55,7 @@ class Place(Contents):
 
 
 def check_place(checkpoint: dict[str, Any], path: str | Path) -> list[str]:
-    """Check that a run of all folds can be resumed from the checkpoint of this path.
+    """Check that a run of several models can be resumed from the checkpoint of this path.
 
     Returns:
         the names of the runs of its models, as far as they have begun.
@@ -63,11 +65,13 @@ def check_place(checkpoint: dict[str, Any], path: str | Path) -> list[str]:
     """
     try:
         read(checkpoint, Place, "")
-        if checkpoint["model"] or not of_folds(Settings.from_dict(checkpoint["settings"])):
+        settings = Settings.from_dict(checkpoint["settings"])
+        if checkpoint["model"] or not (of_folds(settings) or settings.select == "auto"):
             raise UserError(f"it holds the mean of several models; the run is resumed from {LAST}")
     except UserError as error:
         raise UserError(f"{path} cannot be resumed: {error}") from error
-    begun = [load_checkpoint(last) for last in sorted(Path(path).parent.glob(f"fold_*/{LAST}"))]
+    places = (f"fold_*/{LAST}", f"select/*/fold_*/{LAST}")
+    begun = [load_checkpoint(last) for place in places for last in sorted(Path(path).parent.glob(place))]
     return [Progress.from_dict(one["progress"]).run_name for one in begun if "progress" in one]
 
 

@@ -504,6 +504,8 @@ def main(argv: list[str] | None = None) -> int:
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
+    if selection := model.data_info.get("selection"):
+        about["selection"] = selection
     if "members" in checkpoint:
         about["folds"] = folds.estimate(model.task, checkpoint["members"])
     known, found = (info.get("fingerprints", {}).get(split) for info in (model.data_info, data))

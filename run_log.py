@@ -69,11 +69,12 @@ class RunLog:
         for note in data["notes"]:
             print_note(note)
 
-    def open(self, resumed: Path | None) -> None:
+    def open(self, resumed: Path | None, part: bool = False) -> None:
         """Make the folders and first files of a run, or bring them to where it continues.
 
         Args:
             resumed: the checkpoint, in the run's folder, from which it continues; None for a new run.
+            part: whether the run is a part of another one, which has seen to what was in the folder.
         """
         if not distributed.is_first():
             return
@@ -87,7 +88,7 @@ class RunLog:
             for left in folder.glob(f"{name}*.tmp"):  # by a killed process
                 left.unlink(missing_ok=True)
         if resumed is None:
-            if kept := set_aside(folder, run_files(folder)):
+            if not part and (kept := set_aside(folder, run_files(folder))):
                 print_note(f"the earlier run in {folder} was moved to {kept}")
             progress.run_name = new_folder(log_dir, progress.run_name).name
         else:
@@ -442,8 +443,11 @@ def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
 
 
 def run_files(folder: Path) -> list[str]:
-    """The names that a run may have left in `folder`: files, and the folders of the models of its folds."""
-    return [*RUN_FILES, *sorted(last.parent.name for last in folder.glob(f"fold_*/{LAST}"))]
+    """The names that a run may have left in `folder`: files, and the folders of the models of its folds and of what it
+    has chosen between."""
+    parts = {last.relative_to(folder).parts[0] for last in folder.glob(f"fold_*/{LAST}")}
+    parts |= {file.relative_to(folder).parts[0] for file in folder.glob("select/*/fold_*/settings.json")}
+    return [*RUN_FILES, *sorted(parts)]
 
 
 def open_whole(settings: Settings, new: bool) -> None:

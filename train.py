@@ -17,13 +17,14 @@ settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorB
 """
 
 import dataclasses
+import io
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -41,6 +42,7 @@ import evaluation
 import finetune
 import folds
 import own_data
+import selection
 import tasks
 from batches import (
     Mixed,
@@ -107,7 +109,7 @@ from schema import shown
 from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
-SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series keeps the last epoch
+SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series and --select auto keep the last epoch
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
@@ -254,6 +256,8 @@ def prepare(
     check_size(settings, device, base)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
+    known = checkpoint["data"] if checkpoint else whole.data if whole else {}
+    data |= {"selection": known["selection"]} if "selection" in known else {}
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
@@ -322,7 +326,7 @@ def prepare(
         run.replica = distributed.replicate(run_model)
     if whole:
         whole.begin()
-    log.open(resumed)
+    log.open(resumed, part=whole is not None)
     for loader in loaders.values():
         loader.worker_init_fn = partial(begin_worker, stop.over)
     restore_random_numbers(checkpoint, settings.seed, progress.step)
@@ -362,7 +366,7 @@ def chooses_noise(settings: Settings, num_validation: int) -> bool:
     """
     chosen = settings.select_by is None and not settings.early_stopping_patience
     strong = settings.dataset_type == "sequences" and settings.series_recipe == "strong"
-    return chosen and strong and num_validation < SMALL_VALIDATION
+    return chosen and (strong or settings.select == "auto") and num_validation < SMALL_VALIDATION
 
 
 def passes_of(settings: Settings, num_samples: int) -> int:
@@ -687,17 +691,18 @@ class Whole:
         settings: of the whole; each model has them, too.
         data: the description of all training data.
         new: whether this begins; else it is resumed.
+        place: more of what it is resumed from, see folds.save_place.
     """
 
-    def __init__(self, settings: Settings, data: dict[str, Any], new: bool):
-        self.settings, self.data, self.new, self.begun = settings, data, new, False
+    def __init__(self, settings: Settings, data: dict[str, Any], new: bool, **place: Any):
+        self.settings, self.data, self.new, self.begun, self.place = settings, data, new, False, place
         self.last = Path(settings.checkpoint_dir, LAST)
 
     def begin(self) -> None:
         """Before the first file of a model is written, write what the whole is resumed from."""
         if not self.begun and distributed.is_first():
             open_whole(self.settings, self.new)
-            folds.save_place(self.settings, self.data, [], {})
+            folds.save_place(self.settings, self.data, **self.place)
             distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.last))
         self.begun = True
 
@@ -721,6 +726,7 @@ def train_folds(
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
     if checkpoint:
         check_data(checkpoint, data)
+        data |= {"selection": known["selection"]} if "selection" in (known := checkpoint["data"]) else {}
     whole, run = Whole(settings, data, new=checkpoint is None), None
     for fold in range(1, settings.folds + 1):
         member = folds.member(settings, fold)
@@ -743,10 +749,7 @@ def train_fold(
     """Begin or continue the model of a fold, unless its run has ended."""
     last = Path(settings.checkpoint_dir, LAST)
     if not distributed.broadcast(last.exists) or (whole.new and not whole.begun):
-        if settings.init_from and start is None:  # the whole is resumed before this one has begun
-            start = distributed.broadcast(finetune.read_start, settings.init_from)
-        own_weights = start and dataclasses.replace(start, weights=dict(start.weights))  # a run takes them out
-        return train_one(settings, None, None, own, own_weights, whole)
+        return train_one(settings, None, None, own, start_again(settings, start), whole)
     flags, file = ({n: v for n, v in given.items() if n != "checkpoint_dir"} for given in changes)
     checkpoint = distributed.broadcast(load_checkpoint, last)
     settings, _ = resumed(SimpleNamespace(resume=str(last), flags=flags, file=file), own, checkpoint)
@@ -754,6 +757,88 @@ def train_fold(
         say("its run has ended")
         return None
     return train_one(settings, checkpoint, last, own, whole=whole)
+
+
+def train_selected(
+    settings: Settings,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None = None,
+    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
+    own: OwnData | None = None,
+    start: finetune.Start | None = None,
+) -> Run | None:
+    """Choose the best candidate by folds of the training data, and train with it. Arguments as for `train_folds`."""
+    if checkpoint is None or "candidates" in checkpoint:
+        settings, sources, checkpoint, run = select(settings, sources, checkpoint, changes, own, start)
+        if run:
+            return run
+    if folds.of_folds(settings):
+        return train_folds(settings, sources, checkpoint, changes, own, start)
+    whole = Whole(settings, checkpoint["data"], new=False)
+    whole.begun = True  # its folder is ready, and what is resumed is the run itself from its first save on
+    show_settings(settings, sources, None)
+    return train_one(settings, None, None, own, start_again(settings, start), whole)
+
+
+def select(
+    settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None,
+    changes: tuple[dict[str, Any], dict[str, Any]], own: OwnData | None, start: finetune.Start | None,
+) -> tuple[Settings, dict[str, str], dict[str, Any], Run | None]:  # fmt: skip
+    """(the settings with the best candidate, and where they come from; what the run is resumed from; None, or the run
+    of a candidate that a signal ended)."""
+    show_settings(settings, sources, start)
+    found = selection.checked(checkpoint["candidates"]) if checkpoint else selection.candidates(settings, sources)
+    number = settings.folds or selection.FOLDS
+    on_folds = dataclasses.replace(settings, folds=number, fold=None)
+    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+        _, data = load_splits(on_folds, checkpoint["data"] if checkpoint else start and start.known, None, own)
+    if checkpoint:
+        check_data(checkpoint, data)
+    task, rows = tasks.from_description(data["task"]), []
+    metric = selection.metric_of(settings, task)
+    whole = Whole(settings, data, new=checkpoint is None, candidates=found)
+    free = {name for name, field in FIELDS.items() if field.metadata["on_resume"] == "free"} - {"num_epochs"}
+    flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
+    say(
+        f"\nselect: {len(found)} candidates, each on {number} folds of the training data, for "
+        f"{settings.select_share:g} of its epochs\n{selection.heading(found, metric)}"
+    )
+    for one in found:
+        lines, seconds = [], 0.0
+        for fold in range(1, number + 1):
+            short = selection.short_run(settings, one, fold)
+            shown = io.StringIO()  # its bar is seen, its lines are not
+            with naming(f"candidate {one['name']}"), redirect_stdout(shown):
+                run = train_fold(short, whole, (flags, file), own, start)
+            if run and run.stop.agreed:
+                say(shown.getvalue().rstrip().splitlines()[-1] if distributed.is_first() else "")
+                return settings, sources, {}, run
+            progress = distributed.broadcast(load_checkpoint, Path(short.checkpoint_dir, LAST))["progress"]
+            lines.append(progress["best"])
+            seconds += sum(line["seconds"] for line in progress["history"])
+        rows.append(selection.row(one, metric, lines, seconds))
+        say(selection.line(rows[-1], found))
+    chosen = selection.best(rows, task)
+    chosen["chosen"] = True
+    say(f"chosen: {chosen['name']} ({selection.flags_of(chosen)})\n")
+    taken = {name: value for name, value in chosen["settings"].items() if not any(name in given for given in changes)}
+    settings, sources = dataclasses.replace(settings, **taken), sources | dict.fromkeys(taken, "select")
+    _, data = load_splits(dataclasses.replace(on_folds, **taken), start and start.known, None, own)
+    data["selection"] = rows
+    if distributed.is_first():
+        open_whole(settings, new=False)
+        folds.save_place(settings, data)
+        for weights in Path(settings.checkpoint_dir, selection.FOLDER).glob("*/fold_*/*.pth"):
+            weights.unlink()  # logs and curves stay
+    distributed.barrier()
+    return settings, sources, {"data": data, "test": {}}, None
+
+
+def start_again(settings: Settings, start: finetune.Start | None) -> finetune.Start | None:
+    """The model that a run starts from, for another run, which takes its weights out."""
+    if settings.init_from and start is None:  # a resumed run, of which a part has not begun
+        start = distributed.broadcast(finetune.read_start, settings.init_from)
+    return start and dataclasses.replace(start, weights=dict(start.weights))
 
 
 def finish_folds(whole: Whole, splits: dict[str, Any], own: OwnData | None) -> None:
@@ -860,8 +945,15 @@ def train(
             run = begin(settings, sources, own, start)
             last = Path(settings.checkpoint_dir, LAST)
         else:
-            known = load_checkpoint(resume)["settings"]
-            changes = {name: value for name, value in settings.to_dict().items() if known.get(name) != value}
+            earlier = load_checkpoint(resume)
+            known = earlier["settings"]
+            chosen = {name for one in earlier["data"].get("selection", []) if one["chosen"] for name in one["settings"]}
+            if settings.select_by is None and known.get("select_by") == LAST_EPOCH:
+                chosen.add("select_by")  # by the run itself, see `chooses_noise`
+            changes = {
+                name: value for name, value in settings.to_dict().items()
+                if known.get(name) != value and name not in chosen
+            }  # fmt: skip
             run = resume_run(SimpleNamespace(resume=str(resume), flags=changes, file={}), own)
             last = Path(resume)
         if folds.of_folds(settings) and not (run and run.stop.agreed):
@@ -887,7 +979,7 @@ def result_of_folds(folder: Path, settings: Settings, own: OwnData | None) -> Re
         for line in load_checkpoint(folder / f"fold_{one['fold']}" / LAST)["progress"]["history"]
     ]
     best = folds.estimate(model.task, checkpoint["members"])
-    splits, _ = load_splits(settings, model.data_info, None, own)
+    splits, _ = load_splits(Settings.from_dict(checkpoint["settings"]), model.data_info, None, own)
     return Result(model, history, best, checkpoint["test"], folder / BEST, splits, None)
 
 
@@ -1005,6 +1097,8 @@ def begin(
     """Begin a new run, or that of all folds."""
     with owned_by_first(settings.checkpoint_dir):
         train_it = train_folds if folds.of_folds(settings) else show_and_train
+        if settings.select == "auto" and settings.fold is None:
+            train_it = train_selected
         return train_it(settings, sources, own=own, start=start)
 
 
@@ -1025,7 +1119,8 @@ def resume_run(args: Any, own: OwnData | None) -> Run | None:
             return _resume(args, own, checkpoint)
         runs = distributed.broadcast(folds.check_place, checkpoint, args.resume)
         settings, sources = settings_again(args, checkpoint, own, *runs)
-        return train_folds(settings, sources, checkpoint, (args.flags, args.file), own)
+        train_it = train_selected if settings.select == "auto" else train_folds
+        return train_it(settings, sources, checkpoint, (args.flags, args.file), own)
 
 
 def _resume(args: Any, own: OwnData | None, checkpoint: dict[str, Any]) -> Run | None:
