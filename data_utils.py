@@ -362,6 +362,7 @@ def _image_splits(
     settings: Settings,
     info: Info | None,
     margin: int,
+    white: int = 255,
 ) -> tuple[Splits, Info]:
     """The splits of built-in images {'train': ..., 'test': ...}; the validation images are taken from 'train'."""
     kept, held_out = _split_off_validation(labels["train"], settings)
@@ -382,7 +383,7 @@ def _image_splits(
             adapter = replace(adapter, mean=start.mean, std=start.std)
     splits = {}
     for name in images:
-        augmentation = augmentation_of(settings, name, margin)
+        augmentation = augmentation_of(settings, name, margin, white)
         splits[name] = ImageDataset(images[name], labels[name], adapter, **augmentation, ids=ids[name])
     task = _classes(class_names, labels["train"], settings, info)
     return splits, description(task, {"image": adapter}, augmentation=splits["train"].augmentation)
@@ -408,6 +409,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
         settings,
         info,
         margin=1,
+        white=16,
     )
 
 

@@ -272,8 +272,9 @@ def prepare(
     training = splits["train"]
     if (passes := passes_of(settings, len(training))) > 1:
         training = training.subset(np.tile(np.arange(len(training)), passes))
-    if settings.mixup and has_effect(settings, "mixup"):
-        training = Mixed(training, settings.mixup, settings.seed, task)
+    mixup, cutmix = (has_effect(settings, name) * getattr(settings, name) for name in ("mixup", "cutmix"))
+    if mixup or cutmix:
+        training = Mixed(training, mixup, settings.seed, task, cutmix)
     parts = {"train": training, "val": splits["val"]}
     loaders = {name: new_loader(part, settings, task, device, name == "train") for name, part in parts.items()}
     if checkpoint:
