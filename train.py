@@ -697,12 +697,13 @@ class Whole:
 
     def __init__(self, settings: Settings, data: dict[str, Any], new: bool, **place: Any):
         self.settings, self.data, self.new, self.begun, self.place = settings, data, new, False, place
-        self.last = Path(settings.checkpoint_dir, LAST)
+        self.last, self.screen = Path(settings.checkpoint_dir, LAST), sys.stdout
 
     def begin(self) -> None:
         """Before the first file of a model is written, write what the whole is resumed from."""
         if not self.begun and distributed.is_first():
-            open_whole(self.settings, self.new)
+            with redirect_stdout(self.screen):  # also where the lines of a model are not shown
+                open_whole(self.settings, self.new)
             folds.save_place(self.settings, self.data, **self.place)
             distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.last))
         self.begun = True
@@ -788,6 +789,7 @@ def select(
     """(the settings with the best candidate, and where they come from; what the run is resumed from; None, or the run
     of a candidate that a signal ended)."""
     show_settings(settings, sources, start)
+    start = start_again(settings, start)
     found = selection.checked(checkpoint["candidates"]) if checkpoint else selection.candidates(settings, sources)
     number = settings.folds or selection.FOLDS
     on_folds = dataclasses.replace(settings, folds=number, fold=None)

@@ -159,8 +159,11 @@ def test_the_models_of_folds_are_chosen_too(run):
     assert "all of them together: test accuracy" in done.out
     again = run(f"{SHORT} --select=auto --fold=1 --folds=2")
     assert again.status == 0 and "select (flag) has no effect: it needs fold none, not 1" in again.out
+    assert "note: the earlier run in checkpoints was moved to" in again.out
     (kept,) = Path("checkpoints").glob("run_until_*")
     assert (kept / "select").is_dir() and not Path("checkpoints/select").exists()
+    once_more = run(SELECT)
+    assert once_more.status == 0 and once_more.out.count("note: the earlier run in checkpoints was moved to") == 1
 
 
 def test_from_python(tmp_path, monkeypatch):
