@@ -32,8 +32,8 @@ def numbers(kind, rules):
     """Valid numbers, as JSON may hold them."""
     if kind is int:
         return st.integers(rules.get("at_least", 0), rules.get("at_most", 10**6))
-    low, high = rules.get("above", rules.get("at_least")), rules.get("below", 1e9)
-    return st.floats(low, high, exclude_min="above" in rules, exclude_max=True)
+    low, high = rules.get("above", rules.get("at_least")), rules.get("below", rules.get("at_most", 1e9))
+    return st.floats(low, high, exclude_min="above" in rules, exclude_max="at_most" not in rules)
 
 
 def valid_values(name):
