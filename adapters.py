@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import plots
-from augmentation import SeriesAugmentation, series_augmentation
+from augmentation import ImageAugmentation, SeriesAugmentation, series_augmentation
 from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings
 from data_files import Items, OnError, chosen_of, read_series, read_texts
@@ -1082,6 +1082,7 @@ class ImageDataset(Dataset):
         seed: of shifts and flips, which are drawn for each epoch.
         ids: names of the samples; by default their numbers.
         targets: a task (tasks.py), if the labels are not classes.
+        strong: changes the images in the place of shifts and flips.
     """
 
     def __init__(
@@ -1094,7 +1095,9 @@ class ImageDataset(Dataset):
         seed: int = 0,
         ids: Sequence[str] | None = None,
         targets: Targets | None = None,
+        strong: ImageAugmentation | None = None,
     ):
+        self.strong = strong
         self.images = images if isinstance(images, ImageFiles) else np.ascontiguousarray(images)
         self.targets = targets or ClassTargets()
         self.labels = np.array([self.targets.target(label, f"sample {i}") for i, label in enumerate(labels)])
@@ -1110,12 +1113,15 @@ class ImageDataset(Dataset):
     @property
     def augmentation(self) -> str:
         """How the images are augmented, in words, for the start of a run."""
+        if self.strong:
+            return str(self.strong)
         if not (self.margin or self.flip):
             return "neither moved nor mirrored"
         moved = f"moved by up to {self.margin} pixel{'s' * (self.margin > 1)}" if self.margin else "not moved"
         return f"{moved}, {'half of them mirrored (--no_flip)' if self.flip else 'not mirrored (--flip)'}"
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         rng = random_stream("augmentation", self.seed, epoch)
         self.offsets = rng.integers(0, 2 * self.margin, (len(self), 2), endpoint=True)
         self.flips = (rng.random(len(self)) < 0.5) & self.flip
@@ -1126,16 +1132,25 @@ class ImageDataset(Dataset):
     def subset(self, numbers: np.ndarray) -> "ImageDataset":
         images = self.images.subset(numbers) if isinstance(self.images, ImageFiles) else self.images[numbers]
         return ImageDataset(images, self.labels[numbers], self.adapter, self.margin, self.flip, self.seed,
-                            self.ids[numbers], self.targets)  # fmt: skip
+                            self.ids[numbers], self.targets, self.strong)  # fmt: skip
 
-    def __getitems__(self, numbers: list[int]) -> Batch:
+    def pixels(self, numbers: Sequence[int]) -> np.ndarray:
+        """Images of these numbers as they are in this epoch, uint8 (B, H, W, C)."""
         numbers = np.array(numbers)
         images = self.images[numbers]
-        if self.margin or self.flip:
+        if self.strong:
+            streams = [random_stream("image augmentation", self.seed, self.epoch, number) for number in numbers]
+            images = self.strong(images, streams)
+        elif self.margin or self.flip:
             images = shift_and_flip(images, self.offsets[numbers], self.flips[numbers], self.margin)
+        return images
+
+    def __getitems__(self, numbers: list[int], images: np.ndarray | None = None) -> Batch:
+        """A batch of these numbers; `images` take the place of their own."""
+        images = self.pixels(numbers) if images is None else images
         tokens = self.adapter.tokens(images)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return {"input": tokens, "mask": mask, "label": self.targets.stack(self.labels[numbers])}
+        return {"input": tokens, "mask": mask, "label": self.targets.stack(self.labels[np.array(numbers)])}
 
     def __getitem__(self, number: int) -> Item:
         item = {name: values[0] for name, values in self.__getitems__([number]).items()}
@@ -1146,10 +1161,12 @@ def image_stem(settings: Settings) -> str | None:
     return "conv" if settings.stem == "conv" else None
 
 
-def augmentation_of(settings: Settings, split: str, margin: int) -> dict[str, Any]:
-    """The arguments of `ImageDataset` for augmenting the images of a split."""
+def augmentation_of(settings: Settings, split: str, margin: int, white: int = 255) -> dict[str, Any]:
+    """The arguments of `ImageDataset` for augmenting the images of a split, whose pixels go up to `white`."""
     if split != "train" or not settings.augment or settings.cache_features:
         return {}
+    if settings.image_recipe == "strong":
+        return {"strong": ImageAugmentation(settings.flip, white), "seed": settings.seed}
     return {"margin": margin, "flip": settings.flip, "seed": settings.seed}
 
 

@@ -1,12 +1,15 @@
-"""Random changes to training series that leave their class as it was. Each is a function of (seed, epoch, sample).
+"""Random changes to training series and images that leave their class as it was. Each is a function of (seed, epoch,
+sample).
 
     change = SeriesAugmentation(shift=0.1, scale=0.1)
     change(tokens, random_stream("series augmentation", seed, epoch, number))      # (L, C) -> (L, C)
+    ImageAugmentation(flip=True)(images, streams)                                  # (B, H, W, C) -> (B, H, W, C)
 
-Those of images, which are made a batch at a time, are in adapters.py; mixtures of two samples of any modality, whose
-classes are mixed with them, in batches.py (`Mixed`).
+Shifts and flips of images, which are made a batch at a time, are in adapters.py; mixtures of two samples of any
+modality, whose classes are mixed with them, in batches.py (`Mixed`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,3 +106,55 @@ def series_augmentation(settings: Settings, split: str) -> SeriesAugmentation:
     if split != "train" or not settings.augment or settings.cache_features:
         return SeriesAugmentation()
     return SeriesAugmentation(**{name: getattr(settings, f"series_{name}") for name in vars(SeriesAugmentation())})
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+SMALLEST_CROP = 0.5  # share of the area; 0.08 as for ImageNet leaves little of a small image
+ERASED = 0.25  # probability that a rectangle is erased (Zhong et al. 2017)
+OPERATIONS, MAGNITUDE = 2, 9  # of RandAugment (Cubuk et al. 2019)
+
+
+class ImageAugmentation:
+    """The strong recipe for images, of torchvision: a random resized crop, a mirror image, RandAugment, and an erased
+    rectangle.
+
+    Args:
+        flip: whether half of the images are mirrored.
+        white: the largest value of a pixel, which RandAugment is told as 255.
+    """
+
+    def __init__(self, flip: bool, white: int = 255):
+        self.flip, self.white = flip, white
+
+    def __str__(self) -> str:
+        """For the first lines of a run."""
+        mirrored = "half of them mirrored (--no_flip)" if self.flip else "not mirrored (--flip)"
+        return f"cropped, {mirrored}, RandAugment, a rectangle erased in {ERASED:.0%} of them"
+
+    def __call__(self, images: np.ndarray, streams: Sequence[np.random.Generator]) -> np.ndarray:
+        """Images uint8 (B, H, W, C), each with random numbers of its own. Those of torch stay as they were."""
+        scaled = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, C, H, W)
+        if self.white != 255:
+            scaled = (scaled.float() * (255 / self.white)).round().to(torch.uint8)
+        change = self.transforms(*images.shape[1:3])
+        with torch.random.fork_rng(devices=[]):  # which torchvision draws from
+            changed = torch.empty_like(scaled)
+            for number, rng in enumerate(streams):
+                torch.manual_seed(int(rng.integers(2**63)))
+                changed[number] = change(scaled[number])
+        if self.white != 255:
+            changed = (changed.float() * (self.white / 255)).round().to(torch.uint8)
+        return np.ascontiguousarray(changed.permute(0, 2, 3, 1).numpy())
+
+    def transforms(self, height: int, width: int) -> Callable[[Tensor], Tensor]:
+        """For an image uint8 (C, H, W)."""
+        from torchvision.transforms import v2
+
+        bilinear = v2.InterpolationMode.BILINEAR
+        return v2.Compose([
+            v2.RandomResizedCrop((height, width), (SMALLEST_CROP, 1.0), interpolation=bilinear, antialias=True),
+            v2.RandomHorizontalFlip(0.5 * self.flip),
+            v2.RandAugment(OPERATIONS, MAGNITUDE, interpolation=bilinear),
+            v2.RandomErasing(ERASED),
+        ])  # fmt: skip

@@ -427,14 +427,19 @@ class Mixed(Dataset):
     Its batches have beside their own samples the others, in 'mix': 'input', 'mask' and 'label' of their own, and
     'weight' float32 (B,), the share of the sample itself, from 0.5 to 1. The model mixes, since it has the embeddings.
 
+    With `cutmix` (Yun et al. 2019) a rectangle of the other image takes the place of that of the sample; 'weight' is
+    what is left of the sample, and both inputs are this image, so that to mix them changes nothing. Of mixup and CutMix
+    each sample has one, by chance.
+
     Args:
-        alpha: of the Beta distribution that the shares come from; the larger, the more even.
+        alpha: of the Beta distribution that the shares come from; the larger, the more even; 0 for no mixup.
         seed: of the draws, which depend on it, the epoch and the sample's number alone.
         targets: what labels are.
+        cutmix: the alpha of CutMix, for data with `pixels`, see adapters.ImageDataset; 0 for none.
     """
 
-    def __init__(self, dataset: Dataset, alpha: float, seed: int, targets: Targets):
-        self.dataset, self.alpha, self.seed, self.targets = dataset, alpha, seed, targets
+    def __init__(self, dataset: Dataset, alpha: float, seed: int, targets: Targets, cutmix: float = 0.0):
+        self.dataset, self.alpha, self.seed, self.targets, self.cutmix = dataset, alpha, seed, targets, cutmix
         if hasattr(dataset, "lengths"):  # it is not to be read for a check, see `create_dataloader`
             self.lengths, self.labels = dataset.lengths, getattr(dataset, "labels", None)
         self.set_epoch(0)
@@ -457,14 +462,35 @@ class Mixed(Dataset):
     def __getitems__(self, numbers: list[int]) -> Batch:
         streams = [random_stream("mixup", self.seed, self.epoch, number) for number in numbers]
         others = [int(rng.integers(len(self))) for rng in streams]
-        shares = np.array([rng.beta(self.alpha, self.alpha) for rng in streams])
+        shares = np.array([rng.beta(self.alpha, self.alpha) if self.alpha else 1.0 for rng in streams])
         weight = torch.from_numpy(np.maximum(shares, 1 - shares)).float()
-        return self._batch(numbers) | {"mix": self._batch(others) | {"weight": weight}}
+        if not self.cutmix:
+            return self._batch(numbers) | {"mix": self._batch(others) | {"weight": weight}}
+        images, pasted = self.dataset.pixels(numbers), self.dataset.pixels(others)
+        for i, rng in enumerate(streams):
+            if self.alpha and rng.random() < 0.5:
+                continue
+            rows, columns = rectangle(rng, self.cutmix, *images.shape[1:3])
+            images[i, rows, columns] = pasted[i, rows, columns]
+            pasted[i] = images[i]
+            weight[i] = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / math.prod(images.shape[1:3])
+        mixed = self.dataset.__getitems__(others, pasted) | {"weight": weight}
+        return self.dataset.__getitems__(numbers, images) | {"mix": mixed}
 
     def _batch(self, numbers: list[int]) -> Batch:
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(numbers)
         return collate([self.dataset[number] for number in numbers], targets=self.targets)
+
+
+def rectangle(rng: np.random.Generator, alpha: float, height: int, width: int) -> tuple[slice, slice]:
+    """(rows, columns) of CutMix: its area is a share from Beta(alpha, alpha), at most half of the image, and its middle
+    is anywhere, so that the edge may cut it."""
+    share = rng.beta(alpha, alpha)
+    side = math.sqrt(min(share, 1 - share))
+    (y, x), (h, w) = rng.random(2) * (height, width), (side * height, side * width)
+    top, bottom, left, right = (round(edge) for edge in (y - h / 2, y + h / 2, x - w / 2, x + w / 2))
+    return slice(max(0, top), min(height, bottom)), slice(max(0, left), min(width, right))
 
 
 # --- Shares of processes ---------------------------------------------------------------------------------------------

@@ -11,14 +11,24 @@ holds:
     data                      what the data are: task, adapters (normalisation, patch size, ...), see data_utils.py
     epoch, step, best         epochs and optimizer steps done; the log's line of the best epoch
     versions                  of Python and the libraries
+
+The checkpoint of several models that answer together (folds.py) holds their weights under names that begin with
+"members.0.", "members.1.", ..., the arguments that all of them have, and
+
+    members                   of each its fold, its task, its best line and the number of samples that validated it
+    test                      figures of the test data
+
+The file from which such a run is resumed has no weights: those of each model lie in a folder of its own.
 """
 
+import copy
 import os
 import pickletools
 import platform
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
@@ -29,7 +39,8 @@ from torch import Tensor, nn
 
 import tasks
 from adapters import Adapter, from_description
-from config import LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
+from config import CANDIDATES, FIELDS, LAST_CHECKPOINT, MODEL_SETTINGS, Settings, check_settings, has_effect
+from ensemble import Ensemble
 from files import remedy, written_whole
 from messages import UserError
 from perceiver_model import MODEL_SIZES, OutputQueries, PerceiverEncoder, PerceiverModel
@@ -62,6 +73,28 @@ class SplitSizes(TypedDict):
     test: int
 
 
+CHOSEN = {name for known in CANDIDATES.values() for values in known.values() for name in values}
+
+
+class Candidate(TypedDict):
+    """What --select auto may choose: settings under a name, which is that of a folder."""
+
+    name: Name
+    settings: dict[Annotated[str, CHOSEN.__contains__, "a setting that is chosen"], Annotated[Any, _is_plain, "plain"]]
+
+
+class SelectionRow(Candidate):
+    """What a candidate came to, over folds of the training data."""
+
+    metric: str
+    mean: float | None
+    std: float | None
+    n: int
+    loss: float
+    seconds: float
+    chosen: bool
+
+
 class Data(TypedDict):
     """What a checkpoint knows about the data, see data_utils.load_splits."""
 
@@ -77,6 +110,20 @@ class Data(TypedDict):
     split_seed: NotRequired[int]
     fingerprints: NotRequired[dict[str, str]]
     code: NotRequired[dict[str, str]]  # name and checksum of a file of the user's own, see own_data.py
+    selection: NotRequired[list[SelectionRow]]  # what --select auto has chosen between, see selection.py
+
+
+class Member(TypedDict):
+    """What the checkpoint of several models knows about one of them."""
+
+    fold: int
+    task: dict[str, Any]
+    best: dict[str, float | str | None]
+    num_samples: int
+
+
+MOST_MEMBERS = FIELDS["folds"].metadata["at_most"]
+Members = Annotated[list[Member], lambda members: len(members) <= MOST_MEMBERS, f"a list of {MOST_MEMBERS} at most"]
 
 
 class Contents(TypedDict):
@@ -89,6 +136,9 @@ class Contents(TypedDict):
     epoch: int
     step: int
     best: dict[str, float | str | None]
+    members: NotRequired[Members]
+    test: NotRequired[dict[str, float | str | None]]
+    candidates: NotRequired[list[Candidate]]  # of a run that is still choosing between them
 
 
 def model_arguments(settings: Settings, data: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -213,15 +263,18 @@ def _alternative(path: Path) -> str:
     for other in (path.parent / LAST, path.parent / BEST):
         if other != path:
             try:
-                epoch = _read(other)["epoch"]
+                found = _read(other)
             except UserError:
                 continue
+            if not found["model"]:  # a run of several models continues from it, which no model can
+                continue
+            epoch = found["epoch"]
             return f"; {other} (after {epoch} epochs) is whole and can be used instead"
     return "; no other usable checkpoint lies beside it"
 
 
-def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
-    """The model of a checkpoint, on the CPU, in evaluation mode.
+def build_model(checkpoint: dict[str, Any]) -> PerceiverModel | Ensemble:
+    """The model of a checkpoint, or the several that answer together, on the CPU, in evaluation mode.
 
     It is first made on the meta device, without memory, and compared with the weights.
 
@@ -229,7 +282,10 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
         UserError: the arguments are not those of a model; or weights are missing, unexpected, of another shape or not
             finite, all of which are listed.
     """
-    arguments = checkpoint["model_args"]
+    arguments, members = checkpoint["model_args"], checkpoint.get("members")
+    if members is not None and (len(members) < 2 or not checkpoint["model"]):
+        raise UserError("the checkpoint is one from which a run of several models is resumed (--resume) and holds none "
+                        f"of them; when the run has ended, their mean is {BEST} beside it")  # fmt: skip
     try:
         check_model_arguments(arguments)
         with torch.device("meta"):
@@ -239,9 +295,24 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel:
     told, given = checkpoint["data"]["num_outputs"], arguments["num_classes"]
     if told != given:
         raise UserError(f"the checkpoint's task has {told} outputs, its model {given}")
-    weights = check_weights(model, checkpoint["model"])
-    model.to_empty(device="cpu").load_state_dict(weights)  # without drawing initial values, which would take long
-    return model.eval()
+    if members is None:
+        weights = check_weights(model, checkpoint["model"])
+        model.to_empty(device="cpu").load_state_dict(weights)  # without drawing initial values, which would take long
+        return model.eval()
+    expected = {member_weight(i, name): like for i in range(len(members)) for name, like in model.state_dict().items()}
+    if problems := tensor_problems(checkpoint["model"], expected):
+        raise UserError("the checkpoint's weights do not fit its models: " + listed(problems, 10))
+    made = []
+    for number in range(len(members)):
+        weights = {name: checkpoint["model"][member_weight(number, name)] for name in model.state_dict()}
+        made.append(copy.deepcopy(model).to_empty(device="cpu"))
+        made[-1].load_state_dict(weights)
+    return Ensemble(made).eval()
+
+
+def member_weight(number: int, name: str) -> str:
+    """The name of a weight of one of several models in their checkpoint."""
+    return f"members.{number}.{name}"
 
 
 def equipped_model(
@@ -257,6 +328,8 @@ def equipped_model(
     """
     model, data = build_model(checkpoint), checkpoint["data"]
     equip(model, data, own)
+    if isinstance(model, Ensemble):
+        _equip_members(model, checkpoint["members"])
     if model.task.num_outputs != data["num_outputs"]:
         told, names = data["num_outputs"], model.task.num_outputs
         raise UserError(f"the checkpoint's task names {names} outputs, its model has {told}")
@@ -277,6 +350,25 @@ def equipped_model(
         if not makes or any(_as_list(takes.get(what)) != value for what, value in makes.items()):
             raise UserError(f"the checkpoint's adapter of {shown(name)} makes {makes}, its model takes {takes}")
     return model.to(device)
+
+
+def _equip_members(model: Ensemble, members: list[Member]) -> None:
+    """Tell the models how they answer together.
+
+    Raises:
+        UserError: the tasks of the members are not like the one of all.
+    """
+    told = [tasks.from_description(member["task"], f"the task of member {i}") for i, member in enumerate(members)]
+    alike = all(type(task) is type(model.task) and task.num_outputs == model.task.num_outputs for task in told)
+    model.mean_output = partial(model.task.mean_output, members=told)
+    try:
+        nothing = torch.zeros(1, model.task.num_outputs)
+        if not alike or model.mean_output([nothing] * len(told)).shape != nothing.shape:
+            raise ValueError
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("the checkpoint's members do not answer what its task asks") from error
 
 
 def equip(model: PerceiverModel, data: dict[str, Any], own: Mapping[str, type[Adapter]] | None = None) -> None:

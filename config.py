@@ -71,6 +71,29 @@ SERIES_RECIPES: dict[str, dict[str, Any]] = {
         "epoch_samples": 1600,
     },
 }
+# Defaults of image_recipe, which says itself what is done to an image.
+IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2, "cutmix": 1.0}}
+# What --select auto chooses between: of each candidate a name, and the settings that it changes. What is given as a
+# flag or in a file holds for all of them.
+_STEPS = {"num_epochs": 40, "epoch_samples": 1600}  # 2,000 steps or more for all, so that tokens are compared
+_MOVED = {"series_warp": 0.2, "series_scale": 0.1}
+CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
+    "sequences": {
+        "steps": _STEPS,
+        "windows": _STEPS | {"series_window": 8},
+        "conv": _STEPS | {"stem": "conv"},
+        "strong": SERIES_RECIPES["strong"],
+        "strong_unshifted": _STEPS | {"stem": "conv"} | _MOVED,
+        "strong_circular": _STEPS | {"stem": "conv", "series_circular": True} | _MOVED,
+    },
+    **dict.fromkeys(("images", "cifar10", "digits"), {
+        "patches": {},
+        "conv": {"stem": "conv"},
+        "strong": {"image_recipe": "strong"} | IMAGE_RECIPES["strong"],
+        "strong_conv": {"image_recipe": "strong", "stem": "conv"} | IMAGE_RECIPES["strong"],
+    }),
+    "others": {"plain": {}, "dropout": {"dropout": 0.3}, "mixup": {"mixup": 0.2}},
+}  # fmt: skip
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -218,6 +241,10 @@ class Settings:
         False, "mirror training images at random, half of them",
         applies=_OUR_IMAGES | _NOT_CACHED | {"augment": (True,)},
         on_resume="inexact")
+    image_recipe: str = _data(
+        "plain", "how training images are changed: plain = shifted; strong = cropped, RandAugment, erased in part, "
+        "mixup and CutMix", choices=tuple(IMAGE_RECIPES), applies=_OUR_IMAGES | _NOT_CACHED | {"augment": (True,)},
+        on_resume="inexact")
     series_shift: float = _augment("shift training series in time by up to this, either way", "share of its length")
     series_circular: bool = _augment("training series are closed, as an outline is: start them anywhere")
     series_warp: float = _augment("warp time of training series", "deviation of the log of the speed")
@@ -227,7 +254,22 @@ class Settings:
     mixup: float = _data(
         0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
         at_least=0, applies=_NOT_CACHED | {"augment": (True,), "task": _OF_ITEMS}, on_resume="inexact")
-    val_fraction: float = _data(0.1, "training data kept for validation", "fraction", above=0, below=1)
+    cutmix: float = _data(
+        0.0, "put a part of another image into each training image, as large as this Beta distribution says; 0 = off",
+        "alpha", at_least=0, applies=_NOT_CACHED | {"augment": (True,), "task": _OF_ITEMS,
+        "dataset_type": ("cifar10", "digits", "images")}, on_resume="inexact")
+    val_fraction: float = _data(
+        0.1, "training data kept for validation", "fraction", above=0, below=1, applies={"folds": (None,)})
+    folds: int | None = _data(
+        None, "train so many models, each on all but a part of the training data, which validates it, and answer with "
+        "their mean (docs/small_data.md); none = one model", "models", at_least=2, at_most=100)
+    fold: int | None = _data(None, "train only the model of this fold; none = all of them", "from 1", at_least=1)
+    select: str = _data(
+        "none", "choose tokens, random changes or dropout by folds of the training data (docs/small_data.md): auto = "
+        "the best of a few candidates", choices=("none", "auto"), applies={"fold": (None,)})
+    select_share: float = _data(
+        0.25, "how long each of these candidates is trained", "share of its epochs", above=0, at_most=1,
+        applies={"select": ("auto",)})
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")
     num_workers: int | None = _data(
@@ -589,6 +631,8 @@ def resolve(
     chosen = ChainMap(flags, file, checkpoint, defaults)
     dataset = DATASET_DEFAULTS.get(chosen["dataset_type"], own or {})
     recipe = SERIES_RECIPES[chosen["series_recipe"]] if chosen["dataset_type"] == "sequences" else {}
+    if chosen["dataset_type"] in _OUR_IMAGES["dataset_type"]:
+        recipe = IMAGE_RECIPES[chosen["image_recipe"]]
     layers = {"default": defaults, "data set": dataset, "recipe": recipe, "init_from": start or {}}
     layers |= {"checkpoint": checkpoint, "file": file, "flag": flags}
     values, sources = {}, {}

@@ -12,6 +12,7 @@ import re
 import shutil
 import unicodedata
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -142,7 +143,41 @@ def _hold_out(shares: np.ndarray, fraction: float, order: np.ndarray) -> np.ndar
     return held
 
 
+def fold_split(
+    strata: np.ndarray, groups: Sequence[str] | None, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """(sample numbers kept, those of the fold settings.fold), sorted. Without a fold all are kept.
+
+    The folds are scikit-learn's: of each stratum about the same share is in each fold, and a group is in one fold only.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    if settings.fold is None:
+        return np.arange(len(strata)), np.zeros(0, int)
+    number, what = settings.folds, "samples"
+    if groups:
+        splitter, what = StratifiedGroupKFold(number), "groups"
+        _, groups = np.unique(groups, return_inverse=True)
+    else:
+        seed = int(random_stream("folds", settings.seed).integers(2**31))
+        splitter = StratifiedKFold(number, shuffle=True, random_state=seed)
+    there = len(strata) if groups is None else len(np.unique(groups))
+    most = min(there, np.unique(strata, return_counts=True)[1].max())
+    if number > most:
+        raise UserError(f"folds: {there} {what}, of which no class has more than {most} samples, cannot be parted into "
+                        f"{number} folds; " + (f"take at most --folds {most}" if most > 1 else "leave --folds out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer samples than there are folds
+        folds = list(splitter.split(np.zeros(len(strata)), strata, groups))
+    if any(len(part) == 0 for fold in folds for part in fold):
+        raise UserError(f"folds: the {there} groups cannot be parted into {number} folds; take fewer --folds")
+    kept, held_out = folds[settings.fold - 1]
+    return np.sort(kept), np.sort(held_out)
+
+
 def _split_off_validation(labels: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    if settings.folds:
+        return fold_split(labels, None, settings)
     return stratified_split(labels, settings.val_fraction, random_stream("validation", settings.seed))
 
 
@@ -280,7 +315,7 @@ def load_synthetic_splits(settings: Settings, info: Info | None = None) -> tuple
     train, val = _split_off_validation(first, settings)  # refuses more classes than samples
     rounds = range(math.ceil(settings.num_classes / len(PATTERNS)))
     names = [name + (f" {i + 1}" if i else "") for i in rounds for name in PATTERNS][: settings.num_classes]
-    splits = {"train": data.subset(train), "val": data.subset(val), "test": test}
+    splits = {"train": data.subset(train), **({"val": data.subset(val)} if len(val) else {}), "test": test}
     for split in splits.values():
         split.sequences = [adapter(sequence) for sequence in split.sequences]
         if settings.task == "tagging":
@@ -330,23 +365,28 @@ def _image_splits(
     settings: Settings,
     info: Info | None,
     margin: int,
+    white: int = 255,
 ) -> tuple[Splits, Info]:
     """The splits of built-in images {'train': ..., 'test': ...}; the validation images are taken from 'train'."""
     kept, held_out = _split_off_validation(labels["train"], settings)
     parts = {"train": ("train", kept), "val": ("train", held_out), "test": ("test", slice(None))}
+    if not len(held_out):
+        del parts["val"]
+    whole = images["train"]
     images, labels, ids = (
         {name: np.asarray(values[source])[numbers] for name, (source, numbers) in parts.items()}
         for values in (images, labels, ids)
     )
     adapter = _known_adapter(info, ImageAdapter)
     if not adapter:
-        adapter = ImageAdapter.fit(images["train"], settings.patch_size, stem=image_stem(settings))
+        fitted_on = whole if settings.folds else images["train"]
+        adapter = ImageAdapter.fit(fitted_on, settings.patch_size, stem=image_stem(settings))
         start = known_adapters(info).get("image")
         if start and len(start.mean) == len(adapter.mean):
             adapter = replace(adapter, mean=start.mean, std=start.std)
     splits = {}
     for name in images:
-        augmentation = augmentation_of(settings, name, margin)
+        augmentation = augmentation_of(settings, name, margin, white)
         splits[name] = ImageDataset(images[name], labels[name], adapter, **augmentation, ids=ids[name])
     task = _classes(class_names, labels["train"], settings, info)
     return splits, description(task, {"image": adapter}, augmentation=splits["train"].augmentation)
@@ -372,6 +412,7 @@ def load_digits_splits(settings: Settings, info: Info | None = None) -> tuple[Sp
         settings,
         info,
         margin=1,
+        white=16,
     )
 
 
@@ -536,8 +577,10 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
     else:
         task, targets, more = _targets(items, known_task(info), settings, errors, settings.data_path)
         notes += more
+    fold = None
     if "train" in items:
-        notes += _split_off(items, targets, task, settings, str(settings.data_path))
+        more, fold = _split_off(items, targets, task, settings, str(settings.data_path))
+        notes += more
 
     home = FileFinder()(Path(settings.data_path if "train" in items else settings.test_path or settings.data_path))
     loaded = {}
@@ -566,6 +609,8 @@ def load_own_splits(settings: Settings, info: Info | None = None, only: str | No
                 with naming(place):
                     of_tokens.append(adapter.of_tokens(value, target))
             targets[name] = tasks.ragged(of_tokens)
+    if fold:
+        _take_out_fold(fold, items, targets, loaded)
     if not info and settings.task != "reconstruct":
         task = task.learn(targets["train"], settings)
     refuse_together(error for name in items for error in task.unlike_training(targets[name], items[name].places))
@@ -710,10 +755,11 @@ def _paths(settings: Settings, info: Info | None, only: str | None) -> tuple[dic
 
 def _split_off(
     items: dict[str, Items], targets: dict[str, np.ndarray], task: Task, settings: Settings, where: str
-) -> list[str]:
-    """Take missing test and validation items out of the training items. Returns notes.
+) -> tuple[list[str], dict[str, np.ndarray] | None]:
+    """Take missing test and validation items out of the training items. where: names the data in messages.
 
-    where: names the data in messages.
+    Returns:
+        (notes; with settings.fold {'train', 'val'}, the numbers of training items that `_take_out_fold` parts later)
     """
     for found in items.values():
         found.groups = _group_names(found, settings)
@@ -722,6 +768,11 @@ def _split_off(
         "test": (settings.test_fraction, random_stream("test set")),
         "val": (settings.val_fraction, random_stream("validation", settings.seed)),
     }
+    if settings.folds:
+        del streams["val"]
+        if "val" in items:
+            raise UserError(f"folds: {where} has items of its own for validation, and each fold validates a model; put "
+                            "them among those for training, or leave --folds out")  # fmt: skip
     notes, shares = [], []
     for name, (fraction, rng) in streams.items():
         if name in items:
@@ -740,10 +791,43 @@ def _split_off(
         items[name], items["train"] = train.subset(held_out), train.subset(kept)
         targets[name], targets["train"] = values[held_out], values[kept]
         shares.append(f"{name}_fraction {fraction:g} became {len(held_out) / len(values):.3f}")
+    groups, fold = {name: found.groups for name, found in items.items() if found.groups}, None
+    if settings.fold:
+        train = items["train"]
+        kept, held_out = fold_split(task.strata(targets["train"]), train.groups, settings)
+        fold = {"train": kept, "val": held_out}
+        if train.groups:
+            groups |= {name: [train.groups[i] for i in numbers] for name, numbers in fold.items()}
     if items["train"].groups:
-        counts = ", ".join(f"{len(set(items[name].groups))} for {purpose}" for name, purpose in PURPOSES.items())
+        counts = ", ".join(f"{len(set(groups.get(name, ())))} for {PURPOSES[name]}" for name in PURPOSES)
         notes.append("; ".join([f"groups: {counts}, none of them in two", *shares]))
-    return notes
+    return notes, fold
+
+
+def _take_out_fold(
+    fold: dict[str, np.ndarray], items: dict[str, Items], targets: dict[str, np.ndarray], loaded: dict[str, tuple]
+) -> None:
+    """Part the training items by the numbers of `fold`. They have been loaded as one, so that what prepares the inputs
+    is fitted on all of them and the models of all folds read the same tokens."""
+
+    def parted(values: dict[str, Any], numbers: dict[str, np.ndarray]) -> dict[str, Any]:
+        whole = values["train"]
+        chosen = {
+            name: whole[those] if isinstance(whole, np.ndarray) else [whole[i] for i in those]
+            for name, those in numbers.items()
+        }
+        return values | chosen
+
+    train = items["train"]
+    items |= {name: train.subset(numbers) for name, numbers in fold.items()}
+    targets |= parted(targets, fold)
+    for modality, (there, source, adapter, raw) in loaded.items():
+        places = np.full(len(train.values), -1)  # of the training items among those with the modality
+        places[there["train"]] = np.arange(len(there["train"]))
+        those = {name: places[numbers][places[numbers] >= 0] for name, numbers in fold.items()}
+        there = there | {name: np.flatnonzero(places[numbers] >= 0).tolist() for name, numbers in fold.items()}
+        source = replace(source, values=parted(source.values, those), places=parted(source.places, those))
+        loaded[modality] = there, source, adapter, parted(raw, those)
 
 
 def _group_names(found: Items, settings: Settings) -> list[str] | None:
@@ -859,14 +943,18 @@ def load_given_splits(
         task, targets, notes = _given_targets(items, known_task(info), given.class_names, settings, own)
     else:
         task, targets, notes = *_one_class(items), []
+    fold = None
     if "train" in items:
-        notes += _split_off(items, targets, task, settings, own.path or "data")
+        more, fold = _split_off(items, targets, task, settings, own.path or "data")
+        notes += more
     if streamed:
         notes.append("train is an iterable: its items are not shuffled here, only their labels were checked, and "
                      "--resume is exact only if it gives the same items in the same order again")  # fmt: skip
 
     fitted = known_adapters(info, own.classes) if info and given.adapters else {}
     fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
+    if fold:
+        _take_out_fold(fold, items, targets, {})
     splits = {
         name: own_data.PreparedDataset(
             found.values, found.places, found.ids, targets[name], fitted, settings.max_seq_len, name == "train",
@@ -973,6 +1061,12 @@ def check_task(settings: Settings) -> None:
     if settings.task not in offered:
         raise UserError(f"task: {settings.task} is not offered for {settings.dataset_type}; choose one of "
                         f"{', '.join(offered)}")  # fmt: skip
+    if settings.folds and settings.task == "reconstruct":
+        raise UserError("folds: --task reconstruct has no folds, since what is hidden has no answers to take the mean "
+                        "of; leave --folds out")  # fmt: skip
+    if settings.fold and settings.fold > (settings.folds or 0):
+        raise UserError(f"fold: {settings.fold} of {settings.folds or 'no'} folds; give --folds, and a --fold up to "
+                        "that number")  # fmt: skip
 
 
 def load_splits(
@@ -1000,7 +1094,12 @@ def load_splits(
         splits, specific = DATASETS[settings.dataset_type](settings, info, **asked)
     if settings.task == "reconstruct":
         splits, specific = _hidden(splits, specific, settings, info, own)
+    if only and only not in splits:
+        raise UserError(f"split: the mean of {settings.folds} models has no {PURPOSES[only]} data of its own; name the "
+                        "model of a fold, such as fold_1/best_model.pth")  # fmt: skip
     sizes = {name: len(splits[name]) for name in ("train", "val", "test") if name in splits}
+    if "train" in splits and "val" not in splits:
+        sizes["val"] = 0
     prints, known = specific.get("fingerprints", {}), (info or {}).get("fingerprints", {})
     # Earlier versions used file names only: if these are the same, nothing more can be said
     prints = {name: known[name] if text.partition("-")[0] == known.get(name) else text for name, text in prints.items()}

@@ -39,6 +39,7 @@ from batches import create_dataloader
 from config import Parser, check_folder, resolve, unused_settings
 from data_utils import CIFAR10_FILES, load_splits
 from distributed import refuse_processes
+from ensemble import Ensemble
 from files import make_folder, written_whole
 from inference import READING_REMEDIES, check_answers, load_model
 from messages import UserError, exit_on_user_error, memory_advice, print_note, printable
@@ -179,7 +180,8 @@ def input_names(modalities: nn.ModuleDict) -> list[str]:
 
 
 def output_names(model: PerceiverModel, attention: bool) -> list[str]:
-    maps = range(1, 1 + len(model.encoder.depths)) if attention else []
+    one = model.members[0] if isinstance(model, Ensemble) else model
+    maps = range(1, 1 + len(one.encoder.depths)) if attention else []
     return ["output", *(f"attention_{number}" for number in maps)]
 
 

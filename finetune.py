@@ -158,6 +158,9 @@ def read_start(source: str) -> Start:
     with naming("init_from"):
         if path.is_file() or path.suffix in (".pth", ".pt"):
             checkpoint = load_checkpoint(path)
+            if "members" in checkpoint:
+                raise UserError(f"{source} is the mean of several models; name the model of one fold, such as "
+                                f"{path.parent / 'fold_1' / BEST}")  # fmt: skip
             model = build_model(checkpoint)
             given, weights, data = checkpoint["model_args"], model.state_dict(), checkpoint["data"]
         else:

@@ -35,6 +35,7 @@ import torch
 from torch.utils.data import Dataset
 
 import evaluation
+import folds
 import own_data
 import plots
 from adapters import Adapter, ImageAdapter
@@ -541,6 +542,10 @@ def main(argv: list[str] | None = None) -> int:
         "split_sizes": data["split_sizes"],
         "split_seed": data["split_seed"],
     }
+    if selection := model.data_info.get("selection"):
+        about["selection"] = selection
+    if "members" in checkpoint:
+        about["folds"] = folds.estimate(model.task, checkpoint["members"])
     known, found = (info.get("fingerprints", {}).get(split) for info in (model.data_info, data))
     about["samples_as_in_training"] = known == found
     if new_data:
@@ -567,6 +572,10 @@ def main(argv: list[str] | None = None) -> int:
         reason = f"{first.strerror}; take another --output_dir" if isinstance(first, OSError) else first
         raise UserError(f"{error.message}: {reason}") from error
     print_results(results)
+    if found := results.get("folds"):
+        metric = found["metric"].replace("_", " ")
+        print(f"\n{len(found['values'])} models answer together; each on its own fold of the training data: {metric} "
+              f"{folds.estimate_text(found)}")  # fmt: skip
     print(f"\nwrote {', '.join(['results.json', 'items.csv', *results['figures']])} into {printable(args.output_dir)}")
     return 0
 

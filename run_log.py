@@ -69,11 +69,12 @@ class RunLog:
         for note in data["notes"]:
             print_note(note)
 
-    def open(self, resumed: Path | None) -> None:
+    def open(self, resumed: Path | None, part: bool = False) -> None:
         """Make the folders and first files of a run, or bring them to where it continues.
 
         Args:
             resumed: the checkpoint, in the run's folder, from which it continues; None for a new run.
+            part: whether the run is a part of another one, which has seen to what was in the folder.
         """
         if not distributed.is_first():
             return
@@ -87,7 +88,7 @@ class RunLog:
             for left in folder.glob(f"{name}*.tmp"):  # by a killed process
                 left.unlink(missing_ok=True)
         if resumed is None:
-            if kept := set_aside(folder, RUN_FILES):
+            if not part and (kept := set_aside(folder, run_files(folder))):
                 print_note(f"the earlier run in {folder} was moved to {kept}")
             progress.run_name = new_folder(log_dir, progress.run_name).name
         else:
@@ -229,18 +230,30 @@ class RunLog:
         progress, headline = self.progress, self.task.headline
         label, test = headline.replace("_", " "), progress.test
         beside = f"the training mean as answer: {figure_text(test['baseline'])}; " if "baseline" in test else ""
-        if progress.epoch < self.settings.num_epochs:
-            print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
-        following = f"python inference.py --model_path {quoted(model)}{options} --analyze --output_dir results/"
-        if self.settings.dataset_type == PYTHON:
-            following = "from inference import evaluate, predict; evaluate(result.model, result.splits['test'])"
+        self._say_if_early()
         print(
             f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
             f"{figure_text(tested[f'val_{headline}'])}{self._chosen(tested)}, test {label} "
             f"{figure_text(test[headline])} ({beside}{test['num_samples']} samples, touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
-            f"next:   {following}"
+            f"next:   {next_step(self.settings, model, options)}"
         )
+
+    def end_fold(self) -> None:
+        """The closing lines of one of several models."""
+        best, headline = self.progress.best, self.task.headline
+        self._say_if_early()
+        print(
+            f"best epoch {best['epoch']}: validation {headline.replace('_', ' ')} "
+            f"{figure_text(best[f'val_{headline}'])}\n"
+            f"curves: {printable(str(self.folder / CURVES))}"
+        )
+        if self.writer:
+            self.writer.close()
+
+    def _say_if_early(self) -> None:
+        if self.progress.epoch < self.settings.num_epochs:
+            print(f"stopped early: no better epoch for {self.settings.early_stopping_patience} epochs")
 
     def close(self) -> None:
         """The final metrics, for HPARAMS: one step late, so that a run that continues drops them."""
@@ -269,6 +282,13 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def next_step(settings: Settings, model: Path, options: str) -> str:
+    """How the model of this file is evaluated; `options` that opening it needs."""
+    if settings.dataset_type == PYTHON:
+        return "from inference import evaluate, predict; evaluate(result.model, result.splits['test'])"
+    return f"python inference.py --model_path {quoted(model)}{options} --analyze --output_dir results/"
 
 
 def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
@@ -427,6 +447,23 @@ def files_beyond(folder: Path, resumed: Path, progress: Progress) -> list[str]:
         if run != progress.run_name or epoch not in (progress.best.get("epoch"), repeated):
             beyond.append(BEST)
     return beyond
+
+
+def run_files(folder: Path) -> list[str]:
+    """The names that a run may have left in `folder`: files, and the folders of the models of its folds and of what it
+    has chosen between."""
+    parts = {last.relative_to(folder).parts[0] for last in folder.glob(f"fold_*/{LAST}")}
+    parts |= {file.relative_to(folder).parts[0] for file in folder.glob("select/*/fold_*/settings.json")}
+    return [*RUN_FILES, *sorted(parts)]
+
+
+def open_whole(settings: Settings, new: bool) -> None:
+    """Make the folder of a run of several models, whose runs have folders of their own in it."""
+    folder = make_folder(settings.checkpoint_dir)
+    if new and (kept := set_aside(folder, run_files(folder))):
+        print_note(f"the earlier run in {folder} was moved to {kept}")
+    with disk_advice():
+        evaluation.write_results(folder / "settings.json", settings.to_dict())
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:

@@ -138,6 +138,17 @@ class Task(ABC):
         """The task with what it chooses on validation data, from the rows of the validation split."""
         return self
 
+    # --- Several models that answer together (ensemble.py) ---
+
+    def of_members(self, members: Sequence["Task"]) -> "Task":
+        """This task, learnt from all training data, with what models of parts of them have chosen on their folds."""
+        return self
+
+    def mean_output(self, outputs: Sequence[Tensor], members: Sequence["Task"]) -> Tensor:
+        """The output (B, ...) that stands for the mean of the answers of several models, whose outputs and tasks these
+        are."""
+        raise UserError(f"several models cannot answer {self.kind} together")
+
     @abstractmethod
     def items(self, rows: Rows) -> dict[str, Sequence[Any]]:
         """The columns of items.csv, from which every metric can be recomputed."""
@@ -274,6 +285,11 @@ def _weights_of(names: Sequence[str], weights: Sequence[str], most: int = 12) ->
     return ", ".join(pairs[:most]) + more
 
 
+def log_mean_probability(outputs: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean of the probabilities of classes that several logits (..., C) give."""
+    return torch.stack(list(outputs)).log_softmax(-1).logsumexp(0) - math.log(len(outputs))
+
+
 def _refuse_infinite(rows: Rows) -> None:
     if broken := int((~rows["finite"]).sum()):
         raise ValueError(f"the outputs of {broken} of {len(rows['finite'])} samples are not finite")
@@ -386,6 +402,9 @@ class Classification(LabelledTask, ClassTargets):
         return {"train_accuracy": totals["correct"] / totals["samples"]}
 
     # --- Evaluation ---
+
+    def mean_output(self, outputs: Sequence[Tensor], members: Sequence[Task]) -> Tensor:
+        return log_mean_probability(outputs)
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
         return evaluation.class_rows(outputs.numpy(), targets.numpy())
@@ -613,6 +632,14 @@ class Regression(LabelledTask):
         return self.std[0] if self.num_outputs == 1 else 1.0
 
     # --- Evaluation ---
+
+    def mean_output(self, outputs: Sequence[Tensor], members: Sequence["Regression"]) -> Tensor:
+        """The mean of the numbers, each of which a member has in units of its own training data."""
+        own, total = (np.array(self.mean), np.array(self.std)), 0
+        for output, member in zip(outputs, members, strict=True):
+            scale, shift = member.std / own[1], (member.mean - own[0]) / own[1]
+            total = total + output * output.new_tensor(scale) + output.new_tensor(shift)
+        return total / len(outputs)
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Rows:
         scale = np.array(self.std)
@@ -855,6 +882,15 @@ class MultiLabel(LabelledTask):
     def epoch_figures(self, metrics: Mapping[str, Any], select_by: str | None) -> dict[str, float]:
         names = {"loss": "binary_cross_entropy"} | {name: name for name in self.higher_is_better if name != "loss"}
         return {f"val_{name}": metrics[key] for name, key in names.items()}
+
+    def of_members(self, members: Sequence["MultiLabel"]) -> "MultiLabel":
+        """The threshold of a label is the mean of those of the members."""
+        return replace(self, thresholds=np.mean([member.thresholds for member in members], 0).tolist())
+
+    def mean_output(self, outputs: Sequence[Tensor], members: Sequence["MultiLabel"]) -> Tensor:
+        """The logits of the mean of the probabilities."""
+        logits = torch.stack(list(outputs))
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
 
     def tuned(self, rows: Rows) -> "MultiLabel":
         thresholds = evaluation.best_thresholds(self._probabilities(rows), rows["true"])
@@ -1129,6 +1165,10 @@ class Tagging(LabelledTask):
             spans = evaluation.span_metrics(rows["label"], rows["predicted"], self.class_names, outside=0)
         metrics = evaluation.class_metrics(tokens, self.class_names) | {"num_samples": len(rows["label"])}
         return {"num_samples": metrics.pop("num_samples"), "num_labelled_tokens": number, **spans, **metrics}
+
+    def mean_output(self, outputs: Sequence[Tensor], members: Sequence[Task]) -> Tensor:
+        """Of outputs (B, L, C), or (L, C) of one item."""
+        return log_mean_probability(outputs)
 
     def epoch_names(self) -> dict[str, str]:
         """metric -> its name in the log."""

@@ -17,13 +17,14 @@ settings.json, log.jsonl (a line per epoch) and training_curves.png; and TensorB
 """
 
 import dataclasses
+import io
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -39,7 +40,9 @@ from torch.utils.data import DataLoader
 import distributed
 import evaluation
 import finetune
+import folds
 import own_data
+import selection
 import tasks
 from batches import (
     Mixed,
@@ -112,12 +115,12 @@ from progress import (
     check_run,
     restore_random_numbers,
 )
-from run_log import CURVES, RunLog, say
+from run_log import CURVES, RunLog, next_step, open_whole, say
 from schema import shown
 from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
-SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series keeps the last epoch
+SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series and --select auto keep the last epoch
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
@@ -191,6 +194,7 @@ class Run:
     log: RunLog
     stop: StopRequest
     own: OwnData | None  # the user's own code, where the data come from there
+    resumed_from: Path  # what --resume continues it from; of a run that is part of another one, that of the whole
 
     @property
     def folder(self) -> Path:
@@ -212,7 +216,7 @@ class Run:
             about = {"model_args": self.model_args, "settings": self.settings.to_dict(), "data": self.data}
             save_checkpoint(self.folder / name, about | state)
             if name == LAST:
-                distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.folder / LAST))
+                distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.resumed_from))
 
 
 def execute(run: Run) -> None:
@@ -238,6 +242,7 @@ def prepare(
     resumed: Path | None = None,
     own: OwnData | None = None,
     start: finetune.Start | None = None,
+    whole: "Whole | None" = None,
 ) -> Run:
     """Read the data, make the model and everything else, and rehearse a step before any file is written or moved.
 
@@ -245,6 +250,7 @@ def prepare(
         checkpoint, resumed: what to continue from, and its file; None for a new run.
         own: the user's own code, for data that come from there.
         start: the model of settings.init_from.
+        whole: the run that this one is a part of.
 
     Raises:
         UserError: a mistake in settings or data, memory that ran out, an output or gradient that is not finite.
@@ -261,6 +267,8 @@ def prepare(
     check_size(settings, device, base)
     with memory_advice("while reading the data", data_remedies(settings)):
         splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
+    known = checkpoint["data"] if checkpoint else whole.data if whole else {}
+    data |= {"selection": known["selection"]} if "selection" in known else {}
     task = tasks.from_description(data["task"])
     if settings.select_by not in (None, LAST_EPOCH, *task.higher_is_better):
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
@@ -275,8 +283,9 @@ def prepare(
     training = splits["train"]
     if (passes := passes_of(settings, len(training))) > 1:
         training = training.subset(np.tile(np.arange(len(training)), passes))
-    if settings.mixup and has_effect(settings, "mixup"):
-        training = Mixed(training, settings.mixup, settings.seed, task)
+    mixup, cutmix = (has_effect(settings, name) * getattr(settings, name) for name in ("mixup", "cutmix"))
+    if mixup or cutmix:
+        training = Mixed(training, mixup, settings.seed, task, cutmix)
     parts = {"train": training, "val": splits["val"]}
     loaders = {name: new_loader(part, settings, task, device, name == "train") for name, part in parts.items()}
     if checkpoint:
@@ -313,8 +322,9 @@ def prepare(
         run_model, evaluated = finetune.Readout(model), finetune.Readout(state.kept)
     stop = StopRequest()
     sums = StepSums(progress, ("objective", *task.step_names), scaled, stop)
+    last = whole.last if whole else Path(settings.checkpoint_dir, LAST)
     run = Run(settings, data, task, splits, loaders, device, amp_dtype, model_args, state, run_model, evaluated, sums,
-              log, stop, own)  # fmt: skip
+              log, stop, own, last)  # fmt: skip
     # A rehearsal: what would break in the first epoch breaks now, before any file is written or moved
     with compiler_advice() if compiles else nullcontext():
         if compiles:
@@ -326,7 +336,9 @@ def prepare(
                    "run is not quite that of one process")  # fmt: skip
     with memory_advice("for the exchange of gradients", MODEL_REMEDIES):
         run.replica = distributed.replicate(run_model)
-    log.open(resumed)
+    if whole:
+        whole.begin()
+    log.open(resumed, part=whole is not None)
     for loader in loaders.values():
         loader.worker_init_fn = partial(begin_worker, stop.over)
     restore_random_numbers(checkpoint, settings.seed, progress.step)
@@ -366,7 +378,7 @@ def chooses_noise(settings: Settings, num_validation: int) -> bool:
     """
     chosen = settings.select_by is None and not settings.early_stopping_patience
     strong = settings.dataset_type == "sequences" and settings.series_recipe == "strong"
-    return chosen and strong and num_validation < SMALL_VALIDATION
+    return chosen and (strong or settings.select == "auto") and num_validation < SMALL_VALIDATION
 
 
 def passes_of(settings: Settings, num_samples: int) -> int:
@@ -378,7 +390,8 @@ def new_progress(settings: Settings, steps_per_epoch: int) -> Progress:
     total_steps = settings.num_epochs * steps_per_epoch
     schedule = Schedule(settings.learning_rate, round(settings.warmup_fraction * total_steps), total_steps)
     kind = settings.model_size if has_effect(settings, "model_size") else "finetuned"
-    return Progress(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{kind}", schedule)
+    fold = f"_fold_{settings.fold}" if settings.fold else ""
+    return Progress(f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{settings.dataset_type}_{kind}{fold}", schedule)
 
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
@@ -563,13 +576,12 @@ def objective(run: Run, outputs: Any, targets: Any, batch: dict[str, Any]) -> Te
 def stopped(run: Run) -> None:
     """Save the run that a signal stopped, and say how to continue it."""
     run.save(LAST)
-    last = run.folder / LAST
-    command = f"{distributed.launcher()} train.py --resume {quoted(last)}{named_again(run.own)}"
+    command = f"{distributed.launcher()} train.py --resume {quoted(run.resumed_from)}{named_again(run.own)}"
     if run.settings.dataset_type == PYTHON:
-        command = f"train(settings, data=..., resume={str(last)!r})"
+        command = f"train(settings, data=..., resume={str(run.resumed_from)!r})"
     say(
-        f"{signal.Signals(run.stop.agreed).name}: saved {printable(str(last))} at step {run.state.progress.step}. "
-        f"Continue with: {command}"
+        f"{signal.Signals(run.stop.agreed).name}: saved {printable(str(run.folder / LAST))} at step "
+        f"{run.state.progress.step}. Continue with: {command}"
     )
     distributed.barrier()
 
@@ -582,11 +594,14 @@ def named_again(own: OwnData | None) -> str:
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def collect(run: Run, model: nn.Module, loader: Any, what: str, batches: int | None = None) -> dict[str, np.ndarray]:
+def collect(
+    model: nn.Module, loader: Any, task: Task, device: torch.device, amp_dtype: torch.dtype | None, what: str,
+    batches: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The rows of `evaluation.collect` over the first `batches` of a loader, gathered in the first process; {} in the
     others. what: is done, for a bar on a terminal."""
     some = with_progress(islice(loader, batches), what, batches or len(loader), lines=False)
-    found = evaluation.collect(model, some, run.task, run.device, run.amp_dtype)
+    found = evaluation.collect(model, some, task, device, amp_dtype)
     parts = distributed.gather(found)
     return unshared(parts, loader.batch_sampler.batches(0)[:batches]) if parts else {}
 
@@ -608,7 +623,7 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
     settings = run.settings
     when = f"in validation with batch_size {settings.batch_size}"
     with memory_advice(when, step_remedies(settings), "" if batches else GO_ON):
-        rows = collect(run, run.evaluated, run.loaders["val"], "validating", batches)
+        rows = collect(run.evaluated, run.loaders["val"], run.task, run.device, run.amp_dtype, "validating", batches)
     task = run.task
     if settings.tune_thresholds:
         task = distributed.broadcast(lambda: task.tuned(rows))
@@ -621,23 +636,38 @@ def validate(run: Run, batches: int | None = None) -> tuple[dict[str, Any], dict
 # --- After the last step ---------------------------------------------------------------------------------------------
 
 
+AT_THE_END = ("a smaller --batch_size", "closing other programs")  # what helps where memory runs out
+
+
 def finish(run: Run) -> None:
-    """Draw the curves, test the best model, record that the run has ended, and say what to do next."""
+    """Draw the curves, test the best model, record that the run has ended, and say what to do next.
+
+    The model of a fold is not tested: the test data are looked at once, by all of them together."""
     progress = run.state.progress
-    with memory_advice("at the end", ("a smaller --batch_size", "closing other programs"), GO_ON):
+    with memory_advice("at the end", AT_THE_END, GO_ON):
         run.log.draw_curves()
+        if run.settings.fold:
+            run.log.end_fold()
+            return
         model, tested, file = best_model(run)
-        share = distributed.rank(), distributed.size()
-        loader = create_dataloader(run.splits["test"], run.settings.batch_size, share=share, targets=model.task,
-                                   num_workers=run.settings.num_workers)  # fmt: skip
-        metrics = metrics_of(model.task, collect(run, model, loader, "testing"), "test")
-    headline = model.task.headline
-    progress.test = {"epoch": tested["epoch"], headline: metrics[headline], "num_samples": metrics["num_samples"]}
-    if (baseline := metrics.get(f"baseline_{headline}")) is not None:
-        progress.test["baseline"] = baseline
+        progress.test = {"epoch": tested["epoch"]} | test(model, run.splits, run.settings, run.device, run.amp_dtype)
     run.log.end(tested, file, file.name == BEST, named_again(run.own))
     run.save(LAST)  # with the test figures: the run has ended
     run.log.close()
+
+
+def test(
+    model: nn.Module, splits: dict[str, Any], settings: Settings, device: torch.device, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The headline metric of the test split, its baseline where it has one, and the number of samples."""
+    task, share = model.task, (distributed.rank(), distributed.size())
+    loader = create_dataloader(splits["test"], settings.batch_size, share=share, targets=task,
+                               num_workers=settings.num_workers)  # fmt: skip
+    metrics = metrics_of(task, collect(model, loader, task, device, amp_dtype, "testing"), "test")
+    figures = {task.headline: metrics[task.headline], "num_samples": metrics["num_samples"]}
+    if (baseline := metrics.get(f"baseline_{task.headline}")) is not None:
+        figures["baseline"] = baseline
+    return figures
 
 
 def best_model(run: Run) -> tuple[PerceiverModel, dict[str, Any], Path]:
@@ -665,6 +695,205 @@ def best_checkpoint(folder: Path, progress: Progress) -> dict[str, Any] | None:
     return checkpoint if found == (progress.run_name, progress.best.get("epoch")) else None
 
 
+# --- The models of several folds -------------------------------------------------------------------------------------
+
+
+class Whole:
+    """A run of several models, each of which is trained by a run in a folder of its own.
+
+    Args:
+        settings: of the whole; each model has them, too.
+        data: the description of all training data.
+        new: whether this begins; else it is resumed.
+        place: more of what it is resumed from, see folds.save_place.
+    """
+
+    def __init__(self, settings: Settings, data: dict[str, Any], new: bool, **place: Any):
+        self.settings, self.data, self.new, self.begun, self.place = settings, data, new, False, place
+        self.last, self.screen = Path(settings.checkpoint_dir, LAST), sys.stdout
+
+    def begin(self) -> None:
+        """Before the first file of a model is written, write what the whole is resumed from."""
+        if not self.begun and distributed.is_first():
+            with redirect_stdout(self.screen):  # also where the lines of a model are not shown
+                open_whole(self.settings, self.new)
+            folds.save_place(self.settings, self.data, **self.place)
+            distributed.remember(CHECKPOINT_OF_THIS_LAUNCH, str(self.last))
+        self.begun = True
+
+
+def train_folds(
+    settings: Settings,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None = None,
+    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
+    own: OwnData | None = None,
+    start: finetune.Start | None = None,
+) -> Run | None:
+    """Train the models of all folds, and test their mean. A signal ends it earlier, in the run that is returned.
+
+    Args:
+        checkpoint: what to continue from, see folds.save_place; None for a new run.
+        changes: with it, the settings that are given anew, as flags and in a file.
+    """
+    show_settings(settings, sources, start)
+    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+        splits, data = load_splits(settings, checkpoint["data"] if checkpoint else start and start.known, None, own)
+    if checkpoint:
+        check_data(checkpoint, data)
+        data |= {"selection": known["selection"]} if "selection" in (known := checkpoint["data"]) else {}
+    whole, run = Whole(settings, data, new=checkpoint is None), None
+    for fold in range(1, settings.folds + 1):
+        member = folds.member(settings, fold)
+        say(f"\nfold {fold} of {settings.folds}, in {printable(member.checkpoint_dir)}")
+        run = train_fold(member, whole, changes, own, start) or run
+        if run and run.stop.agreed:
+            return run
+    ended = checkpoint and checkpoint["test"] and not whole.begun
+    if ended and distributed.broadcast(whole.last.with_name(BEST).exists):
+        print(f"\nnothing is left to do: all {settings.folds} models have done {settings.num_epochs} epochs; to train "
+              "longer, raise --epochs")  # fmt: skip
+        return None
+    finish_folds(whole, splits, own)
+    return run
+
+
+def train_fold(
+    settings: Settings, whole: Whole, changes: tuple[dict, dict], own: OwnData | None, start: finetune.Start | None
+) -> Run | None:
+    """Begin or continue the model of a fold, unless its run has ended."""
+    last = Path(settings.checkpoint_dir, LAST)
+    if not distributed.broadcast(last.exists) or (whole.new and not whole.begun):
+        return train_one(settings, None, None, own, start_again(settings, start), whole)
+    flags, file = ({n: v for n, v in given.items() if n != "checkpoint_dir"} for given in changes)
+    checkpoint = distributed.broadcast(load_checkpoint, last)
+    settings, _ = resumed(SimpleNamespace(resume=str(last), flags=flags, file=file), own, checkpoint)
+    if has_ended(settings, Progress.from_dict(checkpoint["progress"])):
+        say("its run has ended")
+        return None
+    return train_one(settings, checkpoint, last, own, whole=whole)
+
+
+def train_selected(
+    settings: Settings,
+    sources: dict[str, str],
+    checkpoint: dict[str, Any] | None = None,
+    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
+    own: OwnData | None = None,
+    start: finetune.Start | None = None,
+) -> Run | None:
+    """Choose the best candidate by folds of the training data, and train with it. Arguments as for `train_folds`."""
+    if checkpoint is None or "candidates" in checkpoint:
+        settings, sources, checkpoint, run = select(settings, sources, checkpoint, changes, own, start)
+        if run:
+            return run
+    if folds.of_folds(settings):
+        return train_folds(settings, sources, checkpoint, changes, own, start)
+    whole = Whole(settings, checkpoint["data"], new=False)
+    whole.begun = True  # its folder is ready, and what is resumed is the run itself from its first save on
+    show_settings(settings, sources, None)
+    return train_one(settings, None, None, own, start_again(settings, start), whole)
+
+
+def select(
+    settings: Settings, sources: dict[str, str], checkpoint: dict[str, Any] | None,
+    changes: tuple[dict[str, Any], dict[str, Any]], own: OwnData | None, start: finetune.Start | None,
+) -> tuple[Settings, dict[str, str], dict[str, Any], Run | None]:  # fmt: skip
+    """(the settings with the best candidate, and where they come from; what the run is resumed from; None, or the run
+    of a candidate that a signal ended)."""
+    show_settings(settings, sources, start)
+    start = start_again(settings, start)
+    found = selection.checked(checkpoint["candidates"]) if checkpoint else selection.candidates(settings, sources)
+    number = settings.folds or selection.FOLDS
+    on_folds = dataclasses.replace(settings, folds=number, fold=None)
+    with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
+        _, data = load_splits(on_folds, checkpoint["data"] if checkpoint else start and start.known, None, own)
+    if checkpoint:
+        check_data(checkpoint, data)
+    task, rows = tasks.from_description(data["task"]), []
+    metric = selection.metric_of(settings, task)
+    whole = Whole(settings, data, new=checkpoint is None, candidates=found)
+    free = {name for name, field in FIELDS.items() if field.metadata["on_resume"] == "free"} - {"num_epochs"}
+    flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
+    say(
+        f"\nselect: {len(found)} candidates, each on {number} folds of the training data, for "
+        f"{settings.select_share:g} of its epochs\n{selection.heading(found, metric)}"
+    )
+    for one in found:
+        lines, seconds = [], 0.0
+        for fold in range(1, number + 1):
+            short = selection.short_run(settings, one, fold)
+            shown = io.StringIO()  # its bar is seen, its lines are not
+            with naming(f"candidate {one['name']}"), redirect_stdout(shown):
+                run = train_fold(short, whole, (flags, file), own, start)
+            if run and run.stop.agreed:
+                say(shown.getvalue().rstrip().splitlines()[-1] if distributed.is_first() else "")
+                return settings, sources, {}, run
+            progress = distributed.broadcast(load_checkpoint, Path(short.checkpoint_dir, LAST))["progress"]
+            lines.append(progress["best"])
+            seconds += sum(line["seconds"] for line in progress["history"])
+        rows.append(selection.row(one, metric, lines, seconds))
+        say(selection.line(rows[-1], found))
+    chosen = selection.best(rows, task)
+    chosen["chosen"] = True
+    say(f"chosen: {chosen['name']} ({selection.flags_of(chosen)})\n")
+    taken = {name: value for name, value in chosen["settings"].items() if not any(name in given for given in changes)}
+    settings, sources = dataclasses.replace(settings, **taken), sources | dict.fromkeys(taken, "select")
+    _, data = load_splits(dataclasses.replace(on_folds, **taken), start and start.known, None, own)
+    data["selection"] = rows
+    if distributed.is_first():
+        open_whole(settings, new=False)
+        folds.save_place(settings, data)
+        for weights in Path(settings.checkpoint_dir, selection.FOLDER).glob("*/fold_*/*.pth"):
+            weights.unlink()  # logs and curves stay
+    distributed.barrier()
+    return settings, sources, {"data": data, "test": {}}, None
+
+
+def start_again(settings: Settings, start: finetune.Start | None) -> finetune.Start | None:
+    """The model that a run starts from, for another run, which takes its weights out."""
+    if settings.init_from and start is None:  # a resumed run, of which a part has not begun
+        start = distributed.broadcast(finetune.read_start, settings.init_from)
+    return start and dataclasses.replace(start, weights=dict(start.weights))
+
+
+def finish_folds(whole: Whole, splits: dict[str, Any], own: OwnData | None) -> None:
+    """Put the models together into one checkpoint, and test their mean."""
+    settings, file = whole.settings, Path(whole.settings.checkpoint_dir, BEST)
+    device = distributed.own_device(choose_device(settings.device))
+    amp_dtype = choose_precision(settings.amp, device)
+    with memory_advice("at the end", AT_THE_END, GO_ON):
+        if distributed.is_first():
+            kept = [kept_checkpoint(Path(folds.member(settings, 1 + i).checkpoint_dir)) for i in range(settings.folds)]
+            save_checkpoint(file, folds.together(settings, whole.data, kept))
+        checkpoint = distributed.broadcast(load_checkpoint, file)
+        model = equipped_model(checkpoint, device, own.classes if own else None)
+        figures = test(model, splits, settings, device, amp_dtype)
+    members, task = checkpoint["members"], model.task
+    if distributed.is_first():
+        save_checkpoint(file, {**checkpoint, "test": figures})
+        folds.save_place(settings, whole.data, members, figures)
+    label, found = task.headline.replace("_", " "), folds.estimate(task, members)
+    beside = f"the training mean as answer: {figure_text(figures['baseline'])}; " if "baseline" in figures else ""
+    print(
+        f"\n{folds.table(task, members)}\n"
+        f"each on its own fold: validation {label} {folds.estimate_text(found)}\n"
+        f"all of them together: test {label} {figure_text(figures[task.headline])} ({beside}"
+        f"{figures['num_samples']} samples, touched only now)\n"
+        f"next:   {next_step(settings, file, named_again(own))}"
+    )
+
+
+def kept_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the checkpoint of the best epoch of the run in this folder, the log's line of that epoch); else of the last."""
+    last = load_checkpoint(folder / LAST)
+    progress = Progress.from_dict(last["progress"])
+    if best := best_checkpoint(folder, progress):
+        return best, progress.best
+    print_note(f"{folder / BEST} no longer holds this run's best model; the last one, {folder / LAST}, takes its place")
+    return last, progress.history[-1]
+
+
 # --- From Python ------------------------------------------------------------------------------------------------------
 
 
@@ -674,8 +903,9 @@ class Result:
 
     Args:
         model: of the best epoch on validation data, on the device of training; for `inference.predict` and `evaluate`.
-        history: a dict per epoch, as in log.jsonl: train_loss, val_loss, val_accuracy, ...
-        best: that of the best epoch.
+        history: a dict per epoch, as in log.jsonl: train_loss, val_loss, val_accuracy, ...; of several folds one after
+            the other, each with its 'fold'.
+        best: that of the best epoch; of several folds their estimate, see `folds.estimate`.
         test: figures of the best model on the test data; empty where the run was stopped.
         checkpoint: the model's file, for `inference.load_model`.
         splits: the data sets 'train', 'val' and 'test' as the model read them, for `inference.evaluate`.
@@ -728,12 +958,22 @@ def train(
             default = {name for name, value in vars(settings).items() if value == FIELDS[name].default}
             sources = {name: "default" if name in default else "given" for name in FIELDS}
             start = distributed.broadcast(finetune.read_start, settings.init_from) if settings.init_from else None
-            with owned_by_first(settings.checkpoint_dir):
-                run = show_and_train(settings, sources, own=own, start=start)
+            run = begin(settings, sources, own, start)
+            last = Path(settings.checkpoint_dir, LAST)
         else:
-            known = load_checkpoint(resume)["settings"]
-            changes = {name: value for name, value in settings.to_dict().items() if known.get(name) != value}
+            earlier = load_checkpoint(resume)
+            known = earlier["settings"]
+            chosen = {name for one in earlier["data"].get("selection", []) if one["chosen"] for name in one["settings"]}
+            if settings.select_by is None and known.get("select_by") == LAST_EPOCH:
+                chosen.add("select_by")  # by the run itself, see `chooses_noise`
+            changes = {
+                name: value for name, value in settings.to_dict().items()
+                if known.get(name) != value and name not in chosen
+            }  # fmt: skip
             run = resume_run(SimpleNamespace(resume=str(resume), flags=changes, file={}), own)
+            last = Path(resume)
+        if folds.of_folds(settings) and not (run and run.stop.agreed):
+            return result_of_folds(last.parent, settings, own)
         last = run.folder / LAST if run else Path(resume)
         checkpoint = distributed.broadcast(load_checkpoint, last)
         progress = Progress.from_dict(checkpoint["progress"])
@@ -743,6 +983,20 @@ def train(
     file = last.parent / BEST if best else last
     splits = run.splits if run else load_splits(settings, checkpoint["data"], None, own)[0]
     return Result(model, progress.history, progress.best, progress.test, file, splits, run and run.stop.agreed)
+
+
+def result_of_folds(folder: Path, settings: Settings, own: OwnData | None) -> Result:
+    """The result of a run of all folds that has ended."""
+    checkpoint = distributed.broadcast(load_checkpoint, folder / BEST)
+    model = equipped_model(checkpoint, distributed.own_device(choose_device(settings.device)), own and own.classes)
+    history = [
+        {"fold": one["fold"], **line}
+        for one in checkpoint["members"]
+        for line in load_checkpoint(folder / f"fold_{one['fold']}" / LAST)["progress"]["history"]
+    ]
+    best = folds.estimate(model.task, checkpoint["members"])
+    splits, _ = load_splits(Settings.from_dict(checkpoint["settings"]), model.data_info, None, own)
+    return Result(model, history, best, checkpoint["test"], folder / BEST, splits, None)
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -765,11 +1019,12 @@ def keep_place(checkpoint: dict[str, Any], inexact: dict[str, tuple[Any, Any]], 
     progress["batch"] = math.ceil(done / size)
 
 
-def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, str], dict[str, Any]]:
-    """(the settings of a resumed run, where they came from, its checkpoint)."""
+def settings_again(
+    args: Any, checkpoint: dict[str, Any], own: OwnData | None, *runs: str
+) -> tuple[Settings, dict[str, str]]:
+    """(the settings of a resumed run, where they came from). runs: names of folders below log_dir that show whose it
+    is."""
     path = Path(args.resume)
-    checkpoint = distributed.broadcast(load_checkpoint, path)
-    check_run(checkpoint, path)
     if is_code(dataset := checkpoint["settings"].get("dataset_type")) or dataset == PYTHON:
         own_data.require(own, dataset)
     for note in own.changed(checkpoint["data"]) if own else []:
@@ -783,9 +1038,16 @@ def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, 
     settings, sources = resolve(args.flags, args.file, base=checkpoint["settings"])
     settings = dataclasses.replace(settings, checkpoint_dir=str(path.parent))
     if distributed.is_first():
-        check_folder("log_dir", settings, sources, checkpoint["progress"]["run_name"])
+        check_folder("log_dir", settings, sources, *runs)
         check_folder("data_dir", settings, sources, *CIFAR10_FILES)
         check_cache(settings, sources)
+    return settings, sources
+
+
+def resumed(args: Any, own: OwnData | None, checkpoint: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """(the settings of the run that this checkpoint continues, where they came from)."""
+    check_run(checkpoint, args.resume)
+    settings, sources = settings_again(args, checkpoint, own, checkpoint["progress"]["run_name"])
     changes = changed_settings(checkpoint["settings"], settings)
     inexact = changes["inexact"]
     keep_place(checkpoint, inexact, settings)
@@ -806,7 +1068,7 @@ def resumed(args: Any, own: OwnData | None = None) -> tuple[Settings, dict[str, 
             f"num_epochs changed from {old} to {new}: the learning rate follows the new length from here on, but does "
             "not rise"
         )
-    return settings, sources, checkpoint
+    return settings, sources
 
 
 def command(argv: list[str] | None) -> int:
@@ -843,8 +1105,18 @@ def new_run(args: Any, own: OwnData | None) -> Run:
     asked = {**args.file, **args.flags}
     start = distributed.broadcast(finetune.read_start, asked["init_from"]) if asked.get("init_from") else None
     settings, sources = resolve(args.flags, args.file, own=own and own.defaults, start=start and start.settings)
+    return begin(settings, sources, own, start)
+
+
+def begin(
+    settings: Settings, sources: dict[str, str], own: OwnData | None, start: finetune.Start | None
+) -> Run | None:
+    """Begin a new run, or that of all folds."""
     with owned_by_first(settings.checkpoint_dir):
-        return show_and_train(settings, sources, own=own, start=start)
+        train_it = train_folds if folds.of_folds(settings) else show_and_train
+        if settings.select == "auto" and settings.fold is None:
+            train_it = train_selected
+        return train_it(settings, sources, own=own, start=start)
 
 
 def owned_by_first(folder: str | Path) -> AbstractContextManager:
@@ -855,17 +1127,23 @@ def owned_by_first(folder: str | Path) -> AbstractContextManager:
 def resume_run(args: Any, own: OwnData | None) -> Run | None:
     """Continue a run, unless it has ended."""
     folder = Path(args.resume).parent
+    if folder.name.startswith("fold_") and (folder.parent / LAST).exists():  # a run of all folds may be at work on it
+        folder = folder.parent
     writable = os.access(folder, os.W_OK)  # a finished run may lie in a folder that is not
     with owned_by_first(folder) if writable else nullcontext():
-        return _resume(args, own)
+        checkpoint = distributed.broadcast(load_checkpoint, args.resume)
+        if "members" not in checkpoint:
+            return _resume(args, own, checkpoint)
+        runs = distributed.broadcast(folds.check_place, checkpoint, args.resume)
+        settings, sources = settings_again(args, checkpoint, own, *runs)
+        train_it = train_selected if settings.select == "auto" else train_folds
+        return train_it(settings, sources, checkpoint, (args.flags, args.file), own)
 
 
-def _resume(args: Any, own: OwnData | None) -> Run | None:
-    settings, sources, checkpoint = resumed(args, own)
+def _resume(args: Any, own: OwnData | None, checkpoint: dict[str, Any]) -> Run | None:
+    settings, sources = resumed(args, own, checkpoint)
     progress = Progress.from_dict(checkpoint["progress"])
-    curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
-    finished = progress.is_finished(settings.num_epochs, settings.early_stopping_patience)
-    if finished and progress.test and distributed.broadcast(curves.exists):
+    if has_ended(settings, progress):
         more = "--epochs" if progress.epoch >= settings.num_epochs else "--early_stopping_patience"
         print(
             f"nothing is left to do: {printable(args.resume)} has done {progress.epoch} of {settings.num_epochs} "
@@ -881,6 +1159,14 @@ def _resume(args: Any, own: OwnData | None) -> Run | None:
     return show_and_train(settings, sources, checkpoint, Path(args.resume), own)
 
 
+def has_ended(settings: Settings, progress: Progress) -> bool:
+    """Whether nothing is left to do of a run: it was tested, unless it is one of several folds, and has its curves."""
+    finished = progress.is_finished(settings.num_epochs, settings.early_stopping_patience)
+    tested = progress.test or settings.fold
+    curves = Path(settings.checkpoint_dir, CURVES)  # drawn again if they were removed
+    return bool(finished and tested and distributed.broadcast(curves.exists))
+
+
 def show_and_train(
     settings: Settings,
     sources: dict[str, str],
@@ -890,12 +1176,28 @@ def show_and_train(
     start: finetune.Start | None = None,
 ) -> Run:
     """Show the settings and train."""
+    show_settings(settings, sources, start)
+    return train_one(settings, checkpoint, resumed, own, start)
+
+
+def show_settings(settings: Settings, sources: dict[str, str], start: finetune.Start | None) -> None:
     file = Path(settings.checkpoint_dir, "settings.json")
     print(f"settings that are not at their default, or were given (all of them: {printable(str(file))})")
     print(format_settings(settings, sources, in_force(settings)))
     for note in [*unused_settings(settings, sources), *(start.differences(settings, sources) if start else [])]:
         print_note(note)
-    run = prepare(settings, checkpoint, resumed, own, start)
+
+
+def train_one(
+    settings: Settings,
+    checkpoint: dict[str, Any] | None = None,
+    resumed: Path | None = None,
+    own: OwnData | None = None,
+    start: finetune.Start | None = None,
+    whole: Whole | None = None,
+) -> Run:
+    """Begin or continue one run. Arguments as for `prepare`."""
+    run = prepare(settings, checkpoint, resumed, own, start, whole)
     if checkpoint is None:
         run.save(LAST)  # what --resume continues from if the run ends before its first save
     execute(run)

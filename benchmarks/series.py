@@ -63,7 +63,8 @@ def accuracy(train: Path, test: Path, seed: int, flags: list[str], folder: Path)
         sys.exit(f"{shlex.join(command)}\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return load_checkpoint(folder / "checkpoints" / "last_model.pth")["progress"]["test"]["accuracy"], seconds
+    last = load_checkpoint(folder / "checkpoints" / "last_model.pth")
+    return last.get("progress", last)["test"]["accuracy"], seconds  # of several models it is in the file itself
 
 
 def main() -> None:

@@ -1,0 +1,135 @@
+"""Which of a few documented candidates suits the data: each is trained for a short while on folds of the training data.
+
+    for one in candidates(settings, sources): ...      # names, and the settings that each of them changes
+    row(candidate, metric, ...)                        # its mean over the folds, its spread, its time
+    best(rows)                                         # the highest mean
+
+Test data are not looked at: the runs of folds are never tested. The candidates are in config.CANDIDATES.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import folds
+from checkpoint import Candidate, SelectionRow
+from config import CANDIDATES, FIELDS, Settings, flag_of, has_effect
+from messages import UserError, figure_text
+from tasks import LAST_EPOCH, Task
+
+FOLDS = 3  # of the training data, unless --folds says how many
+FOLDER = "select"  # of the candidates' runs, in the folder of the run
+TOKENS = {"stem", "series_window", "series_stride"}  # one of them given says what the tokens are
+OWN = ("file", "flag", "given", "recipe", "init_from")  # where a setting comes from that all candidates keep
+
+
+def candidates(settings: Settings, sources: Mapping[str, str]) -> list[Candidate]:
+    """The candidates for these settings, without those that change nothing more than an earlier one.
+
+    Raises:
+        UserError: there is no choice, since what was given decides everything.
+    """
+    given = {name for name, source in sources.items() if source in OWN}
+    given |= TOKENS if given & TOKENS else set()
+    known = CANDIDATES.get(settings.dataset_type, CANDIDATES["others"])
+    found, seen = [], []
+    for name, values in known.items():
+        changes = {key: value for key, value in values.items() if key not in given}
+        changed = dataclasses.replace(settings, **changes)
+        effective = {key: value for key, value in vars(changed).items() if has_effect(changed, key)}
+        if effective not in seen:
+            seen.append(effective)
+            found.append({"name": name, "settings": changes})
+    return checked(found)
+
+
+def checked(found: list[Candidate]) -> list[Candidate]:
+    """The candidates, if there are at least two."""
+    if len(found) < 2:
+        raise UserError("select: what was given leaves nothing to choose between; leave some of it out, or --select")
+    return found
+
+
+def short_run(settings: Settings, candidate: Candidate, fold: int) -> Settings:
+    """The settings of a candidate's run on a fold, which ends after a share of the epochs.
+
+    Its figure is that of its last epoch, unless a score was named that picks one.
+    """
+    chosen = dataclasses.replace(settings, **candidate["settings"])
+    folder = Path(settings.checkpoint_dir, FOLDER, candidate["name"])
+    return folds.member(
+        dataclasses.replace(
+            chosen,
+            select="none",
+            folds=settings.folds or FOLDS,
+            num_epochs=max(1, round(settings.select_share * chosen.num_epochs)),
+            select_by=settings.select_by or LAST_EPOCH,
+            early_stopping_patience=0,
+            checkpoint_dir=str(folder),
+            log_dir=str(Path(settings.log_dir, FOLDER, candidate["name"])),
+        ),
+        fold,
+    )
+
+
+def metric_of(settings: Settings, task: Task) -> str:
+    """What candidates are compared by."""
+    return settings.select_by if settings.select_by not in (None, LAST_EPOCH) else next(iter(task.higher_is_better))
+
+
+def row(candidate: Candidate, metric: str, lines: Sequence[dict[str, Any]], seconds: float) -> SelectionRow:
+    """What a candidate came to, of the log's line of each fold."""
+    values = [line[f"val_{metric}"] for line in lines]
+    found = [value for value in values if value is not None]
+    return {
+        **candidate,
+        "metric": metric,
+        "mean": statistics.mean(found) if found else None,
+        "std": statistics.stdev(found) if len(found) > 1 else None,
+        "n": len(values),
+        "loss": statistics.mean(line["val_loss"] for line in lines),
+        "seconds": seconds,
+        "chosen": False,
+    }
+
+
+def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
+    """The row with the best mean; of equal ones that with the lower loss, then the first."""
+
+    def score(one: SelectionRow) -> tuple[float, float]:
+        sign = 1 if task.higher_is_better[one["metric"]] else -1
+        return (-math.inf if one["mean"] is None else sign * one["mean"]), -one["loss"]
+
+    return max(rows, key=score)
+
+
+def heading(candidates: Sequence[Candidate], metric: str) -> str:
+    return f"{'candidate':<{_width(candidates)}}  {_title(metric)}     std   n  seconds"
+
+
+def line(one: SelectionRow, candidates: Sequence[Candidate]) -> str:
+    mean, std, width = figure_text(one["mean"]), figure_text(one["std"]), len(_title(one["metric"]))
+    return f"{one['name']:<{_width(candidates)}}  {mean:>{width}}  {std:>6}  {one['n']:>2}  {one['seconds']:>7.1f}"
+
+
+def _title(metric: str) -> str:
+    return f"validation {metric.replace('_', ' ')}"
+
+
+def _width(candidates: Sequence[Candidate]) -> int:
+    return max(len("candidate"), *(len(one["name"]) for one in candidates))
+
+
+def flags_of(candidate: Candidate) -> str:
+    """The flags that stand for a candidate: '--stem conv --epochs 40'."""
+    words = []
+    for name, value in candidate["settings"].items():
+        if value == FIELDS[name].default:
+            continue
+        flag = flag_of(name)
+        words.append(flag if value is True else f"--no_{flag[2:]}" if value is False else f"{flag} {value:g}"
+                     if isinstance(value, float) else f"{flag} {value}")  # fmt: skip
+    return " ".join(words) or "the settings as they are"
