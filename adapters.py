@@ -35,7 +35,7 @@ from augmentation import ImageAugmentation, SeriesAugmentation, series_augmentat
 from batches import UNLABELLED, Batch, ClassTargets, Item, Targets, as_numbers, random_stream
 from config import FIELDS, Settings
 from data_files import Items, OnError, chosen_of, read_series, read_texts
-from image_files import open_image, read_images, to_bytes, to_rgb, upright
+from image_files import depth, open_image, read_images, to_bytes, to_rgb, upright
 from messages import UserError, naming, printable, refuse_together
 from packed import PackedSeries, PackedTexts, Steps
 from pixels import COLOUR, GREY, Check, ImageFiles, statistics
@@ -983,6 +983,14 @@ class ImageAdapter(Adapter):
             return known, source.check.files(known.bits)
         side, stem = settings.image_size, image_stem(settings)
         check_patches(settings, side, side)
+        if source.data is None:  # of the user's own code, which keeps its images: arrays, PIL images and files
+            pixels, (values, places) = [], (source.values["train"], source.places["train"])
+            used = [found[1] for value in values if (found := depth(value)) and found[0] == "grey"]
+            bits = settings.image_bits or max(used, default=None)
+            for value, place in zip(values, places, strict=True):
+                with naming(place):
+                    pixels.append(square_pixels(value, side, bits))
+            return cls.fit(np.stack(pixels), settings.patch_size, True, bits, stem), {}
         source.check = _check(source, side, None, settings)
         bits = _bits(source, settings)
         raw = source.check.files(bits)

@@ -301,7 +301,7 @@ class Check:
         root = os.path.join(data if data.is_dir() else data.parent, "")
         self.numbers = self.record.numbers_of([str(path).removeprefix(root) for path in self.paths])
         self.rows = self.record.rows[self.numbers]
-        stats = np.array([_stat(path) for path in self.paths], np.int64)
+        stats = np.array([_stat(path) for path in self.paths], np.int64).reshape(-1, len(STAT))
         self.done = np.all([self.rows[name] == found for name, found in zip(STAT, stats.T, strict=True)], 0)
         self.done &= stats[:, 0] >= 0
         self.rows[~self.done] = np.zeros((), ROW)
@@ -315,6 +315,8 @@ class Check:
     def _kept(self) -> Kept | None:
         """Where pixels are kept, as the settings say."""
         count, size, cache = len(self.paths), 3 * self.side**2, self.settings.cache
+        if not count:
+            return None
         if cache == "disk":
             places, path = len(self.record.names), make_folder(self.folder) / f"pixels-{self.called}"
             there = getattr(path.stat(), "st_blocks", 0) * 512 if path.exists() else 0

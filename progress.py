@@ -504,7 +504,8 @@ def begin_worker(over: Any, worker: int) -> None:
 
     Signals reach workers too: Ctrl-C reaches all processes of a terminal, SLURM's SIGTERM all of a job. But Python also
     uses SIGTERM to end the workers when the trainer exits on an error, and then waits for them. So a worker obeys it
-    once `over` is true, the shared flag of a StopRequest that has ended.
+    once `over` is true, the shared flag of a StopRequest that has ended. A worker that begins only then may have been
+    sent it before, when it still had the trainer's handlers, which took it for a request to stop.
     """
 
     def leave(number: int, frame: object) -> None:
@@ -513,3 +514,4 @@ def begin_worker(over: Any, worker: int) -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)
+    leave(signal.SIGTERM, None)

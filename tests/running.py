@@ -125,8 +125,11 @@ def in_two_processes(flags):
 
 
 def children(pid):
-    """The processes that a process started and that are still there."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes that a process started and that are still there; [] if it has ended itself."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def alive(pid):

@@ -152,6 +152,6 @@ def test_a_stopped_run_with_the_strong_recipe_ends_as_the_unbroken_one(run, monk
     for name in (BEST, LAST):
         path = tmp_path / "stopped" / "checkpoints" / name
         contents = load_checkpoint(path)
-        contents["settings"]["num_workers"] = 0
+        contents["settings"]["num_workers"] = None
         save_checkpoint(path, contents)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

@@ -1,6 +1,8 @@
 """Processes that load data, and signals: whatever goes wrong, a run ends with its message and its status, and nothing
 of it is left."""
 
+import ctypes
+import multiprocessing
 import os
 import pty
 import re
@@ -21,7 +23,7 @@ import evaluation
 from checkpoint import LAST, load_checkpoint
 from data_utils import create_dataloader
 from perceiver_model import PerceiverModel
-from progress import STOP_SIGNALS, StopRequest
+from progress import STOP_SIGNALS, StopRequest, begin_worker
 from tasks import Classification
 
 LONG = f"{SEQUENCES} --num_samples=3000 --batch_size=8 --epochs=200"
@@ -120,6 +122,25 @@ def end_promptly(process, folder, says):
         assert time.monotonic() < until
         time.sleep(0.01)
     return status
+
+
+def test_a_worker_that_is_ended_while_it_begins_ends():
+    """The signal may come before `begin_worker`, when the handlers are still those of the trainer."""
+
+    def worker(over):
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGTERM)  # taken for a request to stop
+            assert stop.agreed == signal.SIGTERM
+            begin_worker(over, 0)
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=worker, args=(multiprocessing.RawValue(ctypes.c_bool, True),)
+    )
+    process.start()
+    process.join(PROMPT)
+    process.kill()
+    assert process.exitcode == 0
 
 
 SHORT = f"{SEQUENCES} --num_samples=70 --batch_size=8 --epochs=3"  # 64 training samples, 8 steps an epoch
