@@ -1370,7 +1370,8 @@ def from_description(
         if not isinstance(name, str) or name not in (own or {}):
             there = f"there is only {', '.join(own)}" if own else "which a checkpoint does not run by itself"
             raise UserError(f"{where} is {shown(name)}, a class of the user's own code, {there}; name its file with "
-                            "--dataset path/to/my_data.py, or in Python give load_model the class: adapters=[...]")
+                            "--dataset path/to/my_data.py (train.py, inference.py), or in Python give load_model the "
+                            "class: adapters=[...]")
         return read(fields, own[name], where)
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{where}: its kind is {shown(kind)}; it must be one of {', '.join(ADAPTERS)}")

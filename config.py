@@ -652,16 +652,22 @@ def resolve(
 def has_effect(settings: Settings, name: str) -> bool:
     """Whether a setting has an effect in this run: num_samples, say, has none on images."""
     conditions = FIELDS[name].metadata.get("applies", {})
-    in_force = vars(settings) | ({"dataset_type": PYTHON} if is_code(settings.dataset_type) else {})
+    in_force = _in_force(settings)
     return all(in_force[other] in values for other, values in conditions.items())
+
+
+def _in_force(settings: Settings) -> dict[str, Any]:
+    return vars(settings) | ({"dataset_type": PYTHON} if is_code(settings.dataset_type) else {})
 
 
 def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]:
     """A line for each setting that was given in the file or as a flag and has no effect in this run."""
-    notes = []
+    notes, in_force = [], _in_force(settings)
     for name, field in FIELDS.items():
         if sources[name] in ("file", "flag", "given") and not has_effect(settings, name):
             for other, values in field.metadata["applies"].items():
+                if in_force[other] in values:
+                    continue
                 needed = " or ".join("FILE.py" if value == PYTHON else _text(value) for value in values)
                 notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {needed}, "
                              f"not {_text(getattr(settings, other))}")

@@ -149,6 +149,8 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
     check_batch_size(batch_size)
+    if not hasattr(model, "task"):
+        raise UserError("this model fills in [MASK]: use pretrained.fill_masks(model, text)")
     check_answers(model)
     prepared = (_prepare(model, item, f"item {number}") for number, item in enumerate(items))
     return list(_answers(model, prepared, batch_size))

@@ -39,6 +39,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def running(place: str) -> Iterator[None]:
         raise
     except UserError as error:
         raise (error if place in str(error) else UserError(f"{place}: {error}")) from error.__cause__
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # also where it ends the program, with whatever status
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [one for one in frames if one.filename not in OURS and not _is_library(one.filename)]
         told = [f"{place}: {type(error).__name__}", *str(error).strip().splitlines()[:1]]
@@ -172,6 +173,9 @@ def of_python(data: Any, class_names: Sequence[str] | None = None, adapters: Any
     """The data that `train.train` is given."""
     if not isinstance(data, Mapping):
         raise UserError(f"data is a {type(data).__name__}; it must be a dict: data={{'train': items, 'test': items}}")
+    for name, value in {"class_names": class_names, "adapters": adapters}.items():
+        if value is not None and name in data:
+            raise UserError(f"{name}: given twice, in data and beside it; give it once")
     given = {**data, **({} if class_names is None else {"class_names": class_names})}
     given |= {} if adapters is None else {"adapters": adapters}
     parts = adapters.values() if isinstance(adapters, Mapping) else [adapters]
@@ -307,6 +311,9 @@ def read_items(
         where = f"{own.path}: {name}" if own.path else name
         found = splits[name] = Items([], [], [], [])
         if hasattr(source, "lengths") and hasattr(source, "labels"):
+            for known in ("lengths", "labels"):
+                if (values := getattr(source, known)) is not None and len(values) != len(source):
+                    raise UserError(f"{where}: it has {len(values)} {known} for {len(source)} items; give one for each")
             found.places = [f"{where}[{number}]" for number in range(len(source))]
             found.values = [(source, number) for number in range(len(source))]
             found.labels = [plain_label(label) for label in source.labels]
@@ -344,6 +351,9 @@ def read_items(
     return splits
 
 
+KEYS = ("input", "label", "mask", "id", "group")  # of an item
+
+
 def item_of(source: Any, number: int, where: str) -> Item:
     """An item of the user's as a dict."""
     with running(where):
@@ -353,6 +363,10 @@ def item_of(source: Any, number: int, where: str) -> Item:
     if not isinstance(item, dict) or "input" not in item:
         found = f"a dict of {list(item)}" if isinstance(item, dict) else f"a {type(item).__name__}"
         raise UserError(f"{where}: an item must be a dict with 'input' and 'label', or a pair of both; this is {found}")
+    for name in item.keys() - KEYS:  # what an item holds beside them is its own affair, but a slip is not
+        if meant := get_close_matches(str(name), KEYS, 1, 0.8):
+            raise UserError(f"{where}: {name!r} is not read; if it is meant to be {meant[0]!r}, call it so, otherwise "
+                            "call it something else")  # fmt: skip
     return item
 
 

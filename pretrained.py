@@ -197,6 +197,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # of values 0..1
 
 
+MOST_LAYERS = 1000  # of a block, and blocks
+
+
 def _arguments(config: dict[str, Any], architecture: str, vocab_size: int | None) -> dict[str, Any]:
     """The arguments of PerceiverModel except input_dim.
 
@@ -210,6 +213,9 @@ def _arguments(config: dict[str, Any], architecture: str, vocab_size: int | None
         cross_attention_shape_for_attention="kv",
         cross_attention_widening_factor=config["self_attention_widening_factor"],
     )
+    for name in ("num_self_attends_per_block", "num_blocks"):
+        if type(config[name]) is int and config[name] > MOST_LAYERS:
+            raise UserError(f"{name}={config[name]:,} is more than the {MOST_LAYERS:,} that are read here")
     width = config["d_model"]  # of a token as the encoder reads it
     arguments = {
         "d_model": config["d_latents"],
@@ -366,6 +372,12 @@ def _converted(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: 
         f"{name} is {tuple(weights[name].shape)} where config.json asks for {tuple(shapes[name])}"
         for name in shapes.keys() & weights.keys()
         if weights[name].shape != shapes[name]
+    ]
+    whole = {names[name] for name, like in expected.items() if not like.is_floating_point()}  # a batch norm's counter
+    problems += [
+        f"{name} holds {'NaN or infinity' if weights[name].is_floating_point() else 'no real numbers'}"
+        for name in (shapes.keys() & weights.keys()) - whole
+        if not (weights[name].is_floating_point() and weights[name].isfinite().all())
     ]
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""

@@ -407,7 +407,7 @@ class RunState:
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores. All processes call this, since each has a part of it."""
         if not all(weights.isfinite().all() for weights in self.model.parameters()):
-            rate = self.progress.schedule(self.progress.step - 1)
+            rate = self.progress.schedule(max(0, self.progress.step - 1))
             raise UserError(
                 f"the weights after step {self.progress.step} are not finite (learning rate {rate:.3g}); the saved "
                 "checkpoints are still good: lower --lr"

@@ -133,7 +133,7 @@ class RunLog:
                 for name, value in shown.items():
                     self.writer.add_scalar(f"step/{name}", value, step["step"])
         if steps and self.bar is not None and not self.bar.disable:
-            totals, rate = self.progress.totals, self.progress.schedule(self.progress.step - 1)
+            totals, rate = self.progress.totals, self.progress.schedule(max(0, self.progress.step - 1))
             values = {"loss": totals["loss"] / totals["samples"], **self.task.train_figures(totals)}
             names = [name.removeprefix("train_").replace("accuracy", "acc")[:8] for name in values]  # in 80 columns
             shown = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values.values(), strict=True))

@@ -130,8 +130,8 @@ class Task(ABC):
             return (line["epoch"],)
         name = select_by or next(iter(self.higher_is_better))
         value = line[f"val_{name}"]
-        if value is None:  # undefined: of labels that are on no sample
-            value = -math.inf if self.higher_is_better[name] else math.inf
+        if value is None:  # undefined: there was nothing to find, and nothing was found
+            value = math.inf if self.higher_is_better[name] else -math.inf
         return value if self.higher_is_better[name] else -value, -line["val_loss"]
 
     def tuned(self, rows: Rows) -> "Task":
@@ -560,8 +560,11 @@ class Regression(LabelledTask):
 
     def read(self, cells: Sequence[Any], places: Sequence[str]) -> tuple[np.ndarray | None, list[UserError]]:
         values, errors = np.zeros((len(cells), self.num_outputs)), []
+        named = any(isinstance(cell, dict) for cell in cells)
         for number, (cell, place) in enumerate(zip(cells, places, strict=True)):
             try:
+                if named and isinstance(cell, (list, tuple)):
+                    raise UserError(f"{place}: the label is a list, other labels are objects; write all as objects")
                 values[number] = self.target(cell, place)
             except UserError as error:
                 errors.append(error)
@@ -602,7 +605,10 @@ class Regression(LabelledTask):
 
     def learn(self, targets: np.ndarray, settings: Settings) -> "Regression":
         mean, std = targets.mean(0), targets.std(0)
-        varies = (targets.min(0) < targets.max(0)) & (std > 0)
+        varies = targets.min(0) < targets.max(0)
+        if (lost := varies & ~(std > 0)).any():
+            name = self.target_names[int(lost.argmax())]
+            raise UserError(f"{name} differs by less than a computer can square; write it in a smaller unit")
         return replace(self, mean=mean.tolist(), std=np.where(varies, std, 1.0).tolist())
 
     def unlike_training(self, targets: np.ndarray, places: Sequence[str]) -> list[UserError]:
@@ -751,6 +757,8 @@ class MultiLabel(LabelledTask):
     weights: list[tuple[Positive, Positive]] | None = None
 
     def __post_init__(self) -> None:
+        if divided := next((name for name in self.class_names if ";" in name), None):
+            raise UserError(f"label {shown(divided)} holds ';', which stands between labels in tables; rename it")
         if not self.thresholds:
             object.__setattr__(self, "thresholds", [0.5] * len(self.class_names))
         for name in ("thresholds", "weights"):

@@ -364,6 +364,9 @@ def test_given_settings_without_effect_are_named():
     assert "(file) has no effect: it needs dataset_type synthetic, not cifar10" in notes[0]
     assert "(flag) has no effect: it needs use_positions true, not false" in notes[2]
     assert config.unused_settings(*resolve(file=file)) == []
+    flags = {"dataset_type": "images", "data_path": "a", "freeze": "encoder", "cache_features": True, "flip": True}
+    (note,) = config.unused_settings(*resolve(flags))  # of its conditions, the one that does not hold
+    assert note == "flip (flag) has no effect: it needs cache_features false, not true"
 
 
 # --- Resume ----------------------------------------------------------------------------------------------------------

@@ -555,6 +555,10 @@ FILES = {
     "def load_data(s): return {'train': [{'input': [[1.0]]}] * 9}": r"bad.py: train\[0\]: it has no 'label'",
     "def load_data(s): return {'train': [{'input': [[1.0]], 'label': i} for i in range(9)], 'adapters': int}":
         "bad.py: load_data: <class 'int'> is no adapter; write a subclass of adapters.Adapter",
+    "import sys\ndef load_data(s): sys.exit(0)": "bad.py: load_data: SystemExit: 0, raised at bad.py, line 2",
+    "class Rows:\n    lengths, labels = [1, 2], [0] * 5\n    def __len__(self): return 5\n"
+    "    def __getitem__(self, i): return {'input': [[1.0]], 'label': 0}\n"
+    "def load_data(s): return {'train': Rows()}": "bad.py: train: it has 2 lengths for 5 items; give one for each",
     "class Rows:\n    def __len__(self): return 5\n    def __getitem__(self, i): return 1 / 0\n"
     "def load_data(s): return {'train': Rows()}":
         r"bad.py: train\[0\]: ZeroDivisionError: division by zero, raised at bad.py, line 3, in __getitem__: def",
@@ -595,6 +599,7 @@ DATA = {
     "fraction": ({**GOOD, "label": 0.5}, {}, r"train\[7\]: label 0.5"),
     "modalities": ({"input": {"audio": np.zeros((3, 2))}, "label": 1}, {"adapters": SeriesAdapter},
                    r"train\[7\]: there is no adapter of audio, only of series"),
+    "slip": ({**GOOD, "groups": 1}, {}, r"train\[7\]: 'groups' is not read; if it is meant to be 'group', call it so"),
     "adapter's": ({"input": np.full((3, 2), np.inf), "label": 1}, {"adapters": SeriesAdapter.fit([GOOD["input"]])},
                   r"train\[7\]: the series holds infinity"),
 }  # fmt: skip
@@ -618,6 +623,7 @@ def test_arguments_that_do_not_go_together_are_refused(folder):
         "data is a dict of trian": {"data": {"trian": items}},
         "class_names must be a list of different names": {"data": {"train": items}, "class_names": ["a", "a"]},
         "class_names, adapters: they go with data": {"class_names": ["a", "b"]},
+        "class_names: given twice": {"data": {"train": items, "class_names": ["a", "b"]}, "class_names": ["c", "d"]},
         "val is empty; give it items, or leave it out": {"data": {"train": items, "val": []}},
         "modality must be a name such as 'audio'": {"data": {"train": items}, "adapters": {"the text": TextAdapter()}},
     }.items():

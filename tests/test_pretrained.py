@@ -323,6 +323,21 @@ def test_weights_that_are_missing_left_over_or_of_another_shape_are_named(folder
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_finite_real_numbers_are_named(folder, value):
+    path = folder("fourier")
+
+    def spoil(weights):
+        weights["perceiver.encoder.self_attends.0.layernorm.weight"][0] = value
+        weights["perceiver.embeddings.latents"] = weights["perceiver.embeddings.latents"].int()
+
+    change_weights(path, spoil)
+    with pytest.raises(UserError) as caught:
+        load_pretrained(path)
+    assert "perceiver.encoder.self_attends.0.layernorm.weight holds NaN or infinity" in str(caught.value)
+    assert "perceiver.embeddings.latents holds no real numbers" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["learned", "conv", "language"])
 def test_no_weight_may_be_missing(folder, name):
     """Not even a bias that is dropped, and not a statistic. Of the layers, the first stands for all."""
@@ -398,6 +413,7 @@ def change_json(path, **changes):
     ("fourier", {"id2label": {"0": None}}, "id2label must name the classes 0, 1, 2"),
     ("language", {"max_position_embeddings": "40"}, "number of 2 or more, not 40 and '40'"),
     ("fourier", {"num_latents": 7}, "perceiver.embeddings.latents is (6, 16) where config.json asks for (7, 16)"),
+    ("fourier", {"num_blocks": 10**12}, "num_blocks=1,000,000,000,000 is more than the 1,000"),
     ("language", {"vocab_size": 300}, "vocab_size=300 is not read here, only 262"),
 ])  # fmt: skip
 def test_a_config_of_another_model_is_refused_by_name(folder, name, changes, part):

@@ -422,6 +422,27 @@ def test_a_label_that_no_training_item_has(tmp_path):
         texts(tmp_path / "a.csv", [""] * N), task="multilabel")  # fmt: skip
 
 
+def test_a_label_must_not_look_like_several(tmp_path):
+    lines = "\n".join(json.dumps({"text": f"t {n}", "label": [["a;b"], ["c"]][n % 2]}) for n in range(N))
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert message(tmp_path / "a.jsonl", task="multilabel") == (
+        "label 'a;b' holds ';', which stands between labels in tables; rename it"
+    )
+
+
+def test_numbers_by_place_and_by_name_are_not_mixed(tmp_path):
+    rows = [{"price": 1000 + n, "weight": n / 10} if n % 2 == 0 else [1000 + n, n / 10] for n in range(N)]
+    objects(tmp_path / "a.jsonl", rows)
+    errors = message(tmp_path / "a.jsonl", task="regression").split("\n")
+    assert f"{tmp_path / 'a.jsonl'}, line 2: the label is a list, other labels are objects; write all as" in errors[0]
+    assert len(errors) == 11 and errors[-1] == "and 2 more like these"
+
+
+def test_numbers_too_close_to_be_squared(tmp_path):
+    path = texts(tmp_path / "a.csv", [f"{n}e-170" for n in range(N)])
+    assert "label differs by less than a computer can square" in message(path, task="regression")
+
+
 def test_a_label_of_the_test_data_that_training_does_not_know(tmp_path):
     path, _ = names_in_cells(tmp_path)
     test = texts(tmp_path / "b.csv", ["a;b", "a;D;c", "C", ""])

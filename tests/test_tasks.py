@@ -125,10 +125,6 @@ def test_labels_on_no_sample_are_undefined_and_left_out_of_means():
     assert found["macro_f1"] == found["mean_average_precision"] == 1 and found["per_class"][1]["f1"] is None
     nothing = evaluation.multilabel_metrics(np.full((2, 1), -3.0), np.zeros((2, 1), bool), [0.5], ["a"])
     assert nothing["macro_f1"] is None is nothing["micro_f1"]
-    task = MultiLabel(["a"])
-    undefined = task.epoch_figures(nothing, None)
-    better = {**undefined, "val_macro_f1": 0.0}
-    assert task.score(better, None) > task.score(undefined, None)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -408,6 +404,18 @@ def test_curves_show_the_average_precision_and_the_threshold(drawn):
     (axes,) = drawn[0].axes
     assert axes.get_legend_handles_labels()[1] == [f"a ({reference.average_precision_score(true[:, 0], p[:, 0]):.3f})"]
     assert [line.get_xydata().tolist() for line in axes.lines][1] == [[0.5, 0.5]]
+
+
+def test_an_undefined_score_is_no_worse_than_false_alarms():
+    """Of validation data without a positive: none found is right, so the loss decides among such epochs."""
+    task = MultiLabel(["a", "b"])
+    true = np.zeros((4, 2), bool)
+
+    def score(logit):
+        rows = {"true": true, "logit": np.full((4, 2), logit), "finite": np.ones(4, bool)}
+        return task.score(task.epoch_figures(task.metrics(rows), None), None)
+
+    assert score(-2.0) > score(-1.0) > score(1.0)
 
 
 # --- A known answer --------------------------------------------------------------------------------------------------
