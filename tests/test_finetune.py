@@ -366,7 +366,9 @@ def test_a_scale_of_one_leaves_the_optimizer_as_it_was():
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("conv", "--lr_encoder_scale 0.1 --ema_decay 0.9"),  # with the statistics of a batch norm
+    pytest.param(  # with the statistics of a batch norm
+        "conv", "--lr_encoder_scale 0.1 --ema_decay 0.9", marks=pytest.mark.slow
+    ),
     ("language", "--freeze encoder --cache_features --ema_decay 0.9"),
 ])  # fmt: skip
 def test_a_killed_run_goes_on_bit_for_bit_without_the_model_it_started_from(start, world, tmp_path, name, flags):

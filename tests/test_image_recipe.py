@@ -136,6 +136,7 @@ def test_the_recipe_sets_mixtures_and_flags_override_it():
     assert resolve(flags={"dataset_type": "digits"})[0].mixup == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_the_strong_recipe_ends_as_the_unbroken_one(run, monkeypatch, tmp_path):
     flags = f"{DIGITS} --epochs=1 --batch_size=256 --image_recipe=strong --flip"  # 6 steps
     (tmp_path / "whole").mkdir()

@@ -244,6 +244,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(start, tmp_path):
     assert f"python train.py --resume checkpoints/{LAST} --dataset walks.py\n" in output(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_run(folder, run):
     Path("walks.py").write_text(STEPS)
     flags = f"--dataset walks.py {FLAGS} --dropout=0 --epochs=2 --class_weights=balanced --device=cpu"

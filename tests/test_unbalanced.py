@@ -206,6 +206,7 @@ def test_a_run_with_thresholds_and_weights_resumes_bit_for_bit(data, monkeypatch
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_thresholds_and_weights(data):
     flags = f"{LABELS} --epochs=2 --tune_thresholds --class_weights=balanced --dropout=0 --device=cpu"
     assert data(f"{flags} --checkpoint_dir=one").status == 0
