@@ -175,6 +175,13 @@ def memory_advice(when: str, remedies: Iterable[str], afterwards: str = "") -> I
 @contextmanager
 def worker_advice() -> Iterator[None]:
     """Turn the death of a process that loads data, which torch may notice at any moment, into a UserError."""
+
+    def unraisable(found: Any) -> None:
+        # Where an exception cannot leave a destructor, Python prints it, and torch raises it once more
+        if not _LOST_WORKER.match(str(found.exc_value)):
+            usual(found)
+
+    usual, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     except RuntimeError as error:
@@ -184,6 +191,8 @@ def worker_advice() -> Iterator[None]:
             f"{lost[0]}; the system kills processes when memory or shared memory runs out: use fewer --num_workers, a "
             "smaller --batch_size, more shared memory (docker run --shm-size=8g); continue a training run with --resume"
         ) from error
+    finally:
+        sys.unraisablehook = usual
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:

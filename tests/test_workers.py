@@ -9,6 +9,7 @@ import re
 import resource
 import select
 import signal
+import sys
 import threading
 import time
 
@@ -22,6 +23,7 @@ import data_utils
 import evaluation
 from checkpoint import LAST, load_checkpoint
 from data_utils import create_dataloader
+from messages import UserError, worker_advice
 from perceiver_model import PerceiverModel
 from progress import STOP_SIGNALS, StopRequest, begin_worker
 from tasks import Classification
@@ -175,6 +177,20 @@ def test_a_killed_worker_ends_the_run(start, tmp_path):
         (line,) = re.findall("^error: .*", output(folder), re.MULTILINE)
         assert "--num_workers" in line and "--shm-size" in line and "--resume" in line
         assert "Traceback" not in output(folder)
+
+
+def test_a_worker_that_dies_while_a_destructor_runs_is_one_line(monkeypatch):
+    class Dying:
+        def __del__(self):
+            raise RuntimeError(self.text)
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    with pytest.raises(UserError, match="DataLoader worker .pid 7. is killed"), worker_advice():
+        for text in ("DataLoader worker (pid 7) is killed by signal: Killed. ", "another"):
+            Dying().text = text
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert told == ["another"]
 
 
 def test_a_killed_run_leaves_neither_workers_nor_a_lock(start, tmp_path):
