@@ -440,6 +440,7 @@ class Check:
         read = self.kept is not None and self.kept.all_filled(self.places)
         workers = choose_workers(self.settings.num_workers, True)
         by = f"{workers} processes (--num_workers)" if workers else "this process (--num_workers 0)"
+        held = f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
         return (f"images  {len(self.paths):,} files to {self.side} x {self.side} pixels, "
                 f"{'read' if read else f'read when a batch needs them by {by}'}, {kept}: "
-                f"{size / 2**30:,.2f} GiB (--cache)")  # fmt: skip
+                f"{held} (--cache)")  # fmt: skip

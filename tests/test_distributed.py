@@ -251,7 +251,7 @@ def three(tmp_path_factory, two):
     return folder
 
 
-@pytest.fixture(params=["two", "three"])
+@pytest.fixture(params=["two", pytest.param("three", marks=pytest.mark.slow)])
 def several(request):
     return request.getfixturevalue(request.param)
 
@@ -274,7 +274,8 @@ def assert_equal_runs(folder, other, tolerance=1e-9):
 
 @pytest.mark.parametrize(
     ("several", "name"),
-    [("two", name) for name in EQUAL] + [("three", name) for name in EQUAL if name != "compiled"],
+    [("two", name) for name in EQUAL]
+    + [pytest.param("three", name, marks=pytest.mark.slow) for name in EQUAL if name != "compiled"],
     indirect=["several"],
 )
 def test_several_processes_end_with_the_weights_of_one(one, several, name):
@@ -377,6 +378,7 @@ def test_as_many_processes_resume_bit_for_bit(two):
         assert_same(a, b, name)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeypatch, capsys):
     """Begun by two, stopped in the second epoch, ended by three, and by one."""
     assert_equal_runs(three / "moved", one / "uneven")

@@ -276,6 +276,7 @@ def test_the_test_set_is_the_same_for_every_seed(kind, request):
     assert len({str(split["val"]) for split in splits}) > 1
 
 
+@pytest.mark.slow
 def test_real_processes(tmp_path):
     """Both commands as a person gives them, pictures and all."""
     make_images(tmp_path / "data", 8)

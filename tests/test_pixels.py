@@ -388,7 +388,7 @@ def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypat
 def test_a_stopped_run_with_pixels_on_disk_ends_as_one_in_memory(folder, run, tmp_path, monkeypatch):
     words = f"--dataset=images --data_path={folder} --image_size=16 --model_size=tiny --batch_size=8 --save_every=2"
     first = run(f"{words} --epochs=2 --checkpoint_dir=0")
-    assert "images  44 files to 16 x 16 pixels, read, kept in memory: 0.00 GiB (--cache)" in first.out, first.err
+    assert "images  44 files to 16 x 16 pixels, read, kept in memory: 0.0 MiB (--cache)" in first.out, first.err
     before_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     stopped = run(f"{words} --epochs=2 --checkpoint_dir=1 --num_workers=2 --cache=disk")
     assert "read when a batch needs them by 2 processes (--num_workers), kept in" in stopped.out
