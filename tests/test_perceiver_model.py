@@ -2171,3 +2171,17 @@ def test_fresh_tokens_tell_the_modalities_apart():
     assert 0.015 < encodings.std() < 0.025
     x = {name: values.float() for name, values in several_inputs()[0].items()}
     assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [63, 64])
+def test_few_rows_are_projected_without_a_copy_of_all_weights(rows):
+    """From as many rows as columns on, query, key and value are one product, whose weight the backward pass keeps."""
+    torch.manual_seed(0)
+    attention, x = MultiHeadAttention(64, 4).double(), torch.randn(1, rows, 64).double().requires_grad_()
+    kept, layers = [], (attention.query, attention.key, attention.value)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        found = attention(x)
+    q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in layers)
+    weights = (q @ k.mT / 4).softmax(-1)
+    torch.testing.assert_close(found, attention.output((weights @ v).transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+    assert any(192 in shape and 64 in shape and len(shape) == 2 for shape in kept) == (rows >= 64)
