@@ -417,6 +417,7 @@ def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     assert before in (done, done + 1) and epochs == [*range(1, before + 1), *range(done + 1, epochs[-1] + 1)]
 
 
+@pytest.mark.slow
 def test_a_killed_loader_worker_starts_the_processes_again(tmp_path):
     """As where memory runs out: its trainer ends, so that torchrun sees it."""
     flags = f"{SEQUENCES} --num_samples=600 --epochs=500 --batch_size=20 --num_workers=1"
@@ -437,6 +438,7 @@ def test_a_killed_loader_worker_starts_the_processes_again(tmp_path):
 # --- Ends promptly, with one message ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_control_c_of_torchrun_saves_and_ends(tmp_path):
     group = Group(tmp_path, 2, ROOT / "train.py", *f"{SEQUENCES} --epochs=500".split())
     group.wait_for("epoch   2/500")

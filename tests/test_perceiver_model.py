@@ -2108,7 +2108,7 @@ def test_masks_of_several_modalities_may_be_of_any_type_and_some_left_out():
     assert torch.equal(model(x, mask), model(x, mask | {"image": torch.ones(3, 6)}))
 
 
-@pytest.mark.parametrize("missing", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("missing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["all", "some"])
 def test_compiled_model_of_several_modalities_is_the_eager_one(missing):
     model = several_model().eval()
     torch._dynamo.reset()

@@ -235,9 +235,9 @@ stopped = pytest.mark.parametrize("copy", ["stopped"], indirect=True)
 @pytest.mark.parametrize(
     ("number", "send", "workers", "batches"),
     [
-        (signal.SIGINT, os.killpg, 1, 1),
+        pytest.param(signal.SIGINT, os.killpg, 1, 1, marks=pytest.mark.slow),
         (signal.SIGINT, os.killpg, 1, 20),
-        (signal.SIGTERM, os.killpg, 1, 20),
+        pytest.param(signal.SIGTERM, os.killpg, 1, 20, marks=pytest.mark.slow),
         (signal.SIGTERM, os.kill, 0, 1),
         (signal.SIGHUP, os.killpg, 2, 1),
     ],
