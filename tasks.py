@@ -1236,9 +1236,8 @@ class Tagging(LabelledTask):
         return {"accuracy_by_length.png": partial(plots.plot_accuracy_by_length, by_length)} if by_length else {}
 
     def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
-        """From the worst to the best, at equal distances."""
-        order = np.argsort(self._right(rows), kind="stable")
-        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+        """From the worst to the best."""
+        return _at_equal_distances(np.argsort(self._right(rows), kind="stable"), limit)
 
     def draw_examples(
         self, batch: Batch, outputs: Tensor, captions: Sequence[str], name: str, adapter: Any, path: Path
@@ -1275,6 +1274,11 @@ class Tagging(LabelledTask):
     def records(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
         nothing = dict.fromkeys(("start", "end", "class", "confidence"), "")
         return [{**span, "confidence": f"{span['confidence']:.6f}"} for span in answer["spans"]] or [nothing]
+
+
+def _at_equal_distances(order: np.ndarray, limit: int) -> np.ndarray:
+    """As many of the ordered places, the first and the last among them."""
+    return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
 
 
 def ragged(arrays: Sequence[Any]) -> np.ndarray:
@@ -1497,8 +1501,8 @@ class Reconstruct(Task):
         return {"error_by_length.png": partial(plots.plot_error_by_length, by_length)} if by_length else {}
 
     def examples(self, rows: Rows, limit: int = 4) -> np.ndarray:
-        order = np.argsort(self._relative(rows), kind="stable")
-        return order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+        """From the best to the worst."""
+        return _at_equal_distances(np.argsort(self._relative(rows), kind="stable"), limit)
 
     def draw_examples(
         self, batch: Batch, outputs: dict[str, Tensor], captions: Sequence[str], name: str, adapter: Any, path: Path

@@ -53,6 +53,21 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="module")
+def without_curves():
+    """On the CPU, without TensorBoard and curves, which cost more than tiny runs."""
+    import torch
+
+    import plots
+    import run_log
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
+        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
+        yield
+
+
 def descendants(pid):
     """Process number -> command of all processes below this one, but for the two of multiprocessing's own."""
     from multiprocessing.forkserver import _forkserver

@@ -4,6 +4,7 @@ Each of those that `server` starts runs train.py as __main__. They are forked fr
 loaded, which saves seconds apiece.
 """
 
+import io
 import multiprocessing
 import os
 import resource
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +115,17 @@ def called(capsys, main, words):
         status = stopped.code
     printed = capsys.readouterr()
     return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+
+
+def run_in(main, folder, *words):
+    """A command in `folder`, in this process: its status and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stopped:
+            status = stopped.code
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
 def in_two_processes(flags):

@@ -1,7 +1,6 @@
 """Data of one's own through the real commands: images, series, texts, several at once; new files; mistakes."""
 
 import csv
-import io
 import json
 import math
 import os
@@ -9,16 +8,16 @@ import re
 import subprocess
 import sys
 import unicodedata
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas
 import pytest
 import torch
 from PIL import Image
+from running import run_in as run
 from sklearn.datasets import load_digits
 
 import adapters
@@ -52,17 +51,6 @@ def quick():
         patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
         patch.setattr(tasks.Classification, "figures", lambda *_: {})
         yield
-
-
-def run(main, folder, *words):
-    """A command in `folder`, in this process: its status and what it printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stopped:
-            status = stopped.code
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 
 def trained(folder, *words):

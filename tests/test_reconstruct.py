@@ -1,11 +1,8 @@
 """--task reconstruct: what hidden tokens hold, learnt without labels."""
 
-import io
 import json
 import math
 import signal
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from running import before_step
+from running import run_in as run
 
 import inference
-import plots
-import run_log
 import train
 from adapters import SeriesAdapter
 from batches import UNLABELLED, HidingDataset, choose_hidden, create_dataloader, random_stream, set_epoch
@@ -37,25 +33,7 @@ TINY = (
 SYNTHETIC = f"--dataset=synthetic --task=reconstruct --num_samples=40 --seq_len_range 12 20 --feature_dim=4 {TINY}"
 
 
-def run(main, folder, *words):
-    """A command in `folder`, in this process: its status and what it printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stopped:
-            status = stopped.code
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Without TensorBoard and curves, which cost more than the tiny runs here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
-        yield
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 # --- The model -------------------------------------------------------------------------------------------------------

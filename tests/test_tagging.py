@@ -1,11 +1,8 @@
 """--task tagging: a class for each step of a series and for each character of a text."""
 
 import csv
-import io
 import json
 import signal
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import before_step
+from running import run_in as run
 
 import evaluation
 import inference
-import plots
-import run_log
 import train
 from adapters import SeriesAdapter, TextAdapter
 from batches import UNLABELLED, collate, create_dataloader
@@ -41,25 +37,7 @@ STEPS = Settings(dataset_type="sequences", task="tagging")
 SPANS = Settings(dataset_type="text", task="tagging")
 
 
-def run(main, folder, *words):
-    """A command in `folder`, in this process: its status and what it printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stopped:
-            status = stopped.code
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Without TensorBoard and curves, which cost more than the tiny runs here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(run_log, "tensorboard_writer", lambda *_: None)
-        patch.setattr(plots, "plot_training_curves", lambda history, path, *_: path.write_text("curves"))
-        yield
+pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
