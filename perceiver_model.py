@@ -41,6 +41,9 @@ from token_features import (
 )
 
 MAX_FUSED_WIDTH = 256  # widest head that CUDA's fast attention kernels take; wider ones take ten times as long
+# On a CPU, the backward pass of attention in bfloat16 takes longer than in float32 where heads are narrower than this or
+# attend to no more tokens than that, ten times as long for 32 tokens (benchmarks/precision_on_cpu.py)
+WIDTH_FOR_BFLOAT16, TOKENS_FOR_BFLOAT16 = 64, 256
 CPU_THREADS = torch.get_num_threads()  # read once, since a compiled forward pass cannot ask for it
 
 
@@ -58,6 +61,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: fl
     if q.device.type == "cpu" and q.size(-1) != v.size(-1):
         # No fused kernel has values of another width, and torch's own fallback looks for queries without a token
         return F.dropout(_attention_weights(q, k, allowed, scale), dropout) @ v
+    small = k.size(3) < WIDTH_FOR_BFLOAT16 or k.size(2) <= TOKENS_FOR_BFLOAT16
+    if small and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=scale).bfloat16()
     return F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=scale)
 
 

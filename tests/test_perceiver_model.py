@@ -269,6 +269,24 @@ def test_attention_is_torchs_module(input_dim, folded):
     assert_close(gradients(ours.output), gradients(theirs.out_proj), 1e-12)
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(20, 64), (300, 32)])
+def test_short_and_narrow_attention_is_trained_as_exactly_as_bfloat16_can_tell(tokens, width):
+    """Weights, sums and gradients in float32, rounded once: what is computed in bfloat16 is off by several units."""
+    shapes = [(2, 4, 8, width), (2, 4, tokens, width), (2, 4, tokens, width)]
+    rounded = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    allowed = length_mask([tokens, 7])[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = perceiver_model._attend(*rounded, allowed, 0.0, 0.3)
+    expected = F.scaled_dot_product_attention(*exact, allowed, scale=0.3)
+    assert result.dtype == torch.bfloat16
+    slope = torch.randn(expected.shape).bfloat16()
+    result.backward(slope)
+    expected.backward(slope.double())
+    for ours, theirs in [(result, expected), *((x.grad, y.grad) for x, y in zip(rounded, exact, strict=True))]:
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=2e-6)
+
+
 # --- Folded projections ----------------------------------------------------------------------------------------------
 
 
