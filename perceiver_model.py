@@ -41,8 +41,8 @@ from token_features import (
 )
 
 MAX_FUSED_WIDTH = 256  # widest head that CUDA's fast attention kernels take; wider ones take ten times as long
-# On a CPU, the backward pass of attention takes longer in bfloat16 than in float32 where heads are narrower than this or
-# attend to no more tokens than that; for 32 tokens ten times as long (benchmarks/precision_on_cpu.py)
+# On a CPU, the backward pass of attention takes longer in bfloat16 than in float32 where heads are narrower than this,
+# or attend to no more tokens than that; for 32 tokens ten times as long (benchmarks/precision_on_cpu.py)
 WIDTH_FOR_BFLOAT16, TOKENS_FOR_BFLOAT16 = 64, 256
 CPU_THREADS = torch.get_num_threads()  # read once, since a compiled forward pass cannot ask for it
 
