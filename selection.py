@@ -2,7 +2,8 @@
 
     for one in candidates(settings, sources): ...      # names, and the settings that each of them changes
     row(candidate, metric, ...)                        # its mean over the folds, its spread, its time
-    best(rows)                                         # the highest mean
+    better_half(rows, task)                            # those that are worth the other folds
+    best(rows, task)                                   # the highest mean
 
 Test data are not looked at: the runs of folds are never tested. The candidates are in config.CANDIDATES.
 """
@@ -21,6 +22,7 @@ from messages import UserError, figure_text
 from tasks import LAST_EPOCH, Task
 
 FOLDS = 3  # of the training data, unless --folds says how many
+FEW = 3  # candidates that are all trained on all folds; of more, the better half goes on after the first fold
 FOLDER = "select"  # of the candidates' runs, in the folder of the run
 TOKENS = {"stem", "series_window", "series_stride"}  # one of them given says what the tokens are
 OWN = ("file", "flag", "given", "recipe", "init_from")  # where a setting comes from that all candidates keep
@@ -80,8 +82,9 @@ def metric_of(settings: Settings, task: Task) -> str:
     return settings.select_by if settings.select_by not in (None, LAST_EPOCH) else next(iter(task.higher_is_better))
 
 
-def row(candidate: Candidate, metric: str, lines: Sequence[dict[str, Any]], seconds: float) -> SelectionRow:
-    """What a candidate came to, of the log's line of each fold."""
+def row(candidate: Candidate, metric: str, runs: Sequence[tuple[dict[str, Any], float]]) -> SelectionRow:
+    """What a candidate came to, of its run on each fold: the line of the log, and seconds."""
+    lines = [line for line, _ in runs]
     values = [line[f"val_{metric}"] for line in lines]
     found = [value for value in values if value is not None]
     return {
@@ -91,19 +94,41 @@ def row(candidate: Candidate, metric: str, lines: Sequence[dict[str, Any]], seco
         "std": statistics.stdev(found) if len(found) > 1 else None,
         "n": len(values),
         "loss": statistics.mean(line["val_loss"] for line in lines),
-        "seconds": seconds,
+        "seconds": sum(seconds for _, seconds in runs),
         "chosen": False,
     }
 
 
-def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
-    """The row with the best mean; of equal ones that with the lower loss, then the first."""
+def ranked(rows: Sequence[SelectionRow], task: Task) -> list[SelectionRow]:
+    """The best mean first; of equal ones that with the lower loss, then the first."""
 
     def score(one: SelectionRow) -> tuple[float, float]:
         sign = 1 if task.higher_is_better[one["metric"]] else -1
         return (-math.inf if one["mean"] is None else sign * one["mean"]), -one["loss"]
 
-    return max(rows, key=score)
+    return sorted(rows, key=score, reverse=True)
+
+
+def better_half(rows: Sequence[SelectionRow], task: Task) -> set[str]:
+    """Names of the candidates that are worth more folds after the first one: all of FEW, or the better half."""
+    number = len(rows) if len(rows) <= FEW else math.ceil(len(rows) / 2)
+    return {one["name"] for one in ranked(rows, task)[:number]}
+
+
+def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
+    """The best one of those that were trained on the most folds."""
+    most = max(one["n"] for one in rows)
+    return ranked([one for one in rows if one["n"] == most], task)[0]
+
+
+def run_heading(candidates: Sequence[Candidate], metric: str) -> str:
+    return f"fold  {'candidate':<{_width(candidates)}}  {_title(metric)}  seconds"
+
+
+def run_line(one: SelectionRow, fold: int, candidates: Sequence[Candidate]) -> str:
+    """The line of a candidate's run on a fold, of the row of this run alone."""
+    value, width = figure_text(one["mean"]), len(_title(one["metric"]))
+    return f"{fold:>4}  {one['name']:<{_width(candidates)}}  {value:>{width}}  {one['seconds']:>7.1f}"
 
 
 def heading(candidates: Sequence[Candidate], metric: str) -> str:

@@ -810,18 +810,19 @@ def select(
         _, data = load_splits(on_folds, checkpoint["data"] if checkpoint else start and start.known, None, own)
     if checkpoint:
         check_data(checkpoint, data)
-    task, rows = tasks.from_description(data["task"]), []
+    task = tasks.from_description(data["task"])
     metric = selection.metric_of(settings, task)
     whole = Whole(settings, data, new=checkpoint is None, candidates=found)
     free = {name for name, field in FIELDS.items() if field.metadata["on_resume"] == "free"} - {"num_epochs"}
     flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
+    half = ", after the first fold the better half of them" if len(found) > selection.FEW else ""
     say(
-        f"\nselect: {len(found)} candidates, each on {number} folds of the training data, for "
-        f"{settings.select_share:g} of its epochs\n{selection.heading(found, metric)}"
+        f"\nselect: {len(found)} candidates on {number} folds of the training data{half}; each for "
+        f"{settings.select_share:g} of its epochs\n{selection.run_heading(found, metric)}"
     )
-    for one in found:
-        lines, seconds = [], 0.0
-        for fold in range(1, number + 1):
+    going, results = found, {one["name"]: [] for one in found}  # of each run (its line of the log, its seconds)
+    for fold in range(1, number + 1):
+        for one in going:
             short = selection.short_run(settings, one, fold)
             shown = io.StringIO()  # its bar is seen, its lines are not
             with naming(f"candidate {one['name']}"), redirect_stdout(shown):
@@ -830,10 +831,13 @@ def select(
                 say(shown.getvalue().rstrip().splitlines()[-1] if distributed.is_first() else "")
                 return settings, sources, {}, run
             progress = distributed.broadcast(load_checkpoint, Path(short.checkpoint_dir, LAST))["progress"]
-            lines.append(progress["best"])
-            seconds += sum(line["seconds"] for line in progress["history"])
-        rows.append(selection.row(one, metric, lines, seconds))
-        say(selection.line(rows[-1], found))
+            results[one["name"]].append((progress["best"], sum(line["seconds"] for line in progress["history"])))
+            say(selection.run_line(selection.row(one, metric, results[one["name"]][-1:]), fold, found))
+        rows = [selection.row(one, metric, results[one["name"]]) for one in found]
+        if fold == 1:
+            better = selection.better_half(rows, task)
+            going = [one for one in found if one["name"] in better]
+    say("\n".join(["", selection.heading(found, metric), *(selection.line(one, found) for one in rows)]))
     chosen = selection.best(rows, task)
     chosen["chosen"] = True
     say(f"chosen: {chosen['name']} ({selection.flags_of(chosen)})\n")

@@ -38,6 +38,7 @@ from data_utils import random_stream, stratified_split  # noqa: E402
 
 sys.stdout.reconfigure(line_buffering=True)
 STEPS, BATCH = 1000, 32
+EPOCH = 800  # samples at least, so that a few items do not make an epoch, with its validation, of every step
 Parts = dict[str, tuple[list[Any], np.ndarray]]  # split -> (inputs, class numbers)
 
 
@@ -93,9 +94,10 @@ def run(name: str, parts: Parts, place: Path, adapter: Any = None, **changes: An
     settings = resolve({"dataset_type": kind, **OWN_FLAGS.get(name, {}), **changes})[0].to_dict()
     settings |= {"checkpoint_dir": str(place / "checkpoints"), "log_dir": str(place / "runs"), "batch_size": BATCH}
     if settings["task"] != "reconstruct":
-        steps = math.ceil(len(parts["train"][0]) / BATCH)
-        settings["num_epochs"] = max(settings["num_epochs"], math.ceil(STEPS / steps))
-        settings["select_by"] = "accuracy"
+        items = len(parts["train"][0])
+        samples = max(STEPS * BATCH, settings["num_epochs"] * items)
+        settings["num_epochs"] = math.ceil(samples / max(EPOCH, items))
+        settings |= {"epoch_samples": EPOCH, "select_by": "accuracy"}
     data = None
     if kind == "images":
         settings["data_path"] = str(place / "images")

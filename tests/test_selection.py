@@ -68,10 +68,20 @@ def test_every_candidate_is_a_run_that_can_be_started_by_flags(dataset):
 
 def test_the_best_mean_wins_then_the_lower_loss():
     task, figures = Classification(["a", "b"]), [(0.5, 1), (0.7, 2), (0.7, 1), (None, 0)]
-    rows = [{"metric": "accuracy", "mean": mean, "loss": loss} for mean, loss in figures]
+    rows = [{"metric": "accuracy", "mean": mean, "loss": loss, "n": 3} for mean, loss in figures]
     assert selection.best(rows, task) is rows[2]
-    rows = [{"metric": "loss", "mean": mean, "loss": mean} for mean in (0.5, 0.3, 0.4)]
+    rows = [{"metric": "loss", "mean": mean, "loss": mean, "n": 3} for mean in (0.5, 0.3, 0.4)]
     assert selection.best(rows, task) is rows[1]
+    rows[1]["n"] = 1  # left out after the first fold
+    assert selection.best(rows, task) is rows[2]
+
+
+def test_the_better_half_of_many_goes_on():
+    task, means = Classification(["a", "b"]), [0.5, 0.9, None, 0.9, 0.6, 0.6]
+    rows = [{"name": str(n), "metric": "accuracy", "mean": mean, "loss": n} for n, mean in enumerate(means)]
+    assert selection.better_half(rows, task) == {"1", "3", "4"}
+    assert selection.better_half(rows[:5], task) == {"1", "3", "4"}
+    assert selection.better_half(rows[:3], task) == {"0", "1", "2"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +139,7 @@ def test_the_table_is_printed_and_stored_and_the_best_is_trained(chosen, run, mo
 # Each run begins with a rehearsal, which is counted, too, but for the first one
 @pytest.mark.parametrize(("call", "runs", "steps"), [(3 * 6 + 2, 3, 3 * 5 + 2), (9 * 6 + 3, 9, 9 * 5 + 3)])
 def test_a_run_that_is_stopped_does_not_repeat_what_is_done(chosen, run, monkeypatch, call, runs, steps):
-    """In the first run of the second candidate, and in the final run."""
+    """In the second fold's first run, and in the final run."""
     folder, _, _ = chosen
     with monkeypatch.context() as patch:
         before_step(patch, call, lambda: signal.raise_signal(signal.SIGINT))
@@ -153,7 +163,7 @@ def test_a_run_that_is_stopped_does_not_repeat_what_is_done(chosen, run, monkeyp
 def test_the_models_of_folds_are_chosen_too(run):
     done = run(f"{SELECT} --folds=2")
     assert done.status == 0, done.err
-    assert "select: 3 candidates, each on 2 folds of the training data" in done.out
+    assert "select: 3 candidates on 2 folds of the training data; each for 0.5 of its epochs\n" in done.out
     checkpoint = load_checkpoint(f"checkpoints/{BEST}")
     assert len(checkpoint["members"]) == 2 and [one["n"] for one in checkpoint["data"]["selection"]] == [2, 2, 2]
     assert "all of them together: test accuracy" in done.out
@@ -164,6 +174,26 @@ def test_the_models_of_folds_are_chosen_too(run):
     assert (kept / "select").is_dir() and not Path("checkpoints/select").exists()
     once_more = run(SELECT)
     assert once_more.status == 0 and once_more.out.count("note: the earlier run in checkpoints was moved to") == 1
+
+
+def test_the_worse_half_is_trained_on_the_first_fold_alone(run, monkeypatch):
+    monkeypatch.setattr(selection, "FEW", 2)
+    done = run(SELECT)
+    assert done.status == 0, done.err
+    assert "on 3 folds of the training data, after the first fold the better half of them; each for 0.5" in done.out
+    rows = load_checkpoint(f"checkpoints/{BEST}")["data"]["selection"]
+    assert sorted(one["n"] for one in rows) == [1, 3, 3]
+    logs = [log.parent.parent.name for log in Path("checkpoints/select").glob("*/fold_*/log.jsonl")]
+    for one in rows:
+        assert (
+            logs.count(one["name"]) == one["n"]
+            and len(re.findall(rf"^ +\d  {one['name']} ", done.out, re.M)) == one["n"]
+        )
+        if one["n"] == 1:
+            first = log_of_file(Path("checkpoints/select") / one["name"] / "fold_1" / "log.jsonl")[-1]["val_accuracy"]
+            assert one["mean"] == first and one["std"] is None and not one["chosen"]
+    again = run("--resume")
+    assert again.status == 0 and "nothing is left to do" in again.out
 
 
 def test_from_python(tmp_path, monkeypatch):
