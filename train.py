@@ -121,6 +121,7 @@ from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
 SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series and --select auto keep the last epoch
+FEW_STEPS = 2000  # of a run on series; the candidates of --select auto make as many
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
@@ -281,6 +282,10 @@ def prepare(
         print_note(f"{len(splits['val'])} validation samples are too few to choose an epoch by: the last one is kept "
                    f"(--select_by {next(iter(task.higher_is_better))} chooses)")  # fmt: skip
     training = splits["train"]
+    steps = settings.num_epochs * math.ceil(len(training) / settings.batch_size / settings.accumulation_steps)
+    if checkpoint is None and not whole and is_plain_series(settings) and steps < FEW_STEPS:
+        print_note(f"{len(training)} training series and {steps} steps are few: --select auto finds out, by folds of "
+                   "them, which tokens and random changes suit them (docs/small_data.md)")  # fmt: skip
     if (passes := passes_of(settings, len(training))) > 1:
         training = training.subset(np.tile(np.arange(len(training)), passes))
     mixup, cutmix = (has_effect(settings, name) * getattr(settings, name) for name in ("mixup", "cutmix"))
@@ -379,6 +384,13 @@ def chooses_noise(settings: Settings, num_validation: int) -> bool:
     chosen = settings.select_by is None and not settings.early_stopping_patience
     strong = settings.dataset_type == "sequences" and settings.series_recipe == "strong"
     return chosen and (strong or settings.select == "auto") and num_validation < SMALL_VALIDATION
+
+
+def is_plain_series(settings: Settings) -> bool:
+    """Whether series are read step by step and as they are, as nobody has asked for anything else."""
+    plain = Settings(dataset_type="sequences")
+    names = ("dataset_type", "task", "series_recipe", "stem", "series_window", "epoch_samples", "folds", "select")
+    return all(getattr(settings, name) == getattr(plain, name) for name in names)
 
 
 def passes_of(settings: Settings, num_samples: int) -> int:

@@ -554,6 +554,17 @@ def test_what_a_run_on_series_says(files, capsys):
     assert (files / "results" / "attention.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize(("flags", "steps"), [
+    ("--epochs 2", 4), ("--epochs 1 --accumulation_steps 2", 1), ("--epochs 1 --stem conv", None),
+])  # fmt: skip
+def test_few_series_read_step_by_step_are_told_of_the_choice(files, capsys, flags, steps):
+    plain = "--dataset sequences --data_path own.npz --d_model 16 --num_heads 2 --num_latents 3 --batch_size 4"
+    assert train.main([*plain.split(), *flags.split()]) == 0
+    hints = [line for line in "".join(capsys.readouterr()).splitlines() if "--select auto" in line]
+    assert len(hints) == (steps is not None)
+    assert all(f"8 training series and {steps} steps are few" in line for line in hints)
+
+
 @pytest.mark.parametrize("words, expected", [
     ("--series_window 4", "series_window: the stem conv reads no windows"),
     ("--stem none --series_stride 2", "series_stride: without a stem every step is a token"),
