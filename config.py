@@ -173,7 +173,7 @@ class Settings:
         "classification", "what is predicted: classification, regression, multilabel, tagging, reconstruct "
         "(docs/tasks.md)", metavar="NAME")  # tasks.py knows which there are
     mask_ratio: float = _data(
-        0.25, "tokens of each sample that are hidden", "fraction", above=0, below=1,
+        0.5, "tokens of each sample that are hidden", "fraction", above=0, below=1,
         applies={"task": ("reconstruct",)})
     id_column: str = _column("id", "column of an item's name", applies=_TABLES)
     text_column: str = _column("text", "column of the text", applies={"dataset_type": ("text", "multimodal")})

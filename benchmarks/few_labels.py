@@ -1,15 +1,15 @@
 """With few labels: from scratch, and from a model that has first filled in hidden tokens of all training inputs.
 
     python benchmarks/few_labels.py digits
-    python benchmarks/few_labels.py languages --seeds 5 --shares 1 5 25 100 --mask_ratio 0.25
+    python benchmarks/few_labels.py languages --seeds 2 --shares 5 --mask_ratio 0.25 --validation
     python benchmarks/few_labels.py vowels --data JapaneseVowels_TRAIN.ts JapaneseVowels_TEST.ts
 
 For each seed the training data lose a tenth of their items for validation; this split is the same for all runs of a
 seed, so with few labels there are more of them in validation than in training, in both ways alike. A run has so many
-labels of each class (the share of the training items, at least one of each class), 1,000 steps of 32 items or those of
+labels of each class (the share of the training items, at least one of each class), 500 steps of 32 items or those of
 the data set's default epochs, whichever is more, and keeps its best epoch on validation data. `pretrained` starts with
 --init_from a run of --task reconstruct on the inputs of all training items, with the data set's default epochs times
---length. Accuracies are those on the test data; `choose` prints validation alone.
+--length. Accuracies are those on the test data, or with --validation on validation data.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from data_files import read_series, read_texts  # noqa: E402
 from data_utils import random_stream, stratified_split  # noqa: E402
 
 sys.stdout.reconfigure(line_buffering=True)
-STEPS, BATCH = 1000, 32
+STEPS, BATCH = 500, 32
 EPOCH = 800  # samples at least, so that a few items do not make an epoch, with its validation, of every step
 Parts = dict[str, tuple[list[Any], np.ndarray]]  # split -> (inputs, class numbers)
 
@@ -118,8 +118,8 @@ def main() -> None:
     parser.add_argument("name", choices=SETS)
     parser.add_argument("--data", nargs=2, metavar="FILE", help="of vowels: the training and the test file")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shares", type=float, nargs="+", default=[1, 5, 25, 100], help="of the labels [percent]")
-    parser.add_argument("--mask_ratio", type=float, default=0.25)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1, 5, 25], help="of the labels [percent]")
+    parser.add_argument("--mask_ratio", type=float, default=0.5)
     parser.add_argument("--length", type=float, default=1.0, help="of pretraining, in default numbers of epochs")
     parser.add_argument("--validation", action="store_true", help="show accuracies on validation data: to choose by")
     args = parser.parse_args()

@@ -537,7 +537,7 @@ def test_prediction_on_sequences(sequences):
         assert answer["label"] == expected.argmax()
         assert answer["class"] == model.data_info["class_names"][answer["label"]]
         assert answer["confidence"] == max(answer["probabilities"].values()) == answer["probabilities"][answer["class"]]
-        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, rel=1e-14)  # float64
     json.dumps(answers, allow_nan=False)
     for size in (1, 2, 5):
         np.testing.assert_allclose(probabilities(predict(model, items, batch_size=size)), alone, atol=1e-5)

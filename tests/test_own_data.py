@@ -772,6 +772,21 @@ def test_analysis_where_a_modality_is_missing_throughout(multimodal_run, tmp_pat
     assert pictures == {"attention_text.png"}
 
 
+def test_attention_to_a_modality_is_shown_as_a_share_and_where_within_it(multimodal_run, monkeypatch):
+    """All modalities together get 1. A figure shows one of them: 1 is all that it gets, and the share is named."""
+    drawn = {}
+    for kind in (adapters.ImageAdapter, adapters.TextAdapter, adapters.SeriesAdapter):
+        monkeypatch.setattr(kind, "draw_attention", lambda self, *given: drawn.update({type(self): given}))
+    folder, _ = multimodal_run
+    infer(folder, "--analyze", "--output_dir=shares")
+    assert len(drawn) == 3
+    for _, _, maps, captions, _ in drawn.values():
+        for weights in maps:
+            np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+        shares = [int(re.search(r", (\d+)% of the attention$", caption)[1]) for caption in captions]
+        assert all(0 < share < 100 for share in shares)
+
+
 def test_a_modality_that_training_lacks_is_noted(tmp_path):
     write_table(tmp_path / "a.csv", {"text": ["x", "y"] * 5, "label": ["a", "b"] * 5})
     write_table(tmp_path / "b.csv", {"text": ["x", "y"], "series": ["s.npy", ""], "label": ["a", "b"]})
