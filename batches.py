@@ -671,7 +671,8 @@ def create_dataloader(
     Args:
         shuffle: for training: a new order each epoch; data from which nothing can be learnt are refused.
         seed: of the order.
-        num_workers: processes that load data; None for as many as config.choose_workers says.
+        num_workers: processes that load data, at most one of what is read in order (an iterable); None for as many as
+            config.choose_workers says.
         num_classes: labels must be in 0..num_classes-1.
         targets: a task (tasks.py), if the labels are not classes.
         max_seq_len: longer sequences are cut to this many tokens.
@@ -695,16 +696,20 @@ def create_dataloader(
         lengths, labels = check_items(dataset, max_seq_len, targets)
     if bucket_by_length and lengths is None:
         raise UserError("bucket_by_length needs the lengths of the samples; give the data set an attribute `lengths`")
-    mixed = shuffle and not getattr(dataset, "in_order", False)  # a stream has an order of its own
+    in_order = getattr(dataset, "in_order", False)  # a stream
+    mixed = shuffle and not in_order
     sampler = EpochBatchSampler(len(dataset), batch_size, mixed, seed, lengths if bucket_by_length else None, share)
     if labels is not None:
         targets.check(labels, for_training=shuffle)
     reads_files = getattr(dataset, "reads_files", False)
+    workers = choose_workers(num_workers, reads_files)
+    if in_order:  # each worker would read all of it, and webdataset and others give each of several a part
+        workers = min(workers, 1)
     loader = EpochDataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=partial(collate, max_seq_len=max_seq_len, targets=targets),
-        num_workers=choose_workers(num_workers, reads_files),
+        num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

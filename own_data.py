@@ -246,7 +246,7 @@ class Stream:
 
     Each pass runs through it from the start. It may give its items in another order each time, but as many as in the
     first pass. It is not known what comes later, so nothing is shuffled, and to get to an item those before it are
-    read: a resume in mid-epoch reads what it skips, and each worker and each process reads all.
+    read: a resume in mid-epoch reads what it skips, and each process reads all.
     """
 
     in_order = True

@@ -14,7 +14,7 @@ from running import ROOT, before_step, end, in_two_processes, output, succeed, w
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_absolute_error
 from test_resume import assert_same, assert_same_run, log_of
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 import inference
 import own_data
@@ -289,14 +289,16 @@ def test_lists_and_datasets_give_the_same_run_with_any_number_of_workers(folder)
 
 
 class Passes:
-    """An iterable without a length, such as a webdataset."""
+    """An iterable without a length that gives each of several workers a part, as a webdataset does."""
 
     def __init__(self, *passes):
         self.passes, self.number = passes, -1  # the items of each pass; the last ones again and again
 
     def __iter__(self):
         self.number += 1
-        yield from self.passes[min(self.number, len(self.passes) - 1)]
+        info = get_worker_info()
+        share = slice(info.id, None, info.num_workers) if info else slice(None)
+        yield from self.passes[min(self.number, len(self.passes) - 1)][share]
 
 
 def prepared(data, **options):
@@ -306,7 +308,7 @@ def prepared(data, **options):
 
 
 def test_an_iterable_is_trained_in_its_order_and_resumed_within_an_epoch(folder, monkeypatch):
-    """With another number of workers, each of which reads all of it."""
+    """With another number of workers, of which one reads it."""
     items, test = ramps(40), ramps(12, seed=1)
     settings = Settings(**(SMALL | {"num_epochs": 2}), batch_size=6, dropout=0.2)
 
