@@ -163,7 +163,7 @@ def test_a_run_that_is_stopped_does_not_repeat_what_is_done(chosen, run, monkeyp
 def test_the_models_of_folds_are_chosen_too(run):
     done = run(f"{SELECT} --folds=2")
     assert done.status == 0, done.err
-    assert "select: 3 candidates on 2 folds of the training data; each for 0.5 of its epochs\n" in done.out
+    assert "select: 3 candidates on 2 folds of the training data, each for 0.5 of its epochs\n" in done.out
     checkpoint = load_checkpoint(f"checkpoints/{BEST}")
     assert len(checkpoint["members"]) == 2 and [one["n"] for one in checkpoint["data"]["selection"]] == [2, 2, 2]
     assert "all of them together: test accuracy" in done.out
@@ -180,7 +180,7 @@ def test_the_worse_half_is_trained_on_the_first_fold_alone(run, monkeypatch):
     monkeypatch.setattr(selection, "FEW", 2)
     done = run(SELECT)
     assert done.status == 0, done.err
-    assert "on 3 folds of the training data, after the first fold the better half of them; each for 0.5" in done.out
+    assert "of its epochs,\n        of which the better half goes on after the first fold\n" in done.out
     rows = load_checkpoint(f"checkpoints/{BEST}")["data"]["selection"]
     assert sorted(one["n"] for one in rows) == [1, 3, 3]
     logs = [log.parent.parent.name for log in Path("checkpoints/select").glob("*/fold_*/log.jsonl")]
