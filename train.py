@@ -829,8 +829,8 @@ def select(
     flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
     half = ",\n        of which the better half goes on after the first fold" if len(found) > selection.FEW else ""
     say(
-        f"\nselect: {len(found)} candidates on {number} folds of the training data, each for {settings.select_share:g} of "
-        f"its epochs{half}\n{selection.run_heading(found, metric)}"
+        f"\nselect: {len(found)} candidates on {number} folds of the training data, each for "
+        f"{settings.select_share:g} of its epochs{half}\n{selection.run_heading(found, metric)}"
     )
     going, results = found, {one["name"]: [] for one in found}  # of each run (its line of the log, its seconds)
     for fold in range(1, number + 1):
