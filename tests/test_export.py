@@ -188,6 +188,8 @@ def test_an_onnx_file_answers_as_the_model_at_any_size(kind, tmp_path, capsys):
         {"learned_positions": True, "max_length": 20},
         {"learned_positions": True, "max_length": 1},
         {"grid_shape": (8, 8), "stem": "conv"},
+        {"stem": "windows", "window": 4, "stride": 2},
+        {"stem": "conv", "stride": 4, "stem_dim": 6},
         {"vocab_size": 20, "input_dim": 1, "embedding_dim": 16, "head": "positions", "num_queries": 9,
          "tie_embedding": True, "num_classes": 20},
     ],
