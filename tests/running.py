@@ -39,6 +39,7 @@ def run_train(folder, flags, file_limit=None, change=None, terminal=None):
         terminal: the device on which the process runs; without one its output goes to output.txt.
     """
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     if terminal:

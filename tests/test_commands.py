@@ -1053,6 +1053,7 @@ def test_the_tour(processes):
     assert files_below(folder) == set()
 
 
+@pytest.mark.slow
 def test_without_tensorboard(processes):
     """R51."""
     (help_text, trained, evaluated), folder = processes(without_tensorboard)

@@ -392,6 +392,7 @@ def test_any_number_of_processes_resume_a_run(one, two, three, tmp_path, monkeyp
     assert_equal_runs(tmp_path, one / "uneven")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_anew_and_goes_on(tmp_path):
     """And where none is started anew any more, all end. No earlier run is taken for this one."""
     flags = f"{SEQUENCES} --epochs=500 --batch_size=20"
