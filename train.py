@@ -282,10 +282,6 @@ def prepare(
         print_note(f"{len(splits['val'])} validation samples are too few to choose an epoch by: the last one is kept "
                    f"(--select_by {next(iter(task.higher_is_better))} chooses)")  # fmt: skip
     training = splits["train"]
-    steps = settings.num_epochs * math.ceil(len(training) / settings.batch_size / settings.accumulation_steps)
-    if checkpoint is None and not whole and is_plain_series(settings) and steps < FEW_STEPS:
-        print_note(f"{len(training)} training series and {steps} steps are few: --select auto finds out, by folds of "
-                   "them, which tokens and random changes suit them (docs/small_data.md)")  # fmt: skip
     if (passes := passes_of(settings, len(training))) > 1:
         training = training.subset(np.tile(np.arange(len(training)), passes))
     mixup, cutmix = (has_effect(settings, name) * getattr(settings, name) for name in ("mixup", "cutmix"))
@@ -298,6 +294,10 @@ def prepare(
         check_model(checkpoint, settings, data, len(loaders["train"]))
 
     steps_per_epoch = math.ceil(len(loaders["train"]) / settings.accumulation_steps)
+    steps = settings.num_epochs * steps_per_epoch
+    if checkpoint is None and not whole and is_plain_series(settings) and steps < FEW_STEPS:
+        print_note(f"{len(training)} training series and {steps} steps are few: --select auto finds out, by folds of "
+                   "them, which tokens and random changes suit them (docs/small_data.md)")  # fmt: skip
     progress = progress_of(checkpoint) if checkpoint else new_progress(settings, steps_per_epoch)
     with memory_advice("for a model of this size", MODEL_REMEDIES):
         model = new_model(settings, data, base).to(device)
