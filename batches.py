@@ -13,6 +13,9 @@ for classes. Any `torch.utils.data.Dataset` of such items can be used:
 """
 
 import math
+import multiprocessing
+import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -617,6 +620,20 @@ class EpochDataLoader(DataLoader):
         return _one_ahead(batches) if by_thread else batches
 
 
+def follow_parent(worker: int) -> None:
+    """In a loader's worker: end as soon as the process that started it is gone, whatever ended it.
+
+    torch's own watch looks between two batches whether the parent changed, so it misses one that was killed while the
+    worker began, and such a worker would wait for batches for ever.
+    """
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def _one_ahead(iterator: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches. While one is used, a thread makes and pins the next."""
     device = torch.cuda.current_device()  # a new thread starts with device 0
@@ -712,6 +729,7 @@ def create_dataloader(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=follow_parent,
     )
     loader.spare_workers = num_workers is None and reads_files
     return loader

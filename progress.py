@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import distributed
-from batches import random_stream
+from batches import follow_parent, random_stream
 from checkpoint import Contents, Data, SplitSizes, listed, load_weights, tensor_problems
 from messages import UserError
 from schema import Positive, read, shown
@@ -500,7 +500,8 @@ class StopRequest:
 
 
 def begin_worker(over: Any, worker: int) -> None:
-    """In a loader's worker: leave the signals to the trainer, which still needs the batches of its step.
+    """In a loader's worker: end with the trainer, but leave its signals to it, which still needs the batches of its
+    step.
 
     Signals reach workers too: Ctrl-C reaches all processes of a terminal, SLURM's SIGTERM all of a job. But Python also
     uses SIGTERM to end the workers when the trainer exits on an error, and then waits for them. So a worker obeys it
@@ -515,3 +516,4 @@ def begin_worker(over: Any, worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)
     leave(signal.SIGTERM, None)
+    follow_parent(worker)

@@ -21,6 +21,7 @@ from test_resume import SEQUENCES
 
 import data_utils
 import evaluation
+import progress
 from checkpoint import LAST, load_checkpoint
 from data_utils import create_dataloader
 from messages import UserError, worker_advice
@@ -193,8 +194,20 @@ def test_a_worker_that_dies_while_a_destructor_runs_is_one_line(monkeypatch):
     assert told == ["another"]
 
 
-def test_a_killed_run_leaves_neither_workers_nor_a_lock(start, tmp_path):
-    process = start(tmp_path / "run", f"{LONG} --num_workers=2")
+def begin_slowly():
+    """Called in the process: a worker that has just begun does nothing yet."""
+    begin = progress.begin_worker
+
+    def later(over, worker):
+        time.sleep(2)
+        begin(over, worker)
+
+    progress.begin_worker = later
+
+
+@pytest.mark.parametrize("change", [None, begin_slowly], ids=["at work", "as its workers begin"])
+def test_a_killed_run_leaves_neither_workers_nor_a_lock(start, tmp_path, change):
+    process = start(tmp_path / "run", f"{LONG} --num_workers=2", change=change)
     log = tmp_path / "run" / "checkpoints" / "log.jsonl"
     assert wait_until(lambda: log.exists() and len(children(process.pid)) == 2, process)
     workers = children(process.pid)
