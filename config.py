@@ -280,7 +280,7 @@ class Settings:
         "memory up to 0.75 GiB, else none", choices=("auto", "memory", "disk", "none"), applies=_IMAGE_FILES,
         on_resume="free")
     cache_dir: str | None = _data(
-        None, "folder of what is remembered about your images; none = .perceiver_cache beside them",
+        None, "folder of what is remembered about your images; none = hidden files beside them",
         applies=_IMAGE_FILES, on_resume="free")
 
     init_from: str | None = _start(
@@ -703,10 +703,14 @@ def check_folder(name: str, settings: Settings, sources: Mapping[str, str], *sig
                         f"if that is right, say so with {flag_of(name)}")
 
 
-def cache_folder(settings: Settings, data: Path | None = None) -> Path:
-    """The folder of what is remembered about images. data: their folder or manifest, data_path or test_path."""
+def cache_path(settings: Settings, name: str, data: Path | None = None) -> Path:
+    """The file of what is remembered about images under this name. data: their folder or manifest, data_path or
+    test_path, in or beside which it lies without a cache_dir: hidden, and a file, since to other programs that read
+    folders of images another folder would be another class."""
+    if settings.cache_dir:
+        return Path(settings.cache_dir, name)
     data = data or Path(settings.data_path)
-    return Path(settings.cache_dir or (data if data.is_dir() else data.parent) / ".perceiver_cache")
+    return (data if data.is_dir() else data.parent) / f".perceiver_{name}"
 
 
 def check_cache(settings: Settings, sources: Mapping[str, str]) -> None:
@@ -714,10 +718,11 @@ def check_cache(settings: Settings, sources: Mapping[str, str]) -> None:
     if not has_effect(settings, "cache") or settings.cache != "disk" or settings.data_path is None:
         return
     named_by_checkpoint = sources["cache_dir" if settings.cache_dir else "data_path"] == "checkpoint"
-    folder = Path(os.path.abspath(cache_folder(settings)))
-    if named_by_checkpoint and not folder.is_relative_to(Path.cwd()) and not folder.exists():
-        raise UserError(f"cache: the checkpoint would write into {_shown(str(folder))}, outside the current folder; if "
-                        "that is right, say so with --cache_dir")  # fmt: skip
+    path = Path(os.path.abspath(cache_path(settings, "images-")))
+    in_use = any(path.parent.glob(f"{path.name}*"))
+    if named_by_checkpoint and not path.is_relative_to(Path.cwd()) and not in_use:
+        raise UserError(f"cache: the checkpoint would write into {_shown(str(path.parent))}, outside the current "
+                        "folder; if that is right, say so with --cache_dir")  # fmt: skip
 
 
 def format_settings(settings: Settings, sources: Mapping[str, str], in_force: Mapping[str, Any]) -> str:

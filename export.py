@@ -69,7 +69,7 @@ def random_inputs(model: PerceiverModel, samples: int, tokens: int, padded: bool
     """
     inputs, masks = {}, {}
     for number, (name, features) in enumerate(model.modalities.items()):
-        length = min(tokens + number, longest(model, name))
+        length = max(shortest(model, name), min(tokens + number, longest(model, name)))
         shape = (samples, math.prod(features.grid_shape) if features.grid_shape else length)
         real = torch.ones(shape, dtype=torch.bool)
         if features.embedding is None:
@@ -86,12 +86,11 @@ def random_inputs(model: PerceiverModel, samples: int, tokens: int, padded: bool
     return inputs, masks
 
 
-def check_stems(model: PerceiverModel) -> None:
-    """Raise UserError for stems that make another number of tokens of a sequence, for which torch.export fixes it."""
-    for name, features in model.modalities.items():
-        if isinstance(features.stem, SequenceStem):
-            raise UserError(f"a model that reads {name} through --stem conv or --series_window cannot be exported; "
-                            "train one without them")  # fmt: skip
+def shortest(model: PerceiverModel, name: str) -> int:
+    """Tokens of the shortest sequence of a modality that a program of torch.export takes: where a stem joins them it
+    must be left two, since the program takes one for a fixed number."""
+    stem = model.modalities[name].stem
+    return stem.window + 1 if isinstance(stem, SequenceStem) and stem.window > 1 else 1
 
 
 def longest(model: PerceiverModel, name: str) -> float:
@@ -438,7 +437,6 @@ def main(argv: list[str] | None = None) -> int:
             print_note(f"{name} has no effect without --quantize")
     model, stored = load_model(args.model_path)
     check_answers(model)
-    check_stems(model)
     test_data = read_test_data(model, stored, args.flags) if args.quantize else None
     make_folder(path.parent)
     weights = sum(weights.numel() for weights in model.parameters())
@@ -451,6 +449,10 @@ def main(argv: list[str] | None = None) -> int:
             value = "-" if figures["headline"] is None else f"{figures['headline']:.4f}"
             line += f"  test {model.task.headline} {value}"
         print(line)
+    if path.suffix == ".pt2":
+        for name in model.modalities:
+            if (least := shortest(model, name)) > 1:
+                print_note(f"it takes {name} of {least} tokens or more; pad shorter ones, and their mask with False")
     print(f"wrote {printable(str(path))}")
     return 0
 

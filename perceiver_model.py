@@ -61,8 +61,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: fl
     if q.device.type == "cpu" and q.size(-1) != v.size(-1):
         # No fused kernel has values of another width, and torch's own fallback looks for queries without a token
         return F.dropout(_attention_weights(q, k, allowed, scale), dropout) @ v
-    small = k.size(3) < WIDTH_FOR_BFLOAT16 or k.size(2) <= TOKENS_FOR_BFLOAT16
-    if small and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if slow and (k.size(3) < WIDTH_FOR_BFLOAT16 or k.size(2) <= TOKENS_FOR_BFLOAT16):  # last: a program has open sizes
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             return F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=scale).bfloat16()

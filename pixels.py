@@ -29,7 +29,7 @@ import PIL
 from torch.utils.data import get_worker_info
 
 import distributed
-from config import Settings, cache_folder, check_memory, choose_workers, memory_of
+from config import Settings, cache_path, check_memory, choose_workers, memory_of
 from files import checksum_of, make_folder, written_whole
 from image_files import depth
 from messages import UserError, naming, print_note, refuse_together, with_progress
@@ -289,13 +289,10 @@ class Check:
                                               "(--batch_size, --image_size)")  # fmt: skip
         few, on_disk = len(self.paths) < REMEMBERED, settings.cache == "disk"
         self.share = (0, 1) if few else (distributed.rank(), distributed.size())  # few are sooner read than exchanged
-        self.folder = cache_folder(settings, data)
-        if self.folder.is_symlink() and not settings.cache_dir:  # as data from elsewhere may hold it
-            raise UserError(f"{self.folder}: it is a link, and nothing is written where it leads; remove it, or choose "
-                            "another --cache_dir")  # fmt: skip
         # Another version of Pillow may make other pixels
-        self.called = f"{side}{f'-crop{crop:g}' if crop else ''}-pillow{PIL.__version__}"
-        self.record = Record(None if few and not on_disk else self.folder / f"images-{self.called}")
+        called = f"{side}{f'-crop{crop:g}' if crop else ''}-pillow{PIL.__version__}"
+        self.pixels_path = cache_path(settings, f"pixels-{called}", data)
+        self.record = Record(None if few and not on_disk else cache_path(settings, f"images-{called}", data))
         self.writes = (remember or on_disk) and self.record.path is not None
 
         root = os.path.join(data if data.is_dir() else data.parent, "")
@@ -318,9 +315,10 @@ class Check:
         if not count:
             return None
         if cache == "disk":
-            places, path = len(self.record.names), make_folder(self.folder) / f"pixels-{self.called}"
+            places, path = len(self.record.names), self.pixels_path
+            make_folder(path.parent)
             there = getattr(path.stat(), "st_blocks", 0) * 512 if path.exists() else 0
-            needed, free = places * (size + 8) - there, shutil.disk_usage(self.folder).free
+            needed, free = places * (size + 8) - there, shutil.disk_usage(path.parent).free
             if needed > free:
                 raise UserError(f"cache: {path} needs {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "
                                 "free; free some, or choose another --cache_dir or --cache none")  # fmt: skip
@@ -400,8 +398,8 @@ class Check:
             self.record.write()
         except OSError as error:
             self.writes = False
-            print_note(f"the check of the images is not remembered: cannot write into {self.folder}: {error.strerror}; "
-                       "name another folder with --cache_dir")  # fmt: skip
+            print_note(f"the check of the images is not remembered: cannot write {self.record.path}: {error.strerror}; "
+                       "name a folder with --cache_dir")  # fmt: skip
 
     # --- What it found ---
 

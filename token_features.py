@@ -237,10 +237,12 @@ class SequenceStem(nn.Module):
         return num_windows(length, self.window, self.stride)
 
     def windows(self, values: Tensor) -> Tensor:
-        """(B, steps, ...) -> (B, L, ..., window), zero (False) beyond the last step."""
-        end = values.new_zeros(values.size(0), self.window, *values.shape[2:])  # enough; a fixed size can be exported
-        windows = torch.cat([values, end], 1).unfold(1, self.window, self.stride)
-        return windows[:, : self.num_tokens(values.size(1))]
+        """(B, steps, ...) -> (B, L, window, ...), zero (False) beyond the last step."""
+        length = values.size(1)
+        padded = torch.cat([values, values.new_zeros(values.size(0), self.window, *values.shape[2:])], 1)
+        # Chosen by number, since slices of a view would tie an exported program to the lengths that leave no rest
+        first = self.stride * torch.arange(self.num_tokens(length), device=values.device)
+        return padded[:, first[:, None] + torch.arange(self.window, device=values.device)]
 
     def answering(self, length: int, real: Tensor | int) -> Tensor:
         """Which token answers for each of `length` steps: of the real ones (B, L), the one whose middle is nearest.
@@ -259,7 +261,9 @@ class SequenceStem(nn.Module):
         if mask is None:
             return None
         real = self.windows(mask)  # (B, L, window)
-        return torch.cat([real[:, :1].any(2), real[:, 1:, -self.stride :].any(2)], 1)
+        new = torch.arange(self.window, device=mask.device) >= self.window - self.stride
+        first = torch.arange(real.size(1), device=mask.device) == 0
+        return (real & (new | first[:, None])).any(2)
 
 
 class WindowStem(SequenceStem):
@@ -275,7 +279,7 @@ class WindowStem(SequenceStem):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, steps, features), mask bool (B, steps) -> tokens (B, L, window * features), mask (B, L)."""
-        return self.windows(x).mT.flatten(2), self.token_mask(mask)
+        return self.windows(x).flatten(2), self.token_mask(mask)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):

@@ -1,6 +1,7 @@
 """export.py: what it writes answers as the model does, at any size; what cannot be exported is said in one line."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -190,6 +191,7 @@ def test_an_onnx_file_answers_as_the_model_at_any_size(kind, tmp_path, capsys):
         {"grid_shape": (8, 8), "stem": "conv"},
         {"stem": "windows", "window": 4, "stride": 2},
         {"stem": "conv", "stride": 4, "stem_dim": 6},
+        {"stem": "conv"},
         {"vocab_size": 20, "input_dim": 1, "embedding_dim": 16, "head": "positions", "num_queries": 9,
          "tie_embedding": True, "num_classes": 20},
     ],
@@ -198,8 +200,9 @@ def test_an_onnx_file_answers_as_the_model_at_any_size(kind, tmp_path, capsys):
 def test_programs_of_every_head_stem_and_position(arguments):
     model = PerceiverModel(**{"input_dim": 3, "num_classes": 4, **TINY, **arguments}).eval()
     program = export.trace(model, attention=True).module()
-    length = math.prod(arguments.get("grid_shape", (min(9, arguments.get("max_length", 9)),)))
-    for samples in (1, 3):
+    lengths = [math.prod(arguments["grid_shape"])] if "grid_shape" in arguments else [5, 6, 7, 8, 9, 16, 300]
+    longest = arguments.get("max_length", arguments.get("num_queries", 300))
+    for samples, length in itertools.product((1, 3), [length for length in lengths if length <= longest] or [1]):
         x = torch.rand(samples, length, model.modalities["input"].input_dim)
         mask = torch.rand(samples, length) < 0.5
         mask[0] = False

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from running import before_step
+from torchvision.datasets import ImageFolder
 from user_files import message, write
 
 import adapters
@@ -164,9 +165,11 @@ def test_what_workers_read_is_kept_for_all(folder, remembered):
 
 def test_pixels_on_disk_are_found_by_the_next_run_and_never_those_of_another_file(folder, decoded):
     expected = np.asarray(loaded(folder, cache="disk")[0]["train"].images)
-    assert sorted(os.listdir(folder / ".perceiver_cache")) == [
-        f"{name}-16-pillow{pixels.PIL.__version__}" for name in ("images", "pixels")
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        f".perceiver_{name}-16-pillow{pixels.PIL.__version__}" for name in ("images", "pixels")
     ]
+    # ImageFolder, which takes every folder for a class, hidden ones too
+    assert ImageFolder(folder).classes == sorted(path.name for path in folder.iterdir() if path.is_dir())
     decoded.clear()
     images = loaded(folder, cache="disk")[0]["train"].images
     np.testing.assert_array_equal(images, expected)
@@ -182,7 +185,7 @@ def test_pixels_on_disk_are_found_by_the_next_run_and_never_those_of_another_fil
 
 def test_damaged_pixels_on_disk_are_read_again(folder):
     expected = np.asarray(loaded(folder, cache="disk")[0]["train"].images)
-    (file,) = (folder / ".perceiver_cache").glob("pixels-*")
+    (file,) = folder.glob(".perceiver_pixels-*")
     data = bytearray(file.read_bytes())
     for place in range(100, len(data), 777):
         data[place] ^= 1
@@ -226,14 +229,9 @@ def test_a_disk_that_is_too_small_is_refused_at_once(folder, monkeypatch):
 
 
 def test_nothing_is_written_where_a_link_leads(folder, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (folder / ".perceiver_cache").symlink_to(tmp_path / "elsewhere")
-    assert "it is a link" in message(loaded, folder, cache="disk")
-    (folder / ".perceiver_cache").unlink()
-    (folder / ".perceiver_cache").mkdir()
     victim = write(tmp_path / "victim", "as it was")
     for name in ("images", "pixels"):
-        (folder / ".perceiver_cache" / f"{name}-16-pillow{pixels.PIL.__version__}").symlink_to(victim)
+        (folder / f".perceiver_{name}-16-pillow{pixels.PIL.__version__}").symlink_to(victim)
     assert "cannot be used" in message(loaded, folder, cache="disk")
     assert victim.read_text() == "as it was"
 
@@ -247,7 +245,7 @@ def test_a_checkpoint_names_no_folder_for_pixels(tmp_path, monkeypatch):
     assert "--cache_dir" in message(check_cache, settings, sources)
     check_cache(*resolve(base=base, flags={"cache_dir": "../mine"}))
     check_cache(*resolve(base=base, flags={"data_path": "../photos"}))
-    (tmp_path / "photos/.perceiver_cache").mkdir(parents=True)  # it has been in use
+    write(tmp_path / "photos/.perceiver_images-16", "")  # it has been in use
     check_cache(settings, sources)
 
 
@@ -312,7 +310,7 @@ def test_a_check_that_is_interrupted_goes_on(folder, remembered, decoded, monkey
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY", "cut", "other"])
 def test_a_record_that_cannot_be_read_is_made_again(folder, remembered, content):
     first = loaded(folder)
-    (file,) = (folder / ".perceiver_cache").glob("images-*")
+    (file,) = folder.glob(".perceiver_images-*")
     whole = file.read_bytes()
     if content == "other":
         with open(file, "wb") as other:
@@ -325,9 +323,9 @@ def test_a_record_that_cannot_be_read_is_made_again(folder, remembered, content)
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_about(folder, remembered, capsys):
-    write(folder / ".perceiver_cache", "a file in its place")
+    (folder / f".perceiver_images-16-pillow{pixels.PIL.__version__}").mkdir()  # in its place
     loaded(folder)
-    assert "note: the check of the images is not remembered: cannot write into" in capsys.readouterr().out
+    assert "note: the check of the images is not remembered: cannot write" in capsys.readouterr().out
     loaded(folder, cache_dir=str(folder.parent / "mine/cache"))
     assert list((folder.parent / "mine/cache").iterdir()) and not capsys.readouterr().out
 
@@ -337,9 +335,10 @@ def test_evaluation_uses_the_record_and_writes_none(folder, remembered, decoded)
     decoded.clear()
     loaded(folder, info, "test")
     assert decoded == []
-    shutil.rmtree(folder / ".perceiver_cache")
+    (record,) = folder.glob(".perceiver_*")
+    record.unlink()
     loaded(folder, info, "test")
-    assert decoded and not (folder / ".perceiver_cache").exists()
+    assert decoded and not record.exists()
 
 
 def test_processes_check_a_share_each_and_know_all(folder, remembered, monkeypatch, decoded):
