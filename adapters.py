@@ -44,7 +44,7 @@ from series_files import not_as_trained, read_named_series, read_one_series
 from tables import FileFinder, listed, nfc, repeated
 from token_features import conv_grid, window_steps
 
-STEM_TOKENS = 64  # of half of the series at most, with the default stride of convolutions
+STEM_TOKENS, TEXT_TOKENS = 64, 256  # of half of the series and texts at most, with the default stride of convolutions
 LARGEST = FIELDS["image_size"].metadata["at_most"]
 Side = Annotated[int, lambda pixels: 1 <= pixels <= LARGEST, f"a side of 1 to {LARGEST} pixels"]
 
@@ -409,11 +409,22 @@ class TextAdapter(Adapter):
     """Text as its UTF-8 bytes, one token each, for the model to embed: no tokenizer, any language.
 
     As in Perceiver IO (section 4.1). A longer text is cut to max_seq_len bytes.
+
+    Args:
+        stem: what the encoder reads: None, each byte; 'conv', convolutions over their embeddings.
+        stride: bytes from a token to the next behind the stem.
     """
 
     modality = "text"
 
     max_seq_len: Size | None = None
+    stem: str | None = None
+    stride: Size = 1
+
+    def __post_init__(self) -> None:
+        if self.stem not in (None, "conv") or (self.stem is None and self.stride > 1):
+            raise UserError(f"the stem of text must be conv, with a stride, or none, not {shown(self.stem)} with "
+                            f"stride {self.stride}")  # fmt: skip
 
     @classmethod
     def read_items(
@@ -423,11 +434,27 @@ class TextAdapter(Adapter):
 
     @classmethod
     def fit(cls, raw: Sequence[str], settings: Settings) -> "TextAdapter":
-        return cls(settings.max_seq_len)
+        """The stem of the settings has the power of two as stride with which half of the texts have at most TEXT_TOKENS
+        tokens, or 1 where each character is asked for."""
+        adapter = cls(settings.max_seq_len)
+        if settings.stem != "conv":
+            return adapter
+        if settings.task == "tagging":
+            return replace(adapter, stem="conv")
+        lengths = np.minimum(adapter.lengths(raw), settings.max_seq_len or np.inf)
+        return replace(adapter, stem="conv", stride=stride_for(lengths, TEXT_TOKENS))
+
+    def taken_over(self, source: Source, settings: Settings) -> "TextAdapter":
+        if (settings.stem == "conv") != (self.stem == "conv"):
+            return self.fit(source.values["train"], settings)
+        return super().taken_over(source, settings)
 
     @property
     def features(self) -> dict[str, Any]:
-        return {"vocab_size": 256}
+        return {"vocab_size": 256} | ({"stem": self.stem, "stride": self.stride} if self.stem else {})
+
+    def token_steps(self, length: int) -> np.ndarray:
+        return np.array(window_steps(length, self.stride, self.stride))
 
     def __call__(self, text: str) -> Tensor:
         """(L, 1), float32: the bytes, 0..255."""
@@ -494,7 +521,13 @@ class TextAdapter(Adapter):
     def draw_attention(
         self, tokens: Tensor, mask: np.ndarray, attention: Sequence[np.ndarray], captions: Sequence[str], path: Path
     ) -> None:
+        attention = [attention_by_step(weights, self.token_steps(mask.shape[1]), mask) for weights in attention]
         plots.plot_text_attention(tokens[..., 0].numpy(), mask, attention, captions, path)
+
+
+def stride_for(lengths: np.ndarray, tokens: int) -> int:
+    """The power of two with which half of the sequences of these lengths have at most so many tokens."""
+    return 2 ** max(0, math.ceil(math.log2(max(1, np.median(lengths)) / tokens)))
 
 
 def _starts(data: np.ndarray) -> np.ndarray:
@@ -523,6 +556,13 @@ class PretrainedTextAdapter(TextAdapter):
             raise UserError(f"the special symbols must be six different words, not {self.symbols}")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise UserError(f"the longest text must have 2 tokens or more, not {self.max_seq_len}")
+        if self.stem is not None:
+            raise UserError(f"the published model reads bytes: its stem must be none, not {shown(self.stem)}")
+
+    def taken_over(self, source: Source, settings: Settings) -> "PretrainedTextAdapter":
+        if settings.stem == "conv":
+            raise UserError("stem: the published model of text reads bytes; leave --stem conv out")
+        return Adapter.taken_over(self, source, settings)
 
     @property
     def features(self) -> dict[str, Any]:
@@ -651,8 +691,7 @@ class SeriesAdapter(Adapter):
         series = series if isinstance(series, PackedSeries) else [as_numbers(one, "series") for one in series]
         steps = Steps(series, max_seq_len)
         if stride is None and stem == "conv":
-            median = np.median(steps.lengths)
-            stride = 2 ** max(0, math.ceil(math.log2(max(1, median) / STEM_TOKENS)))
+            stride = stride_for(steps.lengths, STEM_TOKENS)
         elif stride is None:
             stride = max(1, (window or 1) // 4)
         found = steps.statistics()

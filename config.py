@@ -40,6 +40,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "label_smoothing": 0.1,
         "ema_decay": 0.995,
+        "select_by": "last",
     },
     "images": {"model_size": "small", "patch_size": 8, "num_epochs": 50},
     "sequences": {
@@ -56,6 +57,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema_decay": 0.98,
         "max_seq_len": 2048,
+        "stem": "conv",
     },
     "multimodal": {"model_size": "tiny", "patch_size": 8, "num_epochs": 50, "max_seq_len": 2048},
 }
@@ -92,8 +94,10 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "strong": {"image_recipe": "strong"} | IMAGE_RECIPES["strong"],
         "strong_conv": {"image_recipe": "strong", "stem": "conv"} | IMAGE_RECIPES["strong"],
     }),
+    "text": {"conv": {}, "bytes": {"stem": "none"}, "dropout": {"dropout": 0.3}, "mixup": {"mixup": 0.2}},
     "others": {"plain": {}, "dropout": {"dropout": 0.3}, "mixup": {"mixup": 0.2}},
 }  # fmt: skip
+_BEFORE = {"stem": "none"}  # what older runs did that do not say so, where new ones of their data do otherwise
 OWN_DATA = ("images", "sequences", "text", "multimodal")  # data sets that are read from data_path
 PYTHON = "python"  # the data set that is given to train.train(); one of a file such as my_data.py is called as the file
 LAST_CHECKPOINT = "last_model.pth"  # what --resume without a path reads, in checkpoint_dir
@@ -135,7 +139,8 @@ _FILES = {"dataset_type": OWN_DATA}
 _OWN = {"dataset_type": (*OWN_DATA, PYTHON)}
 _TABLES = {"dataset_type": ("sequences", "text", "multimodal")}
 _SERIES = {"dataset_type": ("sequences",)}
-_STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "multimodal")}
+_STEMS = {"dataset_type": ("cifar10", "digits", "images", "sequences", "text", "multimodal", PYTHON)}
+_WINDOWS = {"dataset_type": ("sequences", "multimodal", PYTHON)}
 _OWN_SERIES = {"dataset_type": ("sequences", "multimodal")}
 _MULTIMODAL = {"dataset_type": ("multimodal",)}
 _CLASSES = {"task": ("classification", "multilabel", "tagging")}
@@ -226,14 +231,14 @@ class Settings:
         "plain", "defaults for series: strong = convolutions, random changes, at least 2,000 steps",
         choices=tuple(SERIES_RECIPES), applies=_SERIES)
     stem: str = _data(
-        "none", "what the encoder reads: convolutions over the steps of series and the pixels of images, or these "
-        "themselves (windows, patches)", choices=("none", "conv"), applies=_STEMS)
+        "none", "what the encoder reads: convolutions over the steps of series, the bytes of text and the pixels of "
+        "images, or these themselves (windows, patches)", choices=("none", "conv"), applies=_STEMS)
     series_window: int | None = _data(
         None, "consecutive steps of a series that make a token; none = one, or what the stem makes of them", "steps",
-        at_least=1, at_most=10_000, applies=_OWN_SERIES)
+        at_least=1, at_most=10_000, applies=_WINDOWS)
     series_stride: int | None = _data(
         None, "from a token of a series to the next; none = a quarter of the window, or of the stem conv as many as "
-        "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_OWN_SERIES)
+        "make 64 tokens of half of the series", "steps", at_least=1, at_most=10_000, applies=_WINDOWS)
     augment: bool = _data(
         True, "change training samples at random, as the next settings say; images are moved, too",
         applies=_NOT_CACHED, on_resume="inexact")
@@ -388,7 +393,7 @@ class Settings:
         Raises:
             UserError: a line for each unknown name and each wrong value.
         """
-        return resolve(file=values)[0]
+        return resolve(file=_BEFORE | {**values})[0]
 
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
@@ -625,11 +630,14 @@ def resolve(
     Raises:
         UserError: a line for each problem.
     """
-    flags, file, checkpoint = flags or {}, file or {}, base or {}
+    flags, file, checkpoint = flags or {}, file or {}, _BEFORE | {**base} if base else {}
     _refuse(_check(checkpoint, "checkpoint: {}".format)[1] + _check(file)[1] + _check(flags)[1])
     defaults = {name: field.default for name, field in FIELDS.items()}
     chosen = ChainMap(flags, file, checkpoint, defaults)
     dataset = DATASET_DEFAULTS.get(chosen["dataset_type"], own or {})
+    # Defaults that give way: a stem where tokens are asked for by their positions, the last epoch where a score ends it
+    gives_way = {"stem": chosen["task"] == "reconstruct", "select_by": chosen["early_stopping_patience"] != 0}
+    dataset = {name: value for name, value in dataset.items() if not gives_way.get(name)}
     recipe = SERIES_RECIPES[chosen["series_recipe"]] if chosen["dataset_type"] == "sequences" else {}
     if chosen["dataset_type"] in _OUR_IMAGES["dataset_type"]:
         recipe = IMAGE_RECIPES[chosen["image_recipe"]]

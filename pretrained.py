@@ -299,7 +299,7 @@ def _text_adapter(folder: Path, config: dict[str, Any], image_size: int | None) 
     given = values.get("model_max_length", longest)
     if not _are([given, longest], (int, float)) or min(given, longest) < 2:
         raise UserError(f"the longest text must be a number of 2 or more, not {given!r} and {longest!r}")
-    return PretrainedTextAdapter(int(min(given, longest)), symbols)
+    return PretrainedTextAdapter(int(min(given, longest)), symbols=symbols)
 
 
 def _are(values: Iterable[Any], kind: type | tuple[type, ...]) -> bool:

@@ -1,6 +1,6 @@
 """What the encoder reads of a token: its features, its position and, with several modalities, its modality.
 
-    tokens (B, L, features) -> [embedding or stem] -> + positions -> [+ encoding of the modality] -> (B, L, C)
+    tokens (B, L, features) -> [embedding] -> [stem] -> + positions -> [+ encoding of the modality] -> (B, L, C)
 
 Letters used for shapes, as in perceiver_model.py:
 
@@ -319,7 +319,7 @@ def _summed(values: Tensor) -> Tensor:
 
 
 class SequenceConvStem(SequenceStem):
-    """Convolutions over the steps of a sequence: layers of kernels of three sizes side by side, as in InceptionTime
+    """Convolutions over the steps of a sequence: layers of kernels of several sizes side by side, as in InceptionTime
     (Fawaz et al. 2020, section 3), each followed by batch norm and GELU; all but the first are residual.
 
     The first layer has the stride: a token stands for that many steps, and a long sequence costs the less. In every
@@ -330,21 +330,26 @@ class SequenceConvStem(SequenceStem):
         input_dim: features of a step.
         num_channels: of a token, divisible by the number of kernel sizes.
         stride: steps of a token.
+        kernels: their sizes, odd, so that each has a middle: steps in the first layer, then tokens.
+        widened: multiply the sizes of the first layer by the stride, so that tokens far apart leave no step out.
     """
 
-    KERNELS = (7, 15, 31)  # steps in the first layer, then tokens; odd, so that each has a middle
     LAYERS = 2
 
-    def __init__(self, input_dim: int, num_channels: int, stride: int):
+    def __init__(
+        self, input_dim: int, num_channels: int, stride: int, kernels: tuple[int, ...] = (7, 15, 31),
+        widened: bool = False,
+    ):  # fmt: skip
         super().__init__(num_channels, stride, stride)
-        each, rest = divmod(num_channels, len(self.KERNELS))
+        each, rest = divmod(num_channels, len(kernels))
         if rest:
-            raise ValueError(f"stem='conv' has kernels of {len(self.KERNELS)} sizes; stem_dim must be divisible by "
-                             f"that, {num_channels} is not")  # fmt: skip
-        shapes = [(input_dim, stride)] + [(num_channels, 1)] * (self.LAYERS - 1)
+            raise ValueError(f"stem='conv' has kernels of {len(kernels)} sizes; stem_dim must be divisible by that, "
+                             f"{num_channels} is not")  # fmt: skip
+        first = [size * stride // 2 * 2 + 1 for size in kernels] if widened else kernels
+        shapes = [(input_dim, stride, first)] + [(num_channels, 1, kernels)] * (self.LAYERS - 1)
         self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in self.KERNELS)
-            for inputs, step in shapes
+            nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in sizes)
+            for inputs, step, sizes in shapes
         )
         self.norms = nn.ModuleList(MaskedBatchNorm(num_channels) for _ in shapes)
 
@@ -448,8 +453,8 @@ class TokenFeatures(nn.Module):
         grid_shape: (rows, cols) when the tokens are an image's, in row-major order; None for sequences.
         use_positions: tell the encoder where each token stands; off for data that carries its own positions.
         num_frequency_bands, max_resolution: of computed positions, see `PositionFeatures`.
-        stem: a first layer for the features. "linear": `LinearStem`; "conv": `ConvStem` for images,
-            `SequenceConvStem` for sequences; "windows": `WindowStem`, for sequences.
+        stem: a first layer for the features, or for the embeddings. "linear": `LinearStem`; "conv": `ConvStem` for
+            images, `SequenceConvStem` for sequences; "windows": `WindowStem`, for sequences.
         stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
         window: steps of a token of the stem "windows".
         stride: steps from a token to the next behind the stem "windows" or, for sequences, "conv"; default 1.
@@ -497,15 +502,16 @@ class TokenFeatures(nn.Module):
             check_sizes(vocab_size=vocab_size)
             if input_dim != 1:
                 raise ValueError(f"with vocab_size a token is one whole number: input_dim must be 1, not {input_dim}")
-            if stem is not None:
-                raise ValueError(f"with vocab_size the embedding makes the features: stem must be None, not {stem!r}")
+            if stem == "linear":
+                raise ValueError("with vocab_size the embedding makes the features: stem='linear' would add nothing")
             width = embedding_dim
             # From a unit normal, as large as the computed positions beside it: the layer norm is over both
             self.embedding = nn.Embedding(vocab_size, width)
             if add_positions:  # as small as the learned positions that it is added to
                 nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         if stem is not None:
-            self.stem = _make_stem(stem, input_dim, stem_dim, window, 1 if stride is None else stride, grid_shape)
+            stride = 1 if stride is None else stride
+            self.stem = _make_stem(stem, width, vocab_size is not None, stem_dim, window, stride, grid_shape)
             width = self.stem.num_channels
             self.token_grid = getattr(self.stem, "token_grid", grid_shape)  # (rows, cols) behind the stem
         self.num_channels = width
@@ -562,10 +568,14 @@ class TokenFeatures(nn.Module):
         return torch.cat(features, -1) if len(features) > 1 else features[0], mask
 
     def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, L, input_dim) -> (B, L, features) before the stem, zero where hidden if they are not embedded."""
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)  # 0 * NaN is NaN: padding must go before the first product
-        return x if self.embedding is None else self.embedding(x[..., 0].long())
+        """(B, L, input_dim) -> (B, L, features) before the stem, zero where hidden if a stem or a product follows."""
+        hidden = None if mask is None else ~mask[..., None]
+        if hidden is not None:
+            x = x.masked_fill(hidden, 0)  # 0 * NaN is NaN: padding must go before the first product
+        if self.embedding is None:
+            return x
+        x = self.embedding(x[..., 0].long())
+        return x if hidden is None or self.stem is None else x.masked_fill(hidden, 0)
 
     def check(self, x: Tensor, name: str) -> None:
         """Check that x is a batch of these tokens.
@@ -584,8 +594,9 @@ class TokenFeatures(nn.Module):
 
 
 def _make_stem(
-    kind: str, input_dim: int, num_channels: int | None, window: int | None, stride: int, grid: tuple[int, int] | None
-) -> nn.Module:
+    kind: str, input_dim: int, embedded: bool, num_channels: int | None, window: int | None, stride: int,
+    grid: tuple[int, int] | None,
+) -> nn.Module:  # fmt: skip
     if kind not in ("linear", "conv", "windows"):
         raise ValueError(f"stem must be 'linear', 'conv', 'windows' or None, not {kind!r}")
     if kind == "windows":
@@ -598,7 +609,11 @@ def _make_stem(
     check_sizes(stem_dim=num_channels)
     if kind == "linear":
         return LinearStem(input_dim, num_channels)
-    return SequenceConvStem(input_dim, num_channels, stride) if sequence else ConvStem(input_dim, num_channels, grid)
+    if not sequence:
+        return ConvStem(input_dim, num_channels, grid)
+    if embedded:  # of bytes, what says most is which few stand side by side
+        return SequenceConvStem(input_dim, num_channels, stride, (3, 5, 7), widened=True)
+    return SequenceConvStem(input_dim, num_channels, stride)
 
 
 NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: (those, whether they are given)

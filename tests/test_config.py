@@ -637,3 +637,17 @@ def test_a_fault_keeps_its_traceback():
 def test_a_good_command_line_runs(tmp_path):
     done = run("--config", write(tmp_path / "c.json", {"learning_rate": 1e-4}), "--lr", "2e-4")
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.0002\n", "")
+
+
+def test_a_default_of_a_data_set_gives_way_to_what_it_would_go_against():
+    assert resolve(flags={"dataset_type": "text"})[0].stem == "conv"
+    assert resolve(flags={"dataset_type": "text", "task": "reconstruct"})[0].stem == "none"
+    assert resolve(flags={"dataset_type": "digits"})[0].select_by == "last"
+    assert resolve(flags={"dataset_type": "digits", "early_stopping_patience": 5})[0].select_by is None
+
+
+def test_a_run_of_before_a_setting_was_there_goes_on_as_it_was():
+    """And not with the default that its data set has for new runs."""
+    before = Settings(dataset_type="text", data_path="a.csv").to_dict()
+    del before["stem"]
+    assert resolve(base=before)[0].stem == "none"

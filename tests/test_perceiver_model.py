@@ -1883,7 +1883,7 @@ def test_an_input_that_is_too_long_is_refused(variant, tokens, parts):
     ({"stem": "conv", "grid_shape": (4, 9)}, ["conv", "5 rows", "(4, 9)"]),
     ({"stem": "linear", "stem_dim": 0}, ["stem_dim", "0"]),
     ({"stem_dim": 8}, ["stem_dim=8", "no effect", "stem"]),
-    ({"input_dim": 1, "vocab_size": 9, "stem": "linear"}, ["vocab_size", "stem must be None"]),
+    ({"input_dim": 1, "vocab_size": 9, "stem": "linear"}, ["vocab_size", "stem='linear'"]),
     ({"learned_positions": True}, ["max_length", "None"]),
     ({"learned_positions": True, "max_length": 9, "grid_shape": (3, 3)}, ["max_length=9", "no effect", "sequence"]),
     ({"max_length": 9}, ["max_length=9", "no effect", "learned_positions"]),

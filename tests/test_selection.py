@@ -44,10 +44,10 @@ def test_the_candidates_are_those_of_the_table_and_keep_what_was_given():
     assert not any(selection.TOKENS & set(one) for one in found.values())
     assert list(found) == ["steps", "strong", "strong_unshifted", "strong_circular"]
     assert list(names(dataset_type="sequences", augment=False)) == ["steps", "windows", "conv"]
-    assert list(names(dataset_type="text", dropout=0.2)) == ["plain", "mixup"]
+    assert list(names(dataset_type="text", dropout=0.2)) == ["conv", "bytes", "mixup"]
     assert list(names(dataset_type="sequences", task="tagging", augment=False)) == ["steps", "windows", "conv"]
     with pytest.raises(UserError, match="select: what was given leaves nothing to choose between"):
-        names(dataset_type="text", dropout=0.2, mixup=0.1)
+        names(dataset_type="text", stem="conv", dropout=0.2, mixup=0.1)
 
 
 @pytest.mark.parametrize("dataset", ["sequences", "images", "text", "multimodal", "digits", "synthetic"])

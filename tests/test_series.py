@@ -22,6 +22,7 @@ from adapters import (
     ImageAdapter,
     SequenceDataset,
     SeriesAdapter,
+    TextAdapter,
     attention_by_step,
     describe,
     from_description,
@@ -68,6 +69,23 @@ def test_a_padded_batch_gives_every_sample_the_logits_it_gets_alone(stem, length
         tokens = own.size(-1)
         torch.testing.assert_close(attention[number, ..., :tokens], own[0], rtol=1e-9, atol=1e-9)
         assert (attention[number, ..., tokens:] == 0).all()
+
+
+@quick
+@given(stems, st.integers(0, 99))
+def test_padded_texts_have_the_logits_and_gradients_that_they_get_alone(stem, seed):
+    """What is padding must not reach the stem as the embedding of a byte 0."""
+    torch.manual_seed(seed)
+    model = PerceiverModel({"text": {"vocab_size": 9, "embedding_dim": 3, **stem}}, 3, **SMALL).double()
+    text = torch.randint(9, (1, 11, 1), generator=torch.Generator().manual_seed(seed)).double()
+    found = []
+    for x, mask in ((text, None), (F.pad(text, (0, 0, 0, 7), value=torch.nan), torch.arange(18)[None] < 11)):
+        model.zero_grad()
+        logits = model({"text": x}, None if mask is None else {"text": mask})
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for alone, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, alone, rtol=1e-8, atol=1e-9)
 
 
 @quick
@@ -224,6 +242,27 @@ def test_the_adapter_tells_the_model_of_its_stem():
         for length in (1, 7, 8, 9, 100):
             tokens = model.token_ranges({"series": torch.zeros(1, length, 2)})["series"]
             assert len(adapter.token_steps(length)) == tokens.stop
+
+
+def test_the_adapter_of_text_tells_the_model_of_its_stem():
+    texts = ["a" * length for length in (30, 300, 610, 3000)]
+    conv = TextAdapter.fit(texts, Settings(dataset_type="text", stem="conv"))  # half of them have at most 256 tokens
+    assert conv.features == {"vocab_size": 256, "stem": "conv", "stride": 2}
+    assert conv.token_steps(5).tolist() == [[0, 2], [2, 4], [4, 5]]
+    assert TextAdapter.fit(texts, Settings(dataset_type="text", stem="conv", max_seq_len=100)).stride == 1
+    assert TextAdapter.fit(texts, Settings(dataset_type="text", stem="none")).features == {"vocab_size": 256}
+    assert from_description(json.loads(json.dumps(describe(conv)))) == conv
+    for stem in ({"stem": "windows"}, {"stride": 2}, {"stem": "conv", "stride": 0}):
+        with pytest.raises(UserError):
+            from_description({"kind": "text", **stem})
+
+
+def test_attention_to_text_is_shown_by_byte(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_text_attention", lambda bytes, mask, attention, *_: drawn.update(found=attention))
+    adapter, weights = TextAdapter(stem="conv", stride=2), np.array([[[[0.25, 0.5, 0.25]]]])  # of one text of 5 bytes
+    adapter.draw_attention(torch.zeros(1, 5, 1), np.ones((1, 5), bool), [weights], ["a"], tmp_path / "x.png")
+    np.testing.assert_allclose(drawn["found"][0][0, 0, 0], [0.125, 0.125, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("stem", [
