@@ -263,7 +263,7 @@ def test_the_printed_settings_are_those_stored(digits_run):
         "dataset_type", "patch_size", "model_size", "d_model", "num_heads", "num_latents", "num_epochs",
         "learning_rate", "num_cross_attention_layers", "num_self_attention_layers",
     }  # fmt: skip
-    assert {name for name, _, source in rows if source != "flag"} == {"label_smoothing", "ema_decay"}
+    assert {name for name, _, source in rows if source != "flag"} == {"label_smoothing", "ema_decay", "select_by"}
 
 
 def test_the_losses_on_the_screen_are_said_to_be_of_which_weights(digits_run):
