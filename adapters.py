@@ -477,6 +477,14 @@ class TextAdapter(Adapter):
                     for split, texts in raw.items()}  # fmt: skip
         return super().checked_lengths(raw, places)
 
+    def about(self, raw: Sequence[str], source: Source) -> list[str]:
+        super().about(raw, source)
+        lengths = self.lengths(raw)
+        low, high, median = lengths.min(), lengths.max(), int(np.median(lengths))
+        shown = f"{low} byte{'s' * (low > 1)}" if low == high else f"{low} to {high} bytes (median {median})"
+        every = "byte" if self.stride == 1 else f"{self.stride} bytes"
+        return [f"text    {shown}; {f'convolutions, a token every {every}' if self.stem else 'each a token'}"]
+
     def length(self, raw: str) -> int:
         return len(raw.encode())
 
@@ -563,6 +571,9 @@ class PretrainedTextAdapter(TextAdapter):
         if settings.stem == "conv":
             raise UserError("stem: the published model of text reads bytes; leave --stem conv out")
         return Adapter.taken_over(self, source, settings)
+
+    def about(self, raw: Sequence[str], source: Source) -> list[str]:
+        return Adapter.about(self, raw, source)
 
     @property
     def features(self) -> dict[str, Any]:
