@@ -78,15 +78,14 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2
 # What --select auto chooses between: of each candidate a name, and the settings that it changes. What is given as a
 # flag or in a file holds for all of them.
 _STEPS = {"num_epochs": 40, "epoch_samples": 1600}  # 2,000 steps or more for all, so that tokens are compared
-_MOVED = {"series_warp": 0.2, "series_scale": 0.1}
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "sequences": {
         "steps": _STEPS,
         "windows": _STEPS | {"series_window": 8},
         "conv": _STEPS | {"stem": "conv"},
+        "conv_unplaced": _STEPS | {"stem": "conv", "use_positions": False},
         "strong": SERIES_RECIPES["strong"],
-        "strong_unshifted": _STEPS | {"stem": "conv"} | _MOVED,
-        "strong_circular": _STEPS | {"stem": "conv", "series_circular": True} | _MOVED,
+        "strong_circular": _STEPS | {"stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1},
     },
     **dict.fromkeys(("images", "cifar10", "digits"), {
         "patches": {},
