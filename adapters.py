@@ -870,7 +870,8 @@ class SeriesAdapter(Adapter):
         names = f": {listed(self.channels)}" if self.channels else ""
         shown = steps if low == high else f"{low} to {high} steps (median {median})"
         kind = {"conv": "convolutions", "windows": f"windows of {self.window} steps"}.get(self.stem)
-        read = f"; {kind}, a token every {self.stride} step{'s' * (self.stride > 1)}" if kind else ""
+        every = "step" if self.stride == 1 else f"{self.stride} steps"
+        read = f"; {kind}, a token every {every}" if kind else ""
         return [f"series  {shown}, {channels}{names}{read}"]
 
     def draw_attention(
