@@ -445,7 +445,10 @@ class TextAdapter(Adapter):
         return replace(adapter, stem="conv", stride=stride_for(lengths, TEXT_TOKENS))
 
     def taken_over(self, source: Source, settings: Settings) -> "TextAdapter":
-        if (settings.stem == "conv") != (self.stem == "conv"):
+        """The stem of several modalities may be that of another one only, and is not given to bytes."""
+        several = settings.dataset_type == "multimodal"
+        other = self.stem is not None if settings.stem == "none" else self.stem is None and not several
+        if other or (settings.task == "tagging" and self.stride > 1):
             return self.fit(source.values["train"], settings)
         return super().taken_over(source, settings)
 

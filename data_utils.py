@@ -951,6 +951,7 @@ def load_given_splits(
         notes.append("train is an iterable: its items are not shuffled here, only their labels were checked, and "
                      "--resume is exact only if it gives the same items in the same order again")  # fmt: skip
 
+    notes += [] if info else own_data.without_effect(given, settings)
     fitted = known_adapters(info, own.classes) if info and given.adapters else {}
     fitted = fitted or (given.adapters and own_data.fit_adapters(given, items["train"], settings, own))
     if fold:

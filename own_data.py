@@ -48,9 +48,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 import adapters as adapters_module
-from adapters import ADAPTERS, Adapter, Source, TensorAdapter, describe
+from adapters import (
+    ADAPTERS,
+    Adapter,
+    ImageAdapter,
+    SeriesAdapter,
+    Source,
+    TensorAdapter,
+    TextAdapter,
+    describe,
+)
 from batches import ONLY, Item, for_tokens, to_sample
-from config import PYTHON, Settings, check_settings
+from config import FIELDS, PYTHON, Settings, check_settings
 from data_files import Items
 from messages import UserError, as_utf8, refuse_together, with_progress
 from tasks import Task
@@ -423,6 +432,18 @@ def fit_adapters(given: Given, train: Items, settings: Settings, own: OwnData) -
         describe(adapter)  # what cannot be stored is refused here
         made[name] = adapter
     return made
+
+
+def without_effect(given: Given, settings: Settings) -> list[str]:
+    """A note for each setting of tokens that no class among the adapters is fitted with."""
+    classes = [adapter for adapter in given.adapters.values() if isinstance(adapter, type)]
+    readers = {"stem": (ImageAdapter, SeriesAdapter, TextAdapter), "series_window": SeriesAdapter,
+               "series_stride": SeriesAdapter}  # fmt: skip
+    return [
+        f"{name} has no effect: it is for adapters that the run fits, given as classes such as SeriesAdapter"
+        for name, kinds in readers.items()
+        if getattr(settings, name) != FIELDS[name].default and not any(issubclass(one, kinds) for one in classes)
+    ]
 
 
 def by_modality(item: Item, known: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class Record:
         self.path, self.names, self.rows = path, [], np.zeros(0, ROW)
         if path is None:
             return
+        if not path.is_file():  # there may be a pipe, which would be waited for
+            return
         with suppress(OSError, ValueError, EOFError, MemoryError), open(path, "rb") as file:
             text, rows = (np.load(file, allow_pickle=False) for _ in range(2))
             names = text.tobytes().decode("utf-8", "surrogateescape").split("\0")
@@ -316,11 +318,12 @@ class Check:
             return None
         if cache == "disk":
             places, path = len(self.record.names), self.pixels_path
-            make_folder(path.parent)
+            with naming("--cache_dir"):
+                make_folder(path.parent)
             there = getattr(path.stat(), "st_blocks", 0) * 512 if path.exists() else 0
             needed, free = places * (size + 8) - there, shutil.disk_usage(path.parent).free
             if needed > free:
-                raise UserError(f"cache: {path} needs {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "
+                raise UserError(f"cache: {path} needs {needed / 2**20:,.1f} MiB more, and {free / 2**20:,.1f} MiB are "
                                 "free; free some, or choose another --cache_dir or --cache none")  # fmt: skip
             try:
                 return Kept(places, size, path)

@@ -263,6 +263,9 @@ def prepare(
     torch.manual_seed(settings.seed)
 
     tasks.task_named(settings.task)
+    if settings.task == "reconstruct" and (settings.stem != "none" or settings.series_window is not None):
+        raise UserError("task: reconstruct asks for single tokens, which --stem conv and --series_window join; leave "
+                        "them out")  # fmt: skip
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
@@ -275,8 +278,8 @@ def prepare(
         raise UserError(f"select_by: {settings.select_by} is no score of {task.kind}; choose one of "
                         f"{', '.join(task.higher_is_better)}, {LAST_EPOCH}")  # fmt: skip
     if settings.select_by == LAST_EPOCH and settings.early_stopping_patience:
-        raise UserError("early_stopping_patience: --select_by last takes the last epoch, whatever the validation says; "
-                        "leave one of the two out")  # fmt: skip
+        raise UserError("early_stopping_patience: the run takes its last epoch (--select_by last), whatever the "
+                        "validation says; name a score with --select_by, or leave one of the two out")  # fmt: skip
     if chooses_noise(settings, len(splits["val"])):
         settings = dataclasses.replace(settings, select_by=LAST_EPOCH)
         print_note(f"{len(splits['val'])} validation samples are too few to choose an epoch by: the last one is kept "

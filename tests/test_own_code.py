@@ -307,6 +307,20 @@ def prepared(data, **options):
     return load_splits(Settings(dataset_type=PYTHON, **options), own=own_data.of_python(data, **keys))
 
 
+@pytest.mark.parametrize(("adapters", "options", "unused"), [
+    (SeriesAdapter, {"stem": "conv"}, []),
+    (SeriesAdapter, {"series_window": 4, "series_stride": 2}, []),
+    (SeriesAdapter([0.0, 0.0], [1.0, 1.0]), {"stem": "conv"}, ["stem"]),
+    (None, {"series_window": 4}, ["series_window"]),
+])  # fmt: skip
+def test_tokens_are_as_the_settings_say_or_a_note_says_that_they_are_not(adapters, options, unused):
+    data, keys = {"train": ramps(40)}, {} if adapters is None else {"adapters": adapters}
+    _, info = prepared(data, **keys, **options)
+    assert [note.split()[0] for note in info["notes"] if "has no effect" in note] == unused
+    (adapter,) = info["adapters"].values()
+    assert (adapter.get("stem") is not None) == (not unused)
+
+
 def test_an_iterable_is_trained_in_its_order_and_resumed_within_an_epoch(folder, monkeypatch):
     """With another number of workers, of which one reads it."""
     items, test = ramps(40), ramps(12, seed=1)

@@ -225,7 +225,7 @@ def test_two_processes_that_write_at_once_and_are_killed_leave_no_wrong_pixels(t
 def test_a_disk_that_is_too_small_is_refused_at_once(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     text = message(loaded, folder, cache="disk")
-    assert "GiB more, and 0.0 GiB are free" in text and "--cache_dir" in text
+    assert "MiB more, and 0.0 MiB are free" in text and "--cache_dir" in text
 
 
 def test_nothing_is_written_where_a_link_leads(folder, tmp_path):
@@ -328,6 +328,11 @@ def test_a_folder_that_cannot_be_written_to_is_told_about(folder, remembered, ca
     assert "note: the check of the images is not remembered: cannot write" in capsys.readouterr().out
     loaded(folder, cache_dir=str(folder.parent / "mine/cache"))
     assert list((folder.parent / "mine/cache").iterdir()) and not capsys.readouterr().out
+
+
+def test_a_pipe_in_the_place_of_the_record_is_not_waited_for(folder, remembered):
+    os.mkfifo(folder / f".perceiver_images-16-pillow{pixels.PIL.__version__}")
+    loaded(folder)
 
 
 def test_evaluation_uses_the_record_and_writes_none(folder, remembered, decoded):

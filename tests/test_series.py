@@ -22,6 +22,7 @@ from adapters import (
     ImageAdapter,
     SequenceDataset,
     SeriesAdapter,
+    Source,
     TextAdapter,
     attention_by_step,
     describe,
@@ -255,6 +256,19 @@ def test_the_adapter_of_text_tells_the_model_of_its_stem():
     for stem in ({"stem": "windows"}, {"stride": 2}, {"stem": "conv", "stride": 0}):
         with pytest.raises(UserError):
             from_description({"kind": "text", **stem})
+
+
+def test_text_of_another_run_keeps_its_tokens_where_they_suit():
+    def taken(adapter, **options):
+        source = Source({"train": ["a" * 2000]}, {"train": [""]})
+        return adapter.taken_over(source, Settings(**({"dataset_type": "text"} | options)))
+
+    coarse, single, plain = TextAdapter(stem="conv", stride=4), TextAdapter(stem="conv"), TextAdapter()
+    assert taken(coarse, stem="conv") == coarse and taken(single, stem="conv") == single
+    assert taken(plain) == plain and taken(coarse) == plain
+    assert taken(plain, stem="conv") == TextAdapter(stem="conv", stride=8)  # now fitted
+    assert taken(coarse, stem="conv", task="tagging") == single  # each character is asked for
+    assert taken(plain, stem="conv", dataset_type="multimodal") == plain  # the stem is the one of the images
 
 
 def test_attention_to_text_is_shown_by_byte(monkeypatch, tmp_path):

@@ -146,4 +146,4 @@ def test_windows_and_convolutions_answer_for_each_step(capsys):
         assert 0 <= log[-1]["val_accuracy"] <= 1
     with pytest.raises(SystemExit):
         train.main([*words.split(), "--task=reconstruct", "--series_window=4", "--checkpoint_dir", "d"])
-    assert "head='hidden' asks for tokens by their positions" in capsys.readouterr().err
+    assert "reconstruct asks for single tokens, which --stem conv and --series_window join" in capsys.readouterr().err
