@@ -484,7 +484,7 @@ class TextAdapter(Adapter):
         super().about(raw, source)
         lengths = self.lengths(raw)
         low, high, median = lengths.min(), lengths.max(), int(np.median(lengths))
-        shown = f"{low} byte{'s' * (low > 1)}" if low == high else f"{low} to {high} bytes (median {median})"
+        shown = f"{low} to {high} bytes (median {median})" if low < high else "1 byte" if low == 1 else f"{low} bytes"
         every = "byte" if self.stride == 1 else f"{self.stride} bytes"
         return [f"text    {shown}; {f'convolutions, a token every {every}' if self.stem else 'each a token'}"]
 
