@@ -9,7 +9,9 @@ seed, so with few labels there are more of them in validation than in training, 
 labels of each class (the share of the training items, at least one of each class), 500 steps of 32 items or those of
 the data set's default epochs, whichever is more, and keeps its best epoch on validation data. `pretrained` starts with
 --init_from a run of --task reconstruct on the inputs of all training items, with the data set's default epochs times
---length. Accuracies are those on the test data, or with --validation on validation data.
+--length. Both read the bytes of a text, since hidden ones are asked for one by one; `convolutions` is a run from
+scratch that reads them through convolutions, the default. Accuracies are those on the test data, or with --validation
+on validation data.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def chosen(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 def run(name: str, parts: Parts, place: Path, adapter: Any = None, **changes: Any) -> training.Result:
     """A run of train.train() on these parts, in the folder `place`."""
     kind = KINDS[name]
-    settings = resolve({"dataset_type": kind, **OWN_FLAGS.get(name, {}), **changes})[0].to_dict()
+    settings = resolve({"dataset_type": kind, "stem": "none", **OWN_FLAGS.get(name, {}), **changes})[0].to_dict()
     settings |= {"checkpoint_dir": str(place / "checkpoints"), "log_dir": str(place / "runs"), "batch_size": BATCH}
     if settings["task"] != "reconstruct":
         items = len(parts["train"][0])
@@ -143,8 +145,12 @@ def main() -> None:
                 some = chosen(split["train"][1], share, seed)
                 parts = split | {"train": taken(*split["train"], some)}
                 labels.setdefault(share, []).append(len(some))
-                for way, start in (("scratch", {}), ("pretrained", {"init_from": str(before.checkpoint)})):
-                    result = run(args.name, parts, place / f"{share:g} {way}", adapter, seed=seed, **start)
+                ways = {"scratch": {}, "pretrained": {"init_from": str(before.checkpoint)}}
+                if args.name == "languages":
+                    ways["convolutions"] = {"stem": "conv"}
+                for way, changes in ways.items():
+                    reader = {"text": TextAdapter} if "stem" in changes else adapter
+                    result = run(args.name, parts, place / f"{share:g} {way}", reader, seed=seed, **changes)
                     value = result.best["val_accuracy"] if args.validation else result.test["accuracy"]
                     table.setdefault((share, way), []).append(value)
                     print(f"seed {seed}: {share:g} % of the labels ({len(some)}), {way}: {value:.4f}", file=sys.stderr)
