@@ -896,7 +896,7 @@ def plot_training_curves(
                     values = np.array([line[f"{part}_{name}"] for line in history], float)  # None becomes NaN
                     axes.plot(epochs, values, color=colour, marker=marker, markersize=3, label=label)
             value = history[best][f"val_{name}"]
-            star = {"color": VERMILION, "markersize": 11, "label": f"best epoch {epochs[best]}: {figure_text(value)}"}
+            star = {"color": VERMILION, "markersize": 11, "label": f"kept: epoch {epochs[best]}, {figure_text(value)}"}
             axes.plot(epochs[best], np.nan if value is None else value, "*", **star)
             words = name.replace("_", " ")
             axes.set_title("RMSE" if words == "rmse" else words[:1].upper() + words[1:].replace("f1", "F1"))

@@ -185,7 +185,7 @@ class RunLog:
         say(
             f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}{self._chosen(line)}  "
             f"lr {line['learning_rate']:.2e}  {line['samples_per_second']:,.0f} samples/s  {line['seconds']:.1f} s"
-            + ("  best" if is_best else "")
+            + ("  best" if is_best and self.settings.select_by != LAST_EPOCH else "")
         )
         write_log(self.folder, self.progress)
         if not self.writer:
@@ -232,7 +232,7 @@ class RunLog:
         beside = f"the training mean as answer: {figure_text(test['baseline'])}; " if "baseline" in test else ""
         self._say_if_early()
         print(
-            f"{'best' if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
+            f"{self._kept if is_best else 'last'} epoch {tested['epoch']}: validation {label} "
             f"{figure_text(tested[f'val_{headline}'])}{self._chosen(tested)}, test {label} "
             f"{figure_text(test[headline])} ({beside}{test['num_samples']} samples, touched only now)\n"
             f"curves: {printable(str(self.folder / CURVES))}\n"
@@ -244,12 +244,16 @@ class RunLog:
         best, headline = self.progress.best, self.task.headline
         self._say_if_early()
         print(
-            f"best epoch {best['epoch']}: validation {headline.replace('_', ' ')} "
+            f"{self._kept} epoch {best['epoch']}: validation {headline.replace('_', ' ')} "
             f"{figure_text(best[f'val_{headline}'])}\n"
             f"curves: {printable(str(self.folder / CURVES))}"
         )
         if self.writer:
             self.writer.close()
+
+    @property
+    def _kept(self) -> str:
+        return "last" if self.settings.select_by == LAST_EPOCH else "best"
 
     def _say_if_early(self) -> None:
         if self.progress.epoch < self.settings.num_epochs:

@@ -219,7 +219,9 @@ def quick(monkeypatch):
 
 # --- Training, then evaluation ---------------------------------------------------------------------------------------
 
-BEST_LINE = re.compile(r"best epoch (\d+): validation accuracy (\d\.\d{4}), test accuracy (\d\.\d{4}) \((\d+) samples")
+BEST_LINE = re.compile(
+    r"(?:best|last) epoch (\d+): validation accuracy (\d\.\d{4}), test accuracy (\d\.\d{4}) \((\d+) samples"
+)
 
 
 def best_line(text):

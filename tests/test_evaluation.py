@@ -573,7 +573,7 @@ def test_training_curves_mark_the_best_epoch(drawn):
         loss, accuracy, rate = figure.axes
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Accuracy", "Learning rate"]
         assert loss.lines[2].get_xdata() == accuracy.lines[2].get_xdata() == best
-        assert f"best epoch {best}" in accuracy.get_legend().get_texts()[2].get_text()
+        assert f"kept: epoch {best}, " in accuracy.get_legend().get_texts()[2].get_text()
         assert all(tick == int(tick) for tick in rate.get_xticks()) and loss.get_ylim()[0] == 0
 
 
