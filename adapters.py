@@ -445,10 +445,11 @@ class TextAdapter(Adapter):
         return replace(adapter, stem="conv", stride=stride_for(lengths, TEXT_TOKENS))
 
     def taken_over(self, source: Source, settings: Settings) -> "TextAdapter":
-        """The stem of several modalities may be that of another one only, and is not given to bytes."""
-        several = settings.dataset_type == "multimodal"
-        other = self.stem is not None if settings.stem == "none" else self.stem is None and not several
-        if other or (settings.task == "tagging" and self.stride > 1):
+        """Of several modalities the stem may be another one's, so bytes without one stay as they are."""
+        if self.stem is None and settings.dataset_type == "multimodal":
+            return super().taken_over(source, settings)
+        too_coarse = settings.task == "tagging" and self.stride > 1
+        if too_coarse or (self.stem or "none") != settings.stem:
             return self.fit(source.values["train"], settings)
         return super().taken_over(source, settings)
 
@@ -567,8 +568,9 @@ class PretrainedTextAdapter(TextAdapter):
             raise UserError(f"the special symbols must be six different words, not {self.symbols}")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise UserError(f"the longest text must have 2 tokens or more, not {self.max_seq_len}")
-        if self.stem is not None:
-            raise UserError(f"the published model reads bytes: its stem must be none, not {shown(self.stem)}")
+        if self.stem is not None or self.stride > 1:
+            raise UserError(f"the published model reads bytes: its stem must be none, not {shown(self.stem)} with "
+                            f"stride {self.stride}")  # fmt: skip
 
     def taken_over(self, source: Source, settings: Settings) -> "PretrainedTextAdapter":
         if settings.stem == "conv":

@@ -387,7 +387,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `to_dict` wrote; a missing one takes its default.
+        """The settings that `to_dict` wrote; a missing one takes its default, or what runs did before it was there.
 
         Raises:
             UserError: a line for each unknown name and each wrong value.

@@ -240,7 +240,7 @@ class Record:
         self.path, self.names, self.rows = path, [], np.zeros(0, ROW)
         if path is None:
             return
-        if not path.is_file():  # there may be a pipe, which would be waited for
+        if not os.path.isfile(path):  # there may be a pipe, which would be waited for
             return
         with suppress(OSError, ValueError, EOFError, MemoryError), open(path, "rb") as file:
             text, rows = (np.load(file, allow_pickle=False) for _ in range(2))

@@ -185,7 +185,7 @@ class RunLog:
         say(
             f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  {part('train')}  {part('val')}{self._chosen(line)}  "
             f"lr {line['learning_rate']:.2e}  {line['samples_per_second']:,.0f} samples/s  {line['seconds']:.1f} s"
-            + ("  best" if is_best and self.settings.select_by != LAST_EPOCH else "")
+            + ("  best" if is_best and self._kept == "best" else "")
         )
         write_log(self.folder, self.progress)
         if not self.writer:
@@ -253,6 +253,7 @@ class RunLog:
 
     @property
     def _kept(self) -> str:
+        """Which epoch's model the run keeps, in a word."""
         return "last" if self.settings.select_by == LAST_EPOCH else "best"
 
     def _say_if_early(self) -> None:

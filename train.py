@@ -263,9 +263,11 @@ def prepare(
     torch.manual_seed(settings.seed)
 
     tasks.task_named(settings.task)
-    if settings.task == "reconstruct" and (settings.stem != "none" or settings.series_window is not None):
-        raise UserError("task: reconstruct asks for single tokens, which --stem conv and --series_window join; leave "
-                        "them out")  # fmt: skip
+    joins = any(has_effect(settings, name) and getattr(settings, name) not in (None, "none")
+                for name in ("stem", "series_window"))  # fmt: skip
+    if settings.task == "reconstruct" and joins:
+        raise UserError("task: reconstruct asks for single tokens, which --stem conv and --series_window join: say "
+                        "--stem none and --series_window none")  # fmt: skip
     finetune.check_settings(settings, start)
     base = checkpoint["model_args"] if checkpoint and settings.init_from else start and start.arguments
     check_size(settings, device, base)
