@@ -82,8 +82,8 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "sequences": {
         "steps": _STEPS,
         "windows": _STEPS | {"series_window": 8},
+        "windows_unplaced": _STEPS | {"series_window": 16, "use_positions": False},
         "conv": _STEPS | {"stem": "conv"},
-        "conv_unplaced": _STEPS | {"stem": "conv", "use_positions": False},
         "strong": SERIES_RECIPES["strong"],
         "strong_circular": _STEPS | {"stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1},
     },

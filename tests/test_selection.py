@@ -42,8 +42,8 @@ def test_the_candidates_are_those_of_the_table_and_keep_what_was_given():
     # A token that was given is everybody's, and what then is the same is left out
     found = names(dataset_type="sequences", series_window=4)
     assert not any(selection.TOKENS & set(one) for one in found.values())
-    assert list(found) == ["steps", "conv_unplaced", "strong", "strong_circular"]
-    unmoved = ["steps", "windows", "conv", "conv_unplaced"]
+    assert list(found) == ["steps", "windows_unplaced", "strong", "strong_circular"]
+    unmoved = ["steps", "windows", "windows_unplaced", "conv"]
     assert list(names(dataset_type="sequences", augment=False)) == unmoved
     assert list(names(dataset_type="text", dropout=0.2)) == ["conv", "bytes", "mixup"]
     assert list(names(dataset_type="sequences", task="tagging", augment=False)) == unmoved
