@@ -656,6 +656,7 @@ class SeriesAdapter(Adapter):
         stem: what the encoder reads: None, each step; 'windows' of consecutive steps; 'conv', convolutions over them.
         window: steps of a token of the stem 'windows'.
         stride: steps from a token to the next.
+        kernel_scale: of the convolutions, see `TokenFeatures`.
     """
 
     modality = "series"
@@ -669,6 +670,7 @@ class SeriesAdapter(Adapter):
     stem: str | None = None
     window: Size | None = None
     stride: Size = 1
+    kernel_scale: Size = 1
 
     def __post_init__(self) -> None:
         channels = len(self.mean)
@@ -684,6 +686,8 @@ class SeriesAdapter(Adapter):
             raise UserError(f"the stem of series must be conv, windows or none, not {shown(self.stem)}")
         if (self.window is not None) != (self.stem == "windows") or (self.stem is None and self.stride > 1):
             raise UserError(f"window {self.window} and stride {self.stride} do not go with the stem {shown(self.stem)}")
+        if self.stem != "conv" and self.kernel_scale > 1:
+            raise UserError(f"kernel_scale {self.kernel_scale} does not go with the stem {shown(self.stem)}")
         if self.window is not None and self.stride > self.window:
             raise UserError(f"series_stride {self.stride} is larger than series_window {self.window} and would leave "
                             "steps out; make it smaller")  # fmt: skip
@@ -710,6 +714,8 @@ class SeriesAdapter(Adapter):
             stride = stride_for(steps.lengths, STEM_TOKENS)
         elif stride is None:
             stride = max(1, (window or 1) // 4)
+        # The smallest kernels, of 7 steps, would leave most of the steps between tokens out if these are far apart
+        kernel_scale = max(1, stride // 8) if stem == "conv" else 1
         found = steps.statistics()
         for channel in np.flatnonzero(found["missing"] == len(steps)):
             raise UserError(f"channel {channel + 1} has no value in any training series; remove it")
@@ -719,11 +725,12 @@ class SeriesAdapter(Adapter):
         varies = (found["low"] < found["high"]) & (std > 0)  # a constant's std may be a rounding error
         flagged = np.flatnonzero(found["missing"]).tolist()
         std = np.where(varies, std, 1.0).tolist()
-        return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride)
+        return cls(mean.tolist(), std, flagged, max_seq_len, names, table_rows, stem, window, stride, kernel_scale)
 
     @property
     def features(self) -> dict[str, Any]:
         stem = {"stem": self.stem, "window": self.window, "stride": self.stride} if self.stem else {}
+        stem |= {"kernel_scale": self.kernel_scale} if self.kernel_scale > 1 else {}
         given = {name: value for name, value in stem.items() if value is not None}
         return {"input_dim": len(self.mean) + len(self.flagged)} | given
 

@@ -331,21 +331,22 @@ class SequenceConvStem(SequenceStem):
         num_channels: of a token, divisible by the number of kernel sizes.
         stride: steps of a token.
         kernels: their sizes, odd, so that each has a middle: steps in the first layer, then tokens.
-        widened: multiply the sizes of the first layer by the stride, so that tokens far apart leave no step out.
+        kernel_scale: times the sizes of the first layer, so that tokens far apart leave no step out.
     """
 
     LAYERS = 2
 
     def __init__(
         self, input_dim: int, num_channels: int, stride: int, kernels: tuple[int, ...] = (7, 15, 31),
-        widened: bool = False,
+        kernel_scale: int = 1,
     ):  # fmt: skip
         super().__init__(num_channels, stride, stride)
         each, rest = divmod(num_channels, len(kernels))
         if rest:
             raise ValueError(f"stem='conv' has kernels of {len(kernels)} sizes; stem_dim must be divisible by that, "
                              f"{num_channels} is not")  # fmt: skip
-        first = [size * stride // 2 * 2 + 1 for size in kernels] if widened else kernels
+        check_sizes(kernel_scale=kernel_scale)
+        first = [size * kernel_scale // 2 * 2 + 1 for size in kernels]
         shapes = [(input_dim, stride, first)] + [(num_channels, 1, kernels)] * (self.LAYERS - 1)
         self.layers = nn.ModuleList(
             nn.ModuleList(nn.Conv1d(inputs, each, size, step, size // 2, bias=False) for size in sizes)
@@ -458,6 +459,8 @@ class TokenFeatures(nn.Module):
         stem_dim: features of a token behind a linear or convolutional stem; default 64, of "conv" for sequences 96.
         window: steps of a token of the stem "windows".
         stride: steps from a token to the next behind the stem "windows" or, for sequences, "conv"; default 1.
+        kernel_scale: times the kernel sizes of the first layer of "conv" for sequences; default 1, of embeddings the
+            stride.
         learned_positions: learn a vector for each position, as wide as the features, instead of computing one.
         max_length: tokens of the longest sequence that positions are learned for; a longer one is refused.
         add_positions: add the learned positions to the features instead of concatenating them.
@@ -480,6 +483,7 @@ class TokenFeatures(nn.Module):
         stem_dim: int | None = None,
         window: int | None = None,
         stride: int | None = None,
+        kernel_scale: int | None = None,
         learned_positions: bool = False,
         max_length: int | None = None,
         add_positions: bool = False,
@@ -510,8 +514,10 @@ class TokenFeatures(nn.Module):
             if add_positions:  # as small as the learned positions that it is added to
                 nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         if stem is not None:
-            stride = 1 if stride is None else stride
-            self.stem = _make_stem(stem, width, vocab_size is not None, stem_dim, window, stride, grid_shape)
+            self.stem = _make_stem(
+                stem, width, vocab_size is not None, stem_dim, window, 1 if stride is None else stride, kernel_scale,
+                grid_shape,
+            )  # fmt: skip
             width = self.stem.num_channels
             self.token_grid = getattr(self.stem, "token_grid", grid_shape)  # (rows, cols) behind the stem
         self.num_channels = width
@@ -595,7 +601,7 @@ class TokenFeatures(nn.Module):
 
 def _make_stem(
     kind: str, input_dim: int, embedded: bool, num_channels: int | None, window: int | None, stride: int,
-    grid: tuple[int, int] | None,
+    kernel_scale: int | None, grid: tuple[int, int] | None,
 ) -> nn.Module:  # fmt: skip
     if kind not in ("linear", "conv", "windows"):
         raise ValueError(f"stem must be 'linear', 'conv', 'windows' or None, not {kind!r}")
@@ -611,9 +617,9 @@ def _make_stem(
         return LinearStem(input_dim, num_channels)
     if not sequence:
         return ConvStem(input_dim, num_channels, grid)
-    if embedded:  # of bytes, what says most is which few stand side by side
-        return SequenceConvStem(input_dim, num_channels, stride, (3, 5, 7), widened=True)
-    return SequenceConvStem(input_dim, num_channels, stride)
+    # Of bytes, what says most is which few stand side by side
+    kernels, scale = ((3, 5, 7), stride) if embedded else ((7, 15, 31), 1)
+    return SequenceConvStem(input_dim, num_channels, stride, kernels, scale if kernel_scale is None else kernel_scale)
 
 
 NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: (those, whether they are given)
@@ -623,6 +629,10 @@ NEEDS = {  # arguments of TokenFeatures that have an effect only beside others: 
     "stride": (
         "stem='windows', or stem='conv' of a sequence",
         lambda given: given["stem"] == "windows" or (given["stem"] == "conv" and given["grid_shape"] is None),
+    ),
+    "kernel_scale": (
+        "stem='conv' of a sequence",
+        lambda given: given["stem"] == "conv" and given["grid_shape"] is None,
     ),
     "num_frequency_bands": (
         "computed positions (use_positions)",

@@ -139,10 +139,11 @@ def test_windows_hold_their_steps(window, length, seed):
 
 
 @quick
-@given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 99))
-def test_convolutions_against_sums_written_out(stride, length, seed):
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 40), st.integers(0, 99))
+def test_convolutions_against_sums_written_out(stride, scale, length, seed):
     torch.manual_seed(seed)
-    stem = SequenceConvStem(2, 6, stride).double().eval()
+    stem = SequenceConvStem(2, 6, stride, kernel_scale=scale).double().eval()
+    assert [one.kernel_size[0] for one in stem.layers[0]] == [size * scale + (scale == 2) for size in (7, 15, 31)]
     for norm in stem.norms:
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
@@ -213,6 +214,8 @@ def test_a_stem_makes_long_series_cheaper():
     ({"stem": "conv", "stride": 0}, ["stride", "0"]),
     ({"stem": "conv", "grid_shape": (8, 8), "stride": 2}, ["stride=2", "no effect"]),
     ({"stride": 2}, ["stride=2", "no effect"]),
+    ({"stem": "conv", "kernel_scale": 0}, ["kernel_scale", "0"]),
+    ({"stem": "windows", "window": 4, "kernel_scale": 2}, ["kernel_scale=2", "no effect"]),
 ])  # fmt: skip
 def test_stems_that_cannot_be(arguments, words):
     with pytest.raises(ValueError) as caught:
@@ -233,6 +236,8 @@ def test_the_adapter_tells_the_model_of_its_stem():
     assert conv.token_steps(20).tolist() == [[0, 8], [8, 16], [16, 20]]
     assert SeriesAdapter.fit(SERIES, 100, stem="conv").stride == 2  # of what is left of them
     assert SeriesAdapter.fit(SERIES, stem="conv", stride=3).stride == 3
+    long = SeriesAdapter.fit(SERIES[-1:], stem="conv")
+    assert long.features == {"input_dim": 2, "stem": "conv", "stride": 16, "kernel_scale": 2}
     assert SeriesAdapter.fit([one[:20] for one in SERIES], stem="conv").stride == 1
     window = SeriesAdapter.fit(SERIES, stem="windows", window=8)
     assert window.features == {"input_dim": 2, "stem": "windows", "window": 8, "stride": 2}
@@ -243,6 +248,15 @@ def test_the_adapter_tells_the_model_of_its_stem():
         for length in (1, 7, 8, 9, 100):
             tokens = model.token_ranges({"series": torch.zeros(1, length, 2)})["series"]
             assert len(adapter.token_steps(length)) == tokens.stop
+
+
+@pytest.mark.parametrize("length, stem", [(1000, {}), (20_000, {}), (300, {"stride": 100})])
+def test_convolutions_leave_no_step_of_a_long_series_out(length, stem):
+    adapter = SeriesAdapter.fit([np.random.default_rng(0).normal(size=(length, 1))], stem="conv", **stem)
+    model, series = PerceiverModel(num_classes=2, **adapter.features, **SMALL), torch.randn(1, length, 1)
+    series.requires_grad_()
+    model.eval()(series).square().sum().backward()
+    assert series.grad.ne(0).all()
 
 
 def test_the_adapter_of_text_tells_the_model_of_its_stem():
@@ -281,6 +295,7 @@ def test_attention_to_text_is_shown_by_byte(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stem", [
     {"stem": "deep"}, {"stem": "windows"}, {"window": 3}, {"stem": "conv", "window": 3}, {"stride": 2},
+    {"kernel_scale": 2},
     {"stem": "windows", "window": 2, "stride": 3}, {"stem": "conv", "stride": 0}, {"stem": "windows", "window": 0},
 ])  # fmt: skip
 def test_descriptions_of_stems_that_cannot_be(stem):
