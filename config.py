@@ -272,7 +272,7 @@ class Settings:
         "none", "choose tokens, random changes or dropout by folds of the training data (docs/small_data.md): auto = "
         "the best of a few candidates", choices=("none", "auto"), applies={"fold": (None,)})
     select_share: float = _data(
-        0.25, "how long each of these candidates is trained", "share of its epochs", above=0, at_most=1,
+        0.2, "how long each of these candidates is trained", "share of its epochs", above=0, at_most=1,
         applies={"select": ("auto",)})
     bucket_by_length: bool = _data(
         False, "batch sequences of similar length: less padding", applies=_SEQUENCES, on_resume="inexact")

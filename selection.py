@@ -22,7 +22,7 @@ from messages import UserError, figure_text
 from tasks import LAST_EPOCH, Task
 
 FOLDS = 3  # of the training data, unless --folds says how many
-FEW = 3  # candidates that are all trained on all folds; of more, the better half goes on after the first fold
+FEW = 3  # candidates that are all trained on all folds; of more, the better half may go on after the first fold
 FOLDER = "select"  # of the candidates' runs, in the folder of the run
 TOKENS = {"stem", "series_window", "series_stride"}  # one of them given says what the tokens are
 OWN = ("file", "flag", "given", "recipe", "init_from")  # where a setting comes from that all candidates keep
@@ -110,9 +110,8 @@ def ranked(rows: Sequence[SelectionRow], task: Task) -> list[SelectionRow]:
 
 
 def better_half(rows: Sequence[SelectionRow], task: Task) -> set[str]:
-    """Names of the candidates that are worth more folds after the first one: all of FEW, or the better half."""
-    number = len(rows) if len(rows) <= FEW else math.ceil(len(rows) / 2)
-    return {one["name"] for one in ranked(rows, task)[:number]}
+    """Names of the candidates that are worth more folds after the first one."""
+    return {one["name"] for one in ranked(rows, task)[: math.ceil(len(rows) / 2)]}
 
 
 def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:

@@ -120,7 +120,9 @@ from schema import shown
 from tasks import LAST_EPOCH, Task
 
 CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restarts continue from
-SMALL_VALIDATION = 50  # samples; with fewer, the strong recipe for series and --select auto keep the last epoch
+# Fewer samples choose noise: the strong recipe for series and --select auto then keep the last epoch, and no candidate
+# is dropped after such a fold
+SMALL_VALIDATION = 50
 FEW_STEPS = 2000  # of a run on series; the candidates of --select auto make as many
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
@@ -832,7 +834,8 @@ def select(
     whole = Whole(settings, data, new=checkpoint is None, candidates=found)
     free = {name for name, field in FIELDS.items() if field.metadata["on_resume"] == "free"} - {"num_epochs"}
     flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
-    half = ",\n        of which the better half goes on after the first fold" if len(found) > selection.FEW else ""
+    halved = len(found) > selection.FEW and data["split_sizes"]["train"] // number >= SMALL_VALIDATION
+    half = ",\n        of which the better half goes on after the first fold" if halved else ""
     say(
         f"\nselect: {len(found)} candidates on {number} folds of the training data, each for "
         f"{settings.select_share:g} of its epochs{half}\n{selection.run_heading(found, metric)}"
@@ -851,7 +854,7 @@ def select(
             results[one["name"]].append((progress["best"], sum(line["seconds"] for line in progress["history"])))
             say(selection.run_line(selection.row(one, metric, results[one["name"]][-1:]), fold, found))
         rows = [selection.row(one, metric, results[one["name"]]) for one in found]
-        if fold == 1:
+        if fold == 1 and halved:
             better = selection.better_half(rows, task)
             going = [one for one in found if one["name"] in better]
     say("\n".join(["", selection.heading(found, metric), *(selection.line(one, found) for one in rows)]))
