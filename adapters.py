@@ -656,7 +656,7 @@ class SeriesAdapter(Adapter):
         stem: what the encoder reads: None, each step; 'windows' of consecutive steps; 'conv', convolutions over them.
         window: steps of a token of the stem 'windows'.
         stride: steps from a token to the next.
-        kernel_scale: of the convolutions, see `TokenFeatures`.
+        kernel_scale: of the convolutions, see `TokenFeatures`; 1 in older checkpoints, whatever the stride.
     """
 
     modality = "series"
