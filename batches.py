@@ -84,6 +84,8 @@ class ClassTargets:
         self.num_classes = num_classes
 
     def target(self, label: Any, where: str) -> int:
+        if isinstance(label, np.integer):
+            return int(label)
         value = np.asarray(label)
         with np.errstate(invalid="ignore"):  # NaN, infinity and numbers too large for int64 change when converted
             whole = value.ndim == 0 and value.dtype.kind in "biuf" and value.astype(np.int64) == value
@@ -118,6 +120,8 @@ def as_numbers(item: Any, what: str, dtype: type = np.float64) -> np.ndarray:
     Raises:
         UserError: it is no array of numbers.
     """
+    if type(item) is np.ndarray and item.dtype == dtype and item.flags.carray:  # as most are
+        return item
     try:
         if isinstance(item, Tensor):
             item = item.detach().cpu()
@@ -152,8 +156,9 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
     """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
-    with naming(where):
-        tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
+    if type(tokens) is not Tensor or tokens.dtype != torch.float32 or not tokens.is_cpu or tokens.requires_grad:
+        with naming(where):
+            tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
     shape = tuple(tokens.shape)
     if len(shape) != 2 or not shape[1]:
         raise UserError(f"{where}: the input has shape {shape}, it must be (tokens, channels)")
@@ -161,21 +166,27 @@ def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> t
     tokens, real = tokens[:max_seq_len], real[:max_seq_len]
     if mask is not None:
         tokens = tokens.masked_fill(~real[:, None], 0)
-    if tokens.numel():
-        lowest, highest = tokens.aminmax()  # both NaN if any value is
-        if not -math.inf < lowest <= highest < math.inf:
-            raise UserError(f"{where}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
     return tokens, real
+
+
+def _is_finite(values: Tensor) -> bool:
+    if not values.numel():
+        return True
+    lowest, highest = values.aminmax()  # both NaN if any value is
+    return -math.inf < lowest.item() <= highest.item() < math.inf
 
 
 Sample = tuple[dict[str, tuple[Tensor, Tensor]], Any]
 ONLY = "input"  # the key of the modality where there is only one
 
 
-def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: Targets | None = None) -> Sample:
+def to_sample(
+    item: Item, where: str, max_seq_len: int | None = None, targets: Targets | None = None, check_values: bool = True
+) -> Sample:
     """A checked item: ({modality: (input float32 (L, C), mask bool (L,))}, target or None).
 
-    A modality without a real token counts as missing; at least one modality must have some.
+    A modality without a real token counts as missing; at least one modality must have some. Without `check_values` the
+    input may hold NaN and infinity.
 
     Raises:
         UserError: the item cannot be used; the message begins with `where`.
@@ -191,8 +202,11 @@ def to_sample(item: Item, where: str, max_seq_len: int | None = None, targets: T
     parts = {}
     for name, tokens in inputs.items():
         part = where if name == ONLY else f"{where}, {name}"
-        tokens, mask = _to_tokens(tokens, (masks or {}).get(name), part, max_seq_len)
-        if mask.any():
+        given = (masks or {}).get(name)
+        tokens, mask = _to_tokens(tokens, given, part, max_seq_len)
+        if check_values and not _is_finite(tokens):
+            raise UserError(f"{part}: the input holds NaN or infinity; replace it, or hide those tokens with a mask")
+        if len(tokens) and (given is None or mask.any()):
             parts[name] = tokens, mask
     if not parts:
         shapes = ", ".join(str(tuple(np.shape(tokens))) for tokens in inputs.values())
@@ -231,7 +245,9 @@ def collate(
     if isinstance(items, dict):
         return items
     targets = targets or ClassTargets()
-    samples = [to_sample(item, f"item {i} of the batch", max_seq_len, targets) for i, item in enumerate(items)]
+    places = [f"item {i} of the batch" for i in range(len(items))]
+    pairs = list(zip(items, places, strict=True))
+    samples = [to_sample(item, place, max_seq_len, targets, check_values=False) for item, place in pairs]
     inputs, masks = {}, {}
     for name in dict.fromkeys(name for parts, _ in samples for name in parts):
         widths = {parts[name][0].size(1) for parts, _ in samples if name in parts}
@@ -241,6 +257,9 @@ def collate(
         tokens, real = zip(*(parts.get(name, missing) for parts, _ in samples), strict=True)
         masks[name] = pad_sequence(real, batch_first=True)
         inputs[name] = pad_sequence(tokens, batch_first=True)
+    if not all(map(_is_finite, inputs.values())):  # all at once, which is cheaper
+        for item, place in pairs:
+            to_sample(item, place, max_seq_len, targets)  # raises for the first one
     several = isinstance(items[0]["input"], dict)
     batch = {"input": inputs, "mask": masks} if several else {"input": inputs[ONLY], "mask": masks[ONLY]}
     labels = [label for _, label in samples]

@@ -543,8 +543,8 @@ def fit(run: Run) -> None:
                     with torch.no_grad():
                         step_sums = task.step_sums(mapped(Tensor.detach, outputs), targets)
                         sums += torch.cat([total.detach()[None], step_sums])
-            signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS], device=device)
-            sums = torch.cat([sums, signals])
+            signals = torch.tensor([float(number == stop.signal) for number in STOP_SIGNALS])
+            sums = torch.cat([sums, signals.to(device, non_blocking=True)])  # without waiting for the card
             distributed.all_reduce(sums)
             scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
