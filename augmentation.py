@@ -84,10 +84,10 @@ class SeriesAugmentation:
             share = (places - low)[:, None]
             steps = [low % length, (low + 1) % length]
             if not self.circular:
-                steps = [low.clip(0, length - 1), (low + 1).clip(0, length - 1)]
+                steps = [np.minimum(np.maximum(step, 0), length - 1) for step in (low, low + 1)]
             moved = values[steps[0]] * (1 - share) + values[steps[1]] * share
-            whole = [*flagged, *range(channels, values.shape[1])]
-            moved[:, whole] = np.where(share < 0.5, *(values[step][:, whole] for step in steps))
+            if whole := [*flagged, *range(channels, values.shape[1])]:
+                moved[:, whole] = np.where(share < 0.5, *(values[step][:, whole] for step in steps))
             values = moved
             if labels is not None:
                 labels = np.where(share[:, 0] < 0.5, labels[steps[0]], labels[steps[1]])
