@@ -77,15 +77,15 @@ SERIES_RECIPES: dict[str, dict[str, Any]] = {
 IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2, "cutmix": 1.0}}
 # What --select auto chooses between: of each candidate a name, and the settings that it changes. What is given as a
 # flag or in a file holds for all of them.
-_STEPS = {"num_epochs": 40, "epoch_samples": 1600}  # 2,000 steps or more for all, so that tokens are compared
-CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
+_STEPS = {"num_epochs": 32, "epoch_samples": 1600}  # 1,600 steps or more for all, so that tokens are compared
+CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the first is taken
     "sequences": {
-        "steps": _STEPS,
-        "windows": _STEPS | {"series_window": 8},
+        "strong_circular": _STEPS | {
+            "stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1,
+        },
+        "strong": SERIES_RECIPES["strong"] | _STEPS,
+        "unchanged": _STEPS | {"stem": "conv"},
         "windows_unplaced": _STEPS | {"series_window": 16, "use_positions": False},
-        "conv": _STEPS | {"stem": "conv"},
-        "strong": SERIES_RECIPES["strong"],
-        "strong_circular": _STEPS | {"stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1},
     },
     **dict.fromkeys(("images", "cifar10", "digits"), {
         "patches": {},

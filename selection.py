@@ -29,7 +29,7 @@ OWN = ("file", "flag", "given", "recipe", "init_from")  # where a setting comes 
 
 
 def candidates(settings: Settings, sources: Mapping[str, str]) -> list[Candidate]:
-    """The candidates for these settings, without those that change nothing more than an earlier one.
+    """The candidates for these settings; of those that come to the same, the one that changes the fewest settings.
 
     Raises:
         UserError: there is no choice, since what was given decides everything.
@@ -45,6 +45,8 @@ def candidates(settings: Settings, sources: Mapping[str, str]) -> list[Candidate
         if effective not in seen:
             seen.append(effective)
             found.append({"name": name, "settings": changes})
+        elif len(changes) < len(found[same := seen.index(effective)]["settings"]):
+            found[same] = {"name": name, "settings": changes}
     return checked(found)
 
 
@@ -115,9 +117,18 @@ def better_half(rows: Sequence[SelectionRow], task: Task) -> set[str]:
 
 
 def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
-    """The best one of those that were trained on the most folds."""
+    """Of those that were trained on the most folds, the first one that is as good as the best: less than a standard
+    error below its mean (the rule of Breiman et al. 1984, section 3.4.3). The error is that of the mean over the folds,
+    from the deviations of all candidates."""
     most = max(one["n"] for one in rows)
-    return ranked([one for one in rows if one["n"] == most], task)[0]
+    rows = [one for one in rows if one["n"] == most]
+    top = ranked(rows, task)[0]
+    deviations = [one["std"] for one in rows if one["std"] is not None]
+    if not deviations:
+        return top
+    error = math.sqrt(statistics.mean(std**2 for std in deviations) / most)
+    near = [one for one in rows if one["mean"] is not None and abs(one["mean"] - top["mean"]) < error]
+    return near[0] if near else top
 
 
 def run_heading(candidates: Sequence[Candidate], metric: str) -> str:

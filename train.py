@@ -504,6 +504,7 @@ def fit(run: Run) -> None:
     settings, task, device = run.settings, run.task, run.device
     state, progress, stop = run.state, run.state.progress, run.stop
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    parameters = list(model.parameters())
     rank, size = distributed.rank(), distributed.size()
     batch_size, remedies = f"with batch_size {settings.batch_size}", step_remedies(settings)
 
@@ -547,7 +548,7 @@ def fit(run: Run) -> None:
             sums = torch.cat([sums, signals.to(device, non_blocking=True)])  # without waiting for the card
             distributed.all_reduce(sums)
             scaler.unscale_(optimizer)  # before clipping, so that the limit and the logged norm are the true ones
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
             with memory_advice(f"{batch_size} and the optimizer's state", remedies, GO_ON):
                 scaler.step(optimizer)
             scaler.update()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -35,15 +36,15 @@ def names(**flags):
 
 def test_the_candidates_are_those_of_the_table_and_keep_what_was_given():
     found = names(dataset_type="sequences")
-    assert list(found) == list(CANDIDATES["sequences"]) and found["conv"]["stem"] == "conv"
-    assert all(one["num_epochs"] == 40 and one["epoch_samples"] == 1600 for one in found.values())
+    assert list(found) == list(CANDIDATES["sequences"]) and found["unchanged"]["stem"] == "conv"
+    assert all(one["num_epochs"] == 32 and one["epoch_samples"] == 1600 for one in found.values())
     found = names(dataset_type="sequences", num_epochs=7, series_shift=0.3)
     assert all("num_epochs" not in one and "series_shift" not in one for one in found.values())
     # A token that was given is everybody's, and what then is the same is left out
     found = names(dataset_type="sequences", series_window=4)
     assert not any(selection.TOKENS & set(one) for one in found.values())
-    assert list(found) == ["steps", "windows_unplaced", "strong", "strong_circular"]
-    unmoved = ["steps", "windows", "windows_unplaced", "conv"]
+    assert list(found) == ["strong_circular", "strong", "unchanged", "windows_unplaced"]
+    unmoved = ["unchanged", "windows_unplaced"]
     assert list(names(dataset_type="sequences", augment=False)) == unmoved
     assert list(names(dataset_type="text", dropout=0.2)) == ["conv", "bytes", "mixup"]
     assert list(names(dataset_type="sequences", task="tagging", augment=False)) == unmoved
@@ -69,12 +70,28 @@ def test_every_candidate_is_a_run_that_can_be_started_by_flags(dataset):
 
 def test_the_best_mean_wins_then_the_lower_loss():
     task, figures = Classification(["a", "b"]), [(0.5, 1), (0.7, 2), (0.7, 1), (None, 0)]
-    rows = [{"metric": "accuracy", "mean": mean, "loss": loss, "n": 3} for mean, loss in figures]
+    rows = [{"metric": "accuracy", "mean": mean, "std": 0.0, "loss": loss, "n": 3} for mean, loss in figures]
     assert selection.best(rows, task) is rows[2]
-    rows = [{"metric": "loss", "mean": mean, "loss": mean, "n": 3} for mean in (0.5, 0.3, 0.4)]
+    rows = [{"metric": "loss", "mean": mean, "std": None, "loss": mean, "n": 3} for mean in (0.5, 0.3, 0.4)]
     assert selection.best(rows, task) is rows[1]
     rows[1]["n"] = 1  # left out after the first fold
     assert selection.best(rows, task) is rows[2]
+
+
+def test_of_candidates_within_a_standard_error_of_the_best_the_first_is_taken():
+    task = Classification(["a", "b"])
+
+    def taken(means, deviations, metric="accuracy"):
+        pairs = zip(means, deviations, strict=True)
+        rows = [{"metric": metric, "mean": mean, "std": std, "loss": 1 - (mean or 0), "n": 3} for mean, std in pairs]
+        return rows.index(selection.best(rows, task))
+
+    error = math.sqrt((0.03**2 + 0.05**2 + 0.01**2) / 3 / 3)  # 0.0197
+    assert taken([0.80 - 0.9 * error, 0.80 - 0.5 * error, 0.80], [0.03, 0.05, 0.01]) == 0
+    assert taken([0.80 - 1.1 * error, 0.80 - 0.5 * error, 0.80], [0.03, 0.05, 0.01]) == 1
+    assert taken([0.80 - 1.1 * error, 0.80 - 1.2 * error, 0.80], [0.03, 0.05, 0.01]) == 2
+    assert taken([0.52, 0.50, None], [0.1, 0.1, None], "loss") == 0
+    assert taken([0.70, 0.50, 0.51], [0.1, 0.1, 0.1], "loss") == 1
 
 
 def test_the_better_half_of_many_goes_on():
