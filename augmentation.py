@@ -35,6 +35,7 @@ class SeriesAugmentation:
         crop: largest share cut off, at both ends together; what is left is stretched to the whole length.
         scale: standard deviation of the logarithm of a factor of all values.
         jitter: standard deviation of noise on each value [standard deviations of the channel].
+        share: of the series that are changed, drawn anew in each epoch; the others stay as they are.
     """
 
     shift: float = 0.0
@@ -43,14 +44,16 @@ class SeriesAugmentation:
     crop: float = 0.0
     scale: float = 0.0
     jitter: float = 0.0
+    share: float = 1.0
 
     def __bool__(self) -> bool:
-        return any(vars(self).values())
+        return any(value for name, value in vars(self).items() if name != "share")
 
     def __str__(self) -> str:
         """For the first lines of a run."""
-        parts = [f"{name} {value:g}" for name, value in vars(self).items() if value and name != "circular"]
-        return ", ".join(["started anywhere (circular)"] * self.circular + parts) or "not changed"
+        parts = [f"{n} {value:g}" for n, value in vars(self).items() if value and n not in ("circular", "share")]
+        parts += [f"{self.share:.0%} of them"] * (self.share < 1)
+        return ", ".join(["started anywhere (circular)"] * self.circular + parts) if self else "not changed"
 
     def places(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """Where among the old steps each new one lies, float64 (length,); outside 0 to length - 1 where shifted."""
@@ -76,6 +79,8 @@ class SeriesAugmentation:
         self, tokens: Tensor, labels: np.ndarray | None, rng: np.random.Generator, flagged: tuple[int, ...] = ()
     ) -> tuple[Tensor, np.ndarray | None]:
         """The same, and the labels of the new steps where each step has one (L,): those of the nearest ones."""
+        if self.share < 1 and rng.random() >= self.share:
+            return tokens, labels
         values, channels = tokens.double().numpy(), tokens.size(1) - len(flagged)
         length = len(values)
         if self.shift or self.circular or self.warp or self.crop:

@@ -81,7 +81,7 @@ _STEPS = {"num_epochs": 32, "epoch_samples": 1600}  # 1,600 steps or more for al
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the first is taken
     "sequences": {
         "strong_circular": _STEPS | {
-            "stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1,
+            "stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1, "series_share": 0.5,
         },
         "strong": SERIES_RECIPES["strong"] | _STEPS,
         "unchanged": _STEPS | {"stem": "conv"},
@@ -255,6 +255,9 @@ class Settings:
     series_crop: float = _augment("cut up to this off training series and stretch the rest", "share of its length")
     series_scale: float = _augment("scale the values of training series", "deviation of the log of the factor")
     series_jitter: float = _augment("add noise to the values of training series", "deviations of the channel")
+    series_share: float = _data(
+        1.0, "how many training series are so changed, drawn anew in each epoch", "share", above=0, at_most=1,
+        applies=_OWN_SERIES | _NOT_CACHED | {"augment": (True,)}, on_resume="inexact")
     mixup: float = _data(
         0.0, "mix each training sample with another, in shares from this Beta distribution; 0 = off", "alpha",
         at_least=0, applies=_NOT_CACHED | {"augment": (True,), "task": _OF_ITEMS}, on_resume="inexact")
@@ -678,6 +681,9 @@ def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]
                 needed = " or ".join("FILE.py" if value == PYTHON else _text(value) for value in values)
                 notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {needed}, "
                              f"not {_text(getattr(settings, other))}")
+    changes = [name for name in FIELDS if name.startswith("series_") and FIELDS[name].default in (0.0, False)]
+    if settings.series_share < 1 and not any(getattr(settings, name) for name in changes):
+        notes.append("series_share has no effect: no change of series is on, such as --series_warp 0.2")
     return notes
 
 

@@ -31,7 +31,7 @@ from adapters import (
 from augmentation import SeriesAugmentation, series_augmentation
 from batches import Mixed, create_dataloader, random_stream, set_epoch
 from checkpoint import load_checkpoint
-from config import Settings, resolve
+from config import Settings, resolve, unused_settings
 from messages import UserError
 from perceiver_model import PerceiverModel
 from tasks import Classification, MultiLabel, Regression
@@ -445,6 +445,23 @@ def test_a_change_depends_on_seed_epoch_and_sample_alone():
     assert torch.equal(next(iter(loader))["input"], second[1])
 
 
+def test_a_share_of_the_series_is_changed_anew_in_each_epoch():
+    change = SeriesAugmentation(jitter=0.1, share=0.3)
+    data = AugmentedSeries([RAMP] * 1000, np.arange(1000) % 2, None, change, (), 0)
+    moved = []
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        moved.append(np.array([not torch.equal(data[number]["input"], RAMP) for number in range(1000)]))
+        assert 0.25 < moved[-1].mean() < 0.35  # standard deviation 0.014
+    assert 0.15 < (moved[0] & moved[1]).mean() / moved[0].mean() < 0.45
+    assert str(change) == "jitter 0.1, 30% of them"
+    assert not SeriesAugmentation(share=0.3)
+    settings, sources = resolve(flags={"dataset_type": "sequences", "series_share": 0.5})
+    assert any("series_share has no effect" in note for note in unused_settings(settings, sources))
+    settings, sources = resolve(flags={"dataset_type": "sequences", "series_share": 0.5, "series_circular": True})
+    assert not unused_settings(settings, sources)
+
+
 def test_only_training_series_are_changed_and_augment_is_the_switch():
     given_ = Settings(dataset_type="sequences", series_shift=0.1, series_jitter=0.2)
     assert series_augmentation(given_, "train") == SeriesAugmentation(shift=0.1, jitter=0.2)
@@ -580,7 +597,7 @@ def files(tmp_path, monkeypatch):
 RUN = (
     "--dataset sequences --data_path own.npz --d_model 16 --num_heads 2 --num_latents 3 --epochs 2 --batch_size 4 "
     "--epoch_samples 20 --amp off --device cpu --series_shift 0.1 --series_circular --series_warp 0.2 "
-    "--series_crop 0.1 --series_scale 0.1 --series_jitter 0.1 --mixup 0.4 --series_recipe strong"
+    "--series_crop 0.1 --series_scale 0.1 --series_jitter 0.1 --series_share 0.6 --mixup 0.4 --series_recipe strong"
 )
 
 
