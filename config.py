@@ -83,7 +83,6 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the
         "strong_circular": _STEPS | {
             "stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1, "series_share": 0.5,
         },
-        "strong": SERIES_RECIPES["strong"] | _STEPS,
         "unchanged": _STEPS | {"stem": "conv"},
         "windows_unplaced": _STEPS | {"series_window": 16, "use_positions": False},
     },
