@@ -156,7 +156,8 @@ def _to_mask(value: Any, length: int, where: str) -> Tensor:
 
 def _to_tokens(tokens: Any, mask: Any, where: str, max_seq_len: int | None) -> tuple[Tensor, Tensor]:
     """(input float32 (L, C), zero where hidden; mask bool (L,)) of one modality."""
-    if type(tokens) is not Tensor or tokens.dtype != torch.float32 or not tokens.is_cpu or tokens.requires_grad:
+    plain = type(tokens) is Tensor and tokens.dtype == torch.float32 and tokens.layout == torch.strided
+    if not plain or not tokens.is_cpu or tokens.requires_grad:
         with naming(where):
             tokens = torch.from_numpy(as_numbers(tokens, "input", np.float32))
     shape = tuple(tokens.shape)

@@ -681,7 +681,8 @@ def unused_settings(settings: Settings, sources: Mapping[str, str]) -> list[str]
                 notes.append(f"{name} ({sources[name]}) has no effect: it needs {other} {needed}, "
                              f"not {_text(getattr(settings, other))}")
     changes = [name for name in FIELDS if name.startswith("series_") and FIELDS[name].default in (0.0, False)]
-    if settings.series_share < 1 and not any(getattr(settings, name) for name in changes):
+    shared = has_effect(settings, "series_share") and settings.series_share < 1
+    if shared and not any(getattr(settings, name) for name in changes):
         notes.append("series_share has no effect: no change of series is on, such as --series_warp 0.2")
     return notes
 
