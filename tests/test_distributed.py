@@ -64,7 +64,7 @@ EQUAL = {
     "numbers": (f"{TARGETS} --batch_size=7 --task=regression --label_column=parts", set()),
     "several labels": (
         f"{TARGETS} --batch_size=7 --task=multilabel --label_column=names --tune_thresholds --class_weights=balanced",
-        set(),
+        {"double"},
     ),
     "hidden tokens": (f"{TEN} --batch_size=4 --task=reconstruct --gradient_checkpointing", {"double"}),
 }
