@@ -64,7 +64,7 @@ EQUAL = {
     "numbers": (f"{TARGETS} --batch_size=7 --task=regression --label_column=parts", set()),
     "several labels": (
         f"{TARGETS} --batch_size=7 --task=multilabel --label_column=names --tune_thresholds --class_weights=balanced",
-        {"double"},
+        set(),
     ),
     "hidden tokens": (f"{TEN} --batch_size=4 --task=reconstruct --gradient_checkpointing", {"double"}),
 }
@@ -280,8 +280,7 @@ def assert_equal_runs(folder, other, tolerance=1e-9):
 )
 def test_several_processes_end_with_the_weights_of_one(one, several, name):
     flags, changes = EQUAL[name]
-    # In float64 a gradient of nearly 0, of which AdamW takes the sign, differs by more than the last digits
-    assert_equal_runs(several / name, one / name, 1e-7 if "double" in changes else 2e-2 if "bf16" in flags else 1e-4)
+    assert_equal_runs(several / name, one / name, 1e-9 if "double" in changes else 2e-2 if "bf16" in flags else 1e-4)
 
 
 def test_one_process_of_torchrun_is_a_plain_run(one, tmp_path):

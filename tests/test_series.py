@@ -186,7 +186,6 @@ def test_batch_norm_of_real_tokens_is_that_of_torch(lengths, seed):
     for name, value in torchs.state_dict().items():
         close(ours.state_dict()[name], value)
     close(ours.eval()(padded, mask)[mask], torchs.eval()(real))
-    assert ours.train()(real[None, :1], None).isfinite().all()  # of which torch's own refuses to take the deviation
 
 
 def test_batch_norm_leaves_a_batch_without_any_series_out():
