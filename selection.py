@@ -3,7 +3,7 @@
     for one in candidates(settings, sources): ...      # names, and the settings that each of them changes
     row(candidate, metric, ...)                        # its mean over the folds, its spread, its time
     better_half(rows, task)                            # those that are worth the other folds
-    best(rows, task)                                   # the highest mean
+    best(rows, task)                                   # the first that is as good as the highest mean
 
 Test data are not looked at: the runs of folds are never tested. The candidates are in config.CANDIDATES.
 """
@@ -118,8 +118,8 @@ def better_half(rows: Sequence[SelectionRow], task: Task) -> set[str]:
 
 def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
     """Of those that were trained on the most folds, the first one that is as good as the best: less than a standard
-    error below its mean (the rule of Breiman et al. 1984, section 3.4.3). The error is that of the mean over the folds,
-    from the deviations of all candidates."""
+    error below its mean (the rule of Breiman et al. 1984 for the size of a tree). The error is that of the mean over
+    the folds, from the deviations of all candidates."""
     most = max(one["n"] for one in rows)
     rows = [one for one in rows if one["n"] == most]
     top = ranked(rows, task)[0]

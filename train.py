@@ -123,7 +123,7 @@ CHECKPOINT_OF_THIS_LAUNCH = "checkpoint"  # what processes that torchrun restart
 # Fewer samples choose noise: the strong recipe for series and --select auto then keep the last epoch, and no candidate
 # is dropped after such a fold
 SMALL_VALIDATION = 50
-FEW_STEPS = 2000  # of a run on series; the candidates of --select auto make as many
+FEW_STEPS = 2000  # of a run on series; with fewer, a plain run is told of --select auto
 READ_EVERY = 20  # how many steps' sums are copied from a CUDA device at once (a copy waits for it); on a CPU, 1
 
 
