@@ -80,11 +80,10 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2
 _STEPS = {"num_epochs": 32, "epoch_samples": 1600}  # 1,600 steps or more for all, so that tokens are compared
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the first is taken
     "sequences": {
-        "strong_circular": _STEPS | {
-            "stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1, "series_share": 0.5,
-        },
-        "unchanged": _STEPS | {"stem": "conv"},
+        "unplaced": _STEPS | {"stem": "conv", "use_positions": False, "series_warp": 0.2, "series_scale": 0.1},
+        "circular": _STEPS | {"stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1},
         "windows_unplaced": _STEPS | {"series_window": 16, "use_positions": False},
+        "unchanged": _STEPS | {"stem": "conv"},
     },
     **dict.fromkeys(("images", "cifar10", "digits"), {
         "patches": {},
