@@ -44,7 +44,7 @@ def test_the_candidates_are_those_of_the_table_and_keep_what_was_given():
     found = names(dataset_type="sequences", series_window=4)
     assert not any(selection.TOKENS & set(one) for one in found.values())
     assert list(found) == ["unplaced", "circular", "windows_unplaced", "unchanged"]
-    unmoved = ["unplaced", "windows_unplaced", "unchanged"]
+    unmoved = ["unplaced", "unchanged", "windows_unplaced"]
     assert list(names(dataset_type="sequences", augment=False)) == unmoved
     assert list(names(dataset_type="text", dropout=0.2)) == ["conv", "bytes", "mixup"]
     assert list(names(dataset_type="sequences", task="tagging", augment=False)) == unmoved
