@@ -26,8 +26,7 @@ class SeriesAugmentation:
     """What is done to a standardised series. Its length stays the same.
 
     All changes of time are one map from the new steps to places between the old ones, so a series is interpolated
-    once, linearly. Um, Pfister et al. 2017 (wearable sensors) and Le Guennec et al. 2016 describe them. Shifts are
-    whole steps: interpolation takes noise out of a series, and the test series keep theirs.
+    once, linearly. Um, Pfister et al. 2017 (wearable sensors) and Le Guennec et al. 2016 describe them.
 
     Args:
         shift: largest shift in time, either way, as a share of the length; the first or last value is held.
@@ -66,8 +65,8 @@ class SeriesAugmentation:
         places = time * (last / time[-1]) if last else time
         left = 1 - self.crop * left
         places = places * left + start * (1 - left) * last
-        places = places + np.rint((2 * offset - 1) * self.shift * length)
-        return (places + np.floor(turn * length)) % length if self.circular else places
+        places = places + (2 * offset - 1) * self.shift * length
+        return (places + turn * length) % length if self.circular else places
 
     def __call__(self, tokens: Tensor, rng: np.random.Generator, flagged: tuple[int, ...] = ()) -> Tensor:
         """tokens float32 (L, C + flags) of a `SeriesAdapter`, whose channels `flagged` have a flag each -> the same.
