@@ -92,6 +92,10 @@ def test_every_command_is_one_that_is_understood(page, monkeypatch):
             source = (ROOT / script).read_text(encoding="utf-8")
             source += (ROOT / "benchmarks" / "measure.py").read_text(encoding="utf-8")
             known = {flag_of(name) for name in FIELDS} if "add_settings" in source else set()
+            if "--" in flags:  # what follows is for train.py
+                args = make_parser("").parse_args(flags[flags.index("--") + 1 :])
+                resolve(file=args.file, flags=args.flags)
+                flags = flags[: flags.index("--")]
             asked = {flag for flag in flags if flag.startswith("--")} - known
             assert not [flag for flag in asked if f'"{flag}"' not in source and f" {flag[2:]}=" not in source], words
 
