@@ -456,15 +456,18 @@ def test_control_c_of_torchrun_saves_and_ends(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "of_ranks", "says", "traceback"),
     [
-        (f"{SEQUENCES} --checkpoint_dir=taken", {}, "error: taken belongs to a run that is still going (", False),
+        pytest.param(f"{SEQUENCES} --checkpoint_dir=taken", {},
+                     "error: taken belongs to a run that is still going (", False, marks=pytest.mark.slow),
         (f"{SEQUENCES} --batch_size=7", {"1": ["mistake@3"]}, "error: no such thing", False),
         (f"{SEQUENCES} --batch_size=7", {"1": ["fault@3"]}, "RuntimeError: a fault of ours", True),
-        (f"{SEQUENCES} --batch_size=7", {"0": ["no data"]}, "error: no such thing", False),
-        ("--lr=x", {}, 'error: --lr: expected a number (per step) above 0, got "x"', False),
+        pytest.param(f"{SEQUENCES} --batch_size=7", {"0": ["no data"]}, "error: no such thing", False,
+                     marks=pytest.mark.slow),
+        pytest.param("--lr=x", {}, 'error: --lr: expected a number (per step) above 0, got "x"', False,
+                     marks=pytest.mark.slow),
     ],
     ids=["another run's folder", "a mistake that one meets", "a fault that one meets", "no data, others wait",
          "a mistake that all make"],
-)
+)  # fmt: skip
 def test_an_error_ends_all_with_one_message(tmp_path, flags, of_ranks, says, traceback):
     started = time.monotonic()
     with owned(tmp_path / "run" / "taken"):
