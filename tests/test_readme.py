@@ -76,15 +76,21 @@ def test_every_command_is_one_that_is_understood(page, monkeypatch):
     def parsed(path):
         raise Parsed
 
+    def understood(flags):
+        args = make_parser("").parse_args(flags)
+        resolve(file=args.file, flags=args.flags)
+
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(inference, "load_checkpoint", parsed)
     monkeypatch.setattr(inference, "load_pretrained", parsed)
     for words in commands(PAGES[page]):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script, flags = words[at], [word for word in words[at + 1 :] if word not in ("$what", "...")]
+        if "--" in flags:  # what follows is for train.py
+            understood(flags[flags.index("--") + 1 :])
+            flags = flags[: flags.index("--")]
         if script == "train.py":
-            args = make_parser("").parse_args(flags)
-            resolve(file=args.file, flags=args.flags)
+            understood(flags)
         elif script == "inference.py" and flags:
             with pytest.raises(Parsed):
                 inference.main(flags)
@@ -92,10 +98,6 @@ def test_every_command_is_one_that_is_understood(page, monkeypatch):
             source = (ROOT / script).read_text(encoding="utf-8")
             source += (ROOT / "benchmarks" / "measure.py").read_text(encoding="utf-8")
             known = {flag_of(name) for name in FIELDS} if "add_settings" in source else set()
-            if "--" in flags:  # what follows is for train.py
-                args = make_parser("").parse_args(flags[flags.index("--") + 1 :])
-                resolve(file=args.file, flags=args.flags)
-                flags = flags[: flags.index("--")]
             asked = {flag for flag in flags if flag.startswith("--")} - known
             assert not [flag for flag in asked if f'"{flag}"' not in source and f" {flag[2:]}=" not in source], words
 
