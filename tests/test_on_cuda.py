@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CUDA = ROOT / "benchmarks" / "on_cuda.py"
+OUT = "FOLDER_OF_THE_TEST"  # in the environment of every process of a call
 
 
 def call(out, *flags):
     command = [sys.executable, str(ON_CUDA), "--device=cpu", "--quick", f"--out={out}", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", OUT: str(out)}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     results = out / "results.jsonl"
     return result, [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
@@ -36,5 +39,21 @@ def test_every_step_gives_its_results(tmp_path):
 
 
 def test_a_step_that_runs_out_of_time_leaves_no_process_and_is_named(tmp_path):
-    result, _ = call(tmp_path, "--minutes=0.03", "--steps=rates")
-    assert result.returncode == 1 and "rates: did not end within" in result.stdout
+    result, _ = call(tmp_path, "--minutes=0.05", "--steps=checks")  # 3 s, and the training of the step needs more
+    assert result.returncode == 1 and "checks: did not end within" in result.stdout
+    end = time.monotonic() + 20  # a killed process may take a moment to go
+    while processes_of(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not processes_of(tmp_path)
+
+
+def processes_of(out):
+    """Folders of the living processes that `call` has started, by their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{OUT}={out}\0".encode() in (folder / "environ").read_bytes():
+                found.append(folder)
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
