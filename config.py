@@ -78,12 +78,18 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2
 # What --select auto chooses between: of each candidate a name, and the settings that it changes. What is given as a
 # flag or in a file holds for all of them.
 _STEPS = {"num_epochs": 32, "epoch_samples": 1600}  # 1,600 steps or more for all, so that tokens are compared
+_UNPLACED = _STEPS | {"stem": "conv", "use_positions": False, "series_warp": 0.2, "series_scale": 0.1}
+SHORT_SERIES = 100  # steps: where half of the series have fewer, their candidates are those of "short series"
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the first is taken
     "sequences": {
-        "unplaced": _STEPS | {"stem": "conv", "use_positions": False, "series_warp": 0.2, "series_scale": 0.1},
+        "unplaced": _UNPLACED,
         "circular": _STEPS | {"stem": "conv", "series_circular": True, "series_warp": 0.2, "series_scale": 0.1},
         "windows_unplaced": _STEPS | {"series_window": 16, "use_positions": False},
+    },
+    "short series": {
         "unchanged": _STEPS | {"stem": "conv"},
+        "unplaced_unchanged": _STEPS | {"stem": "conv", "use_positions": False},
+        "unplaced": _UNPLACED,
     },
     **dict.fromkeys(("images", "cifar10", "digits"), {
         "patches": {},

@@ -1,9 +1,9 @@
 """Which of a few documented candidates suits the data: each is trained for a short while on folds of the training data.
 
-    for one in candidates(settings, sources): ...      # names, and the settings that each of them changes
-    row(candidate, metric, ...)                        # its mean over the folds, its spread, its time
-    better_half(rows, task)                            # those that are worth the other folds
-    best(rows, task)                                   # the first that is as good as the highest mean
+    for one in candidates(settings, sources, train): ...  # names, and the settings that each of them changes
+    row(candidate, metric, ...)                           # its mean over the folds, its spread, its time
+    better_half(rows, task)                               # those that are worth the other folds
+    best(rows, task)                                      # the first that is as good as the highest mean
 
 Test data are not looked at: the runs of folds are never tested. The candidates are in config.CANDIDATES.
 """
@@ -15,9 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch.utils.data import Dataset
+
 import folds
 from checkpoint import Candidate, SelectionRow
-from config import CANDIDATES, FIELDS, Settings, flag_of, has_effect
+from config import CANDIDATES, FIELDS, SHORT_SERIES, Settings, flag_of, has_effect
 from messages import UserError, figure_text
 from tasks import LAST_EPOCH, Task
 
@@ -28,17 +31,23 @@ TOKENS = {"stem", "series_window", "series_stride"}  # one of them given says wh
 OWN = ("file", "flag", "given", "recipe", "init_from")  # where a setting comes from that all candidates keep
 
 
-def candidates(settings: Settings, sources: Mapping[str, str]) -> list[Candidate]:
+def candidates(settings: Settings, sources: Mapping[str, str], train: Dataset) -> list[Candidate]:
     """The candidates for these settings; of those that come to the same, the one that changes the fewest settings.
+
+    Args:
+        sources: where each setting comes from.
+        train: the training data; of series, their lengths decide which candidates there are.
 
     Raises:
         UserError: there is no choice, since what was given decides everything.
     """
     given = {name for name, source in sources.items() if source in OWN}
     given |= TOKENS if given & TOKENS else set()
-    known = CANDIDATES.get(settings.dataset_type, CANDIDATES["others"])
+    kind = settings.dataset_type if settings.dataset_type in CANDIDATES else "others"
+    if kind == "sequences" and np.median(train.lengths) < SHORT_SERIES:
+        kind = "short series"
     found, seen = [], []
-    for name, values in known.items():
+    for name, values in CANDIDATES[kind].items():
         changes = {key: value for key, value in values.items() if key not in given}
         changed = dataclasses.replace(settings, **changes)
         effective = {key: value for key, value in vars(changed).items() if has_effect(changed, key)}

@@ -823,13 +823,15 @@ def select(
     of a candidate that a signal ended)."""
     show_settings(settings, sources, start)
     start = start_again(settings, start)
-    found = selection.checked(checkpoint["candidates"]) if checkpoint else selection.candidates(settings, sources)
     number = settings.folds or selection.FOLDS
     on_folds = dataclasses.replace(settings, folds=number, fold=None)
     with distributed.first_process_first(), memory_advice("while reading the data", data_remedies(settings)):
-        _, data = load_splits(on_folds, checkpoint["data"] if checkpoint else start and start.known, None, own)
+        splits, data = load_splits(on_folds, checkpoint["data"] if checkpoint else start and start.known, None, own)
     if checkpoint:
         check_data(checkpoint, data)
+        found = selection.checked(checkpoint["candidates"])
+    else:
+        found = selection.candidates(settings, sources, splits["train"])
     task = tasks.from_description(data["task"])
     metric = selection.metric_of(settings, task)
     whole = Whole(settings, data, new=checkpoint is None, candidates=found)
