@@ -9,6 +9,7 @@ import signal
 import statistics
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,33 +30,40 @@ SHORT = f"{SEQUENCES} --epochs=2 --batch_size=8 --amp=off"
 SELECT = f"{SHORT} --select=auto --select_share=0.5"  # 3 candidates x 3 folds x 1 epoch of 5 steps
 
 
-def names(**flags):
+def names(steps=100, **flags):
     settings, sources = resolve(flags=flags)
-    return {one["name"]: one["settings"] for one in selection.candidates(settings, sources)}
+    train = SimpleNamespace(lengths=np.array([1, steps, 500]))
+    return {one["name"]: one["settings"] for one in selection.candidates(settings, sources, train)}
 
 
 def test_the_candidates_are_those_of_the_table_and_keep_what_was_given():
     found = names(dataset_type="sequences")
-    assert list(found) == list(CANDIDATES["sequences"]) and found["unchanged"]["stem"] == "conv"
+    assert list(found) == list(CANDIDATES["sequences"]) and found["windows_unplaced"]["series_window"] == 16
     assert all(one["num_epochs"] == 32 and one["epoch_samples"] == 1600 for one in found.values())
     found = names(dataset_type="sequences", num_epochs=7, series_shift=0.3)
     assert all("num_epochs" not in one and "series_shift" not in one for one in found.values())
     # A token that was given is everybody's, and what then is the same is left out
     found = names(dataset_type="sequences", series_window=4)
     assert not any(selection.TOKENS & set(one) for one in found.values())
-    assert list(found) == ["unplaced", "circular", "windows_unplaced", "unchanged"]
-    unmoved = ["unplaced", "unchanged", "windows_unplaced"]
-    assert list(names(dataset_type="sequences", augment=False)) == unmoved
+    assert list(found) == ["unplaced", "circular", "windows_unplaced"]
+    assert list(names(dataset_type="sequences", series_window=4, augment=False)) == ["windows_unplaced", "circular"]
     assert list(names(dataset_type="text", dropout=0.2)) == ["conv", "bytes", "mixup"]
-    assert list(names(dataset_type="sequences", task="tagging", augment=False)) == unmoved
     with pytest.raises(UserError, match="select: what was given leaves nothing to choose between"):
         names(dataset_type="text", stem="conv", dropout=0.2, mixup=0.1)
 
 
+def test_short_series_have_candidates_of_their_own():
+    assert list(names(99, dataset_type="sequences")) == ["unchanged", "unplaced_unchanged", "unplaced"]
+    assert "unchanged" not in names(100, dataset_type="sequences")
+    assert list(names(99, dataset_type="sequences", augment=False)) == ["unchanged", "unplaced_unchanged"]
+    assert list(names(99, dataset_type="text")) == list(names(100, dataset_type="text"))
+
+
+@pytest.mark.parametrize("steps", [99, 100])
 @pytest.mark.parametrize("dataset", ["sequences", "images", "text", "multimodal", "digits", "synthetic"])
-def test_every_candidate_is_a_run_that_can_be_started_by_flags(dataset):
+def test_every_candidate_is_a_run_that_can_be_started_by_flags(dataset, steps):
     settings, sources = resolve(flags={"dataset_type": dataset})
-    for one in selection.candidates(settings, sources):
+    for one in selection.candidates(settings, sources, SimpleNamespace(lengths=np.array([steps]))):
         short = selection.short_run(settings, one, 2)
         assert (short.fold, short.folds, short.select) == (2, 3, "none")
         assert {name: getattr(short, name) for name in one["settings"] if name != "num_epochs"} == {
@@ -216,6 +224,18 @@ def test_the_worse_half_is_trained_on_the_first_fold_alone_where_a_fold_says_eno
             assert one["mean"] == first and one["std"] is None and not one["chosen"]
     again = run("--resume")
     assert again.status == 0 and "nothing is left to do" in again.out
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(99, "short series"), (100, "sequences")])
+def test_the_length_of_the_training_series_says_which_candidates_there_are(run, steps, expected):
+    series = np.random.default_rng(0).normal(size=(12, steps, 1)).astype(np.float32)
+    np.savez("series.npz", x=series, y=np.arange(12) % 2)
+    np.savez("test.npz", x=series.repeat(3, 1), y=np.arange(12) % 2)
+    done = run("--dataset=sequences --data_path=series.npz --test_path=test.npz --select=auto --epochs=1 --batch_size=8 "
+               "--epoch_samples=8 --d_model=16 --num_latents=4 --num_heads=2 --amp=off")  # fmt: skip
+    assert done.status == 0, done.err
+    rows = load_checkpoint(f"checkpoints/{BEST}")["data"]["selection"]
+    assert [one["name"] for one in rows] == list(CANDIDATES[expected])
 
 
 def test_from_python(tmp_path, monkeypatch):
