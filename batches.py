@@ -108,7 +108,7 @@ class ClassTargets:
         if for_training and len(labels) < (self.num_classes or 0):
             raise UserError(f"{len(labels)} training samples are fewer than the {classes} classes; add samples")
         if for_training and (labels == labels[0]).all():
-            raise UserError(f"all {len(labels)} training samples have label {labels[0]}; give at least two classes")
+            raise UserError(f"all training samples have label {labels[0]}; give at least two classes")
 
 
 # --- Items and batches -----------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def build_model(checkpoint: dict[str, Any]) -> PerceiverModel | Ensemble:
     arguments, members = checkpoint["model_args"], checkpoint.get("members")
     if members is not None and (len(members) < 2 or not checkpoint["model"]):
         raise UserError("the checkpoint is one from which a run of several models is resumed (--resume) and holds none "
-                        f"of them; when the run has ended, their mean is {BEST} beside it")  # fmt: skip
+                        f"of them; when the run has ended, what it has come to is {BEST} beside it")  # fmt: skip
     try:
         check_model_arguments(arguments)
         with torch.device("meta"):

@@ -79,7 +79,7 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {"plain": {}, "strong": {"mixup": 0.2
 # flag or in a file holds for all of them.
 _STEPS = {"num_epochs": 32, "epoch_samples": 1600}  # 1,600 steps or more for all, so that tokens are compared
 _UNPLACED = _STEPS | {"stem": "conv", "use_positions": False, "series_warp": 0.2, "series_scale": 0.1}
-SHORT_SERIES = 100  # steps: where half of the series have fewer, their candidates are those of "short series"
+SHORT_SERIES = 100  # steps: where the median length is below this, the candidates are those of "short series"
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {  # of equally good ones the first is taken
     "sequences": {
         "unplaced": _UNPLACED,

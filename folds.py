@@ -58,7 +58,7 @@ def check_place(checkpoint: dict[str, Any], path: str | Path) -> list[str]:
     """Check that a run of several models can be resumed from the checkpoint of this path.
 
     Returns:
-        the names of the runs of its models, as far as they have begun.
+        of its models' runs, as far as they have begun, the folders of their logs below log_dir.
 
     Raises:
         UserError: it cannot.
@@ -71,8 +71,12 @@ def check_place(checkpoint: dict[str, Any], path: str | Path) -> list[str]:
     except UserError as error:
         raise UserError(f"{path} cannot be resumed: {error}") from error
     places = (f"fold_*/{LAST}", f"select/*/fold_*/{LAST}")
-    begun = [load_checkpoint(last) for place in places for last in sorted(Path(path).parent.glob(place))]
-    return [Progress.from_dict(one["progress"]).run_name for one in begun if "progress" in one]
+    folder, begun = Path(path).parent, []
+    for last in (last for place in places for last in sorted(folder.glob(place))):
+        if "progress" in (one := load_checkpoint(last)):
+            logs = Path(*last.relative_to(folder).parts[:-2])  # those of a fold lie in log_dir itself
+            begun.append(str(logs / Progress.from_dict(one["progress"]).run_name))
+    return begun
 
 
 def together(

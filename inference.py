@@ -148,6 +148,9 @@ def predict(model: PerceiverModel, items: Sequence[Any], batch_size: int = 64) -
     if hasattr(items, "columns"):  # iterating it would give the names of its columns
         raise UserError("items must be a list, this is one DataFrame, whose rows are the time steps of a series; write "
                         "predict(model, [frame]), [part for _, part in frame.groupby('id')] or list(frame['text'])")
+    if len(shape := getattr(items, "shape", ())) == 2 and shape[1] == 1:  # it would be series of one step each
+        raise UserError(f"items must be a list, this is an array of shape {tuple(shape)}; if it is one series, write "
+                        "predict(model, [series]), and predict(model, list(items)) if each row is one")  # fmt: skip
     check_batch_size(batch_size)
     if not hasattr(model, "task"):
         raise UserError("this model fills in [MASK]: use pretrained.fill_masks(model, text)")

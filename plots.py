@@ -566,7 +566,7 @@ def plot_sequence_attention(
                 order = np.argsort(latents.argmax(1), kind="stable")
                 heat_map(axes, latents[order], "multiple of uniform", cmap="viridis", vmin=0)
                 axes.set_ylabel(f"latents of cross-attend {number}\n(in order of their peaks)")
-            below[-1].set_xlabel("time (tokens)")
+            below[-1].set_xlabel("time (steps)")
 
 
 def plot_text_attention(

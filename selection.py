@@ -11,7 +11,7 @@ Test data are not looked at: the runs of folds are never tested. The candidates 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,9 @@ def candidates(settings: Settings, sources: Mapping[str, str], train: Dataset) -
     given = {name for name, source in sources.items() if source in OWN}
     given |= TOKENS if given & TOKENS else set()
     kind = settings.dataset_type if settings.dataset_type in CANDIDATES else "others"
-    if kind == "sequences" and np.median(train.lengths) < SHORT_SERIES:
-        kind = "short series"
+    known = CANDIDATES["short series" if are_short(settings, train) else kind]
     found, seen = [], []
-    for name, values in CANDIDATES[kind].items():
+    for name, values in known.items():
         changes = {key: value for key, value in values.items() if key not in given}
         changed = dataclasses.replace(settings, **changes)
         effective = {key: value for key, value in vars(changed).items() if has_effect(changed, key)}
@@ -57,6 +56,23 @@ def candidates(settings: Settings, sources: Mapping[str, str], train: Dataset) -
         elif len(changes) < len(found[same := seen.index(effective)]["settings"]):
             found[same] = {"name": name, "settings": changes}
     return checked(found)
+
+
+def are_short(settings: Settings, train: Dataset) -> bool:
+    """Whether the training data are series of fewer than SHORT_SERIES steps, by their median."""
+    return settings.dataset_type == "sequences" and bool(np.median(train.lengths) < SHORT_SERIES)
+
+
+def check_changes(found: Sequence[Candidate], given: Collection[str]) -> None:
+    """Check that what is given to a resumed choice is not among what the candidates change.
+
+    Raises:
+        UserError: it is, and would take the place of what is chosen.
+    """
+    chosen = {name for one in found for name in one["settings"]}
+    for name in chosen & set(given):
+        if FIELDS[name].metadata["on_resume"] != "free":
+            raise UserError(f"{name}: cannot be given on resume, --select auto is choosing it; start again with it")
 
 
 def checked(found: list[Candidate]) -> list[Candidate]:
@@ -125,19 +141,19 @@ def better_half(rows: Sequence[SelectionRow], task: Task) -> set[str]:
     return {one["name"] for one in ranked(rows, task)[: math.ceil(len(rows) / 2)]}
 
 
-def best(rows: Sequence[SelectionRow], task: Task) -> SelectionRow:
-    """Of those that were trained on the most folds, the first one that is as good as the best: less than a standard
-    error below its mean (the rule of Breiman et al. 1984 for the size of a tree). The error is that of the mean over
-    the folds, from the deviations of all candidates."""
+def best(rows: Sequence[SelectionRow], task: Task) -> tuple[SelectionRow, str]:
+    """(of those that were trained on the most folds, the first one that is as good as the best: less than a standard
+    error below its mean, which is the rule of Breiman et al. 1984 for the size of a tree; why it is this one). The
+    error is that of the mean over the folds, from the deviations of all candidates."""
     most = max(one["n"] for one in rows)
     rows = [one for one in rows if one["n"] == most]
     top = ranked(rows, task)[0]
     deviations = [one["std"] for one in rows if one["std"] is not None]
-    if not deviations:
-        return top
-    error = math.sqrt(statistics.mean(std**2 for std in deviations) / most)
+    error = math.sqrt(statistics.mean(std**2 for std in deviations) / most) if deviations else 0.0
     near = [one for one in rows if one["mean"] is not None and abs(one["mean"] - top["mean"]) < error]
-    return near[0] if near else top
+    if not near or near[0] is top:
+        return top, "the best"
+    return near[0], f"the first that is less than a standard error ({figure_text(error)}) behind the best"
 
 
 def run_heading(candidates: Sequence[Candidate], metric: str) -> str:

@@ -74,6 +74,7 @@ from checkpoint import (
 from config import (
     FIELDS,
     PYTHON,
+    SHORT_SERIES,
     Settings,
     changed_settings,
     check_cache,
@@ -807,6 +808,9 @@ def train_selected(
         settings, sources, checkpoint, run = select(settings, sources, checkpoint, changes, own, start)
         if run:
             return run
+    if distributed.is_first():
+        for weights in Path(settings.checkpoint_dir, selection.FOLDER).glob("*/fold_*/*.pth"):
+            weights.unlink()  # logs and curves stay
     if folds.of_folds(settings):
         return train_folds(settings, sources, checkpoint, changes, own, start)
     whole = Whole(settings, checkpoint["data"], new=False)
@@ -830,6 +834,7 @@ def select(
     if checkpoint:
         check_data(checkpoint, data)
         found = selection.checked(checkpoint["candidates"])
+        selection.check_changes(found, {name for given in changes for name in given})
     else:
         found = selection.candidates(settings, sources, splits["train"])
     task = tasks.from_description(data["task"])
@@ -839,8 +844,9 @@ def select(
     flags, file = ({name: value for name, value in given.items() if name in free} for given in changes)
     halved = len(found) > selection.FEW and data["split_sizes"]["train"] // number >= SMALL_VALIDATION
     half = ",\n        of which the better half goes on after the first fold" if halved else ""
+    about = f" for short series (fewer than {SHORT_SERIES} steps)" * selection.are_short(settings, splits["train"])
     say(
-        f"\nselect: {len(found)} candidates on {number} folds of the training data, each for "
+        f"\nselect: {len(found)} candidates{about} on {number} folds of the training data, each for "
         f"{settings.select_share:g} of its epochs{half}\n{selection.run_heading(found, metric)}"
     )
     going, results = found, {one["name"]: [] for one in found}  # of each run (its line of the log, its seconds)
@@ -861,9 +867,9 @@ def select(
             better = selection.better_half(rows, task)
             going = [one for one in found if one["name"] in better]
     say("\n".join(["", selection.heading(found, metric), *(selection.line(one, found) for one in rows)]))
-    chosen = selection.best(rows, task)
+    chosen, why = selection.best(rows, task)
     chosen["chosen"] = True
-    say(f"chosen: {chosen['name']} ({selection.flags_of(chosen)})\n")
+    say(f"chosen: {chosen['name']} ({selection.flags_of(chosen)}), {why}\n")
     taken = {name: value for name, value in chosen["settings"].items() if not any(name in given for given in changes)}
     settings, sources = dataclasses.replace(settings, **taken), sources | dict.fromkeys(taken, "select")
     _, data = load_splits(dataclasses.replace(on_folds, **taken), start and start.known, None, own)
@@ -871,8 +877,6 @@ def select(
     if distributed.is_first():
         open_whole(settings, new=False)
         folds.save_place(settings, data)
-        for weights in Path(settings.checkpoint_dir, selection.FOLDER).glob("*/fold_*/*.pth"):
-            weights.unlink()  # logs and curves stay
     distributed.barrier()
     return settings, sources, {"data": data, "test": {}}, None
 

@@ -373,7 +373,7 @@ def test_labels_that_count_from_one_are_recognised():
 
 def test_training_data_that_teaches_nothing_is_refused():
     one_class = Items([item(label=1) for _ in range(5)])
-    with pytest.raises(UserError, match="all 5 training samples have label 1"):
+    with pytest.raises(UserError, match="all training samples have label 1"):
         create_dataloader(one_class, 2, shuffle=True)
     assert len(list(create_dataloader(one_class, 2))) == 3  # evaluation of such data is fine
     with pytest.raises(UserError, match="4 training samples are fewer than the 5 classes"):

@@ -891,6 +891,8 @@ def test_data_frames_are_taken_by_the_names_of_their_columns(named_run):
             predict(model, [frame, wrong])
     with pytest.raises(ValueError, match=r"items must be a list, this is one DataFrame.*predict\(model, \[frame\]\)"):
         predict(model, frame)
+    with pytest.raises(ValueError, match=r"an array of shape \(251, 1\); if it is one series, write predict\(model, \["):
+        predict(model, np.zeros((251, 1)))
 
 
 def test_series_files_of_a_manifest_are_ordered_by_name(tmp_path):

@@ -18,6 +18,7 @@ from running import before_step, called
 from test_folds import quick
 from test_resume import SEQUENCES, assert_same, log_of_file
 
+import folds
 import inference
 import selection
 import train
@@ -79,11 +80,11 @@ def test_every_candidate_is_a_run_that_can_be_started_by_flags(dataset, steps):
 def test_the_best_mean_wins_then_the_lower_loss():
     task, figures = Classification(["a", "b"]), [(0.5, 1), (0.7, 2), (0.7, 1), (None, 0)]
     rows = [{"metric": "accuracy", "mean": mean, "std": 0.0, "loss": loss, "n": 3} for mean, loss in figures]
-    assert selection.best(rows, task) is rows[2]
+    assert selection.best(rows, task) == (rows[2], "the best")
     rows = [{"metric": "loss", "mean": mean, "std": None, "loss": mean, "n": 3} for mean in (0.5, 0.3, 0.4)]
-    assert selection.best(rows, task) is rows[1]
+    assert selection.best(rows, task) == (rows[1], "the best")
     rows[1]["n"] = 1  # left out after the first fold
-    assert selection.best(rows, task) is rows[2]
+    assert selection.best(rows, task) == (rows[2], "the best")
 
 
 def test_of_candidates_within_a_standard_error_of_the_best_the_first_is_taken():
@@ -92,7 +93,10 @@ def test_of_candidates_within_a_standard_error_of_the_best_the_first_is_taken():
     def taken(means, deviations, metric="accuracy"):
         pairs = zip(means, deviations, strict=True)
         rows = [{"metric": metric, "mean": mean, "std": std, "loss": 1 - (mean or 0), "n": 3} for mean, std in pairs]
-        return rows.index(selection.best(rows, task))
+        chosen, why = selection.best(rows, task)
+        top = (max if task.higher_is_better[metric] else min)(mean for mean in means if mean is not None)
+        assert (why == "the best") == (chosen["mean"] == top)
+        return rows.index(chosen)
 
     error = math.sqrt((0.03**2 + 0.05**2 + 0.01**2) / 3 / 3)  # 0.0197
     assert taken([0.80 - 0.9 * error, 0.80 - 0.5 * error, 0.80], [0.03, 0.05, 0.01]) == 0
@@ -231,11 +235,51 @@ def test_the_length_of_the_training_series_says_which_candidates_there_are(run, 
     series = np.random.default_rng(0).normal(size=(12, steps, 1)).astype(np.float32)
     np.savez("series.npz", x=series, y=np.arange(12) % 2)
     np.savez("test.npz", x=series.repeat(3, 1), y=np.arange(12) % 2)
-    done = run("--dataset=sequences --data_path=series.npz --test_path=test.npz --select=auto --epochs=1 --batch_size=8 "
-               "--epoch_samples=8 --d_model=16 --num_latents=4 --num_heads=2 --amp=off")  # fmt: skip
+    done = run("--dataset=sequences --data_path=series.npz --test_path=test.npz --select=auto --epochs=1 --batch_size=8"
+               " --epoch_samples=8 --d_model=16 --num_latents=4 --num_heads=2 --amp=off")  # fmt: skip
     assert done.status == 0, done.err
     rows = load_checkpoint(f"checkpoints/{BEST}")["data"]["selection"]
     assert [one["name"] for one in rows] == list(CANDIDATES[expected])
+    told = "select: 3 candidates for short series (fewer than 100 steps) on 3 folds" in done.out
+    assert told == (expected == "short series")
+
+
+def test_a_resumed_choice_takes_no_setting_that_it_is_choosing(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(SELECT).status == 130
+    done = run("--resume --mixup=0.0")
+    assert done.status == 2
+    assert "mixup: cannot be given on resume, --select auto is choosing it; start again with it" in done.err
+    assert run("--resume --epochs=1").status == 0  # the length of the final run may change, as that of any run
+
+
+def test_the_command_that_is_told_continues_a_choice_whose_folders_lie_elsewhere(run, monkeypatch, tmp_path_factory):
+    place = tmp_path_factory.mktemp("elsewhere")
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = run(f"{SELECT} --checkpoint_dir={place}/checkpoints --log_dir={place}/logs")
+    told = re.search(r"Continue with: python train.py (.*)", stopped.out)[1]
+    done = run(told)
+    assert done.status == 0 and "test accuracy" in done.out, done.err
+
+
+def test_weights_of_candidates_that_a_killed_run_has_left_are_removed(chosen, tmp_path, monkeypatch, capsys):
+    shutil.copytree(chosen[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    checkpoint = load_checkpoint(f"checkpoints/{LAST}")
+    settings = Settings.from_dict(checkpoint["settings"])
+    folds.save_place(settings, checkpoint["data"])  # as a run that is killed just after its choice
+    left = Path("checkpoints/select/plain/fold_1") / LAST
+    shutil.copy(chosen[0] / "checkpoints" / LAST, left)
+    quick(monkeypatch)
+    done = called(capsys, train.main, ["--resume"])
+    assert done.status == 0 and not left.exists(), done.err
+
+
+def test_what_is_hidden_has_no_candidates(run):
+    done = run("--dataset=digits --select=auto --task=reconstruct")
+    assert done.status == 2 and "select: --task reconstruct has no folds" in done.err and "--select out" in done.err
 
 
 def test_from_python(tmp_path, monkeypatch):
