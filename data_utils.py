@@ -1064,8 +1064,8 @@ def check_task(settings: Settings) -> None:
                         f"{', '.join(offered)}")  # fmt: skip
     if settings.folds and settings.task == "reconstruct":
         name = "select" if settings.select == "auto" else "folds"
-        raise UserError(f"{name}: --task reconstruct has no folds, since what is hidden has no answers to take the mean "
-                        f"of; leave --{name} out")  # fmt: skip
+        raise UserError(f"{name}: --task reconstruct has no folds, since what is hidden has no answers to take the "
+                        f"mean of; leave --{name} out")  # fmt: skip
     if settings.fold and settings.fold > (settings.folds or 0):
         raise UserError(f"fold: {settings.fold} of {settings.folds or 'no'} folds; give --folds, and a --fold up to "
                         "that number")  # fmt: skip

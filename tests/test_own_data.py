@@ -891,7 +891,7 @@ def test_data_frames_are_taken_by_the_names_of_their_columns(named_run):
             predict(model, [frame, wrong])
     with pytest.raises(ValueError, match=r"items must be a list, this is one DataFrame.*predict\(model, \[frame\]\)"):
         predict(model, frame)
-    with pytest.raises(ValueError, match=r"an array of shape \(251, 1\); if it is one series, write predict\(model, \["):
+    with pytest.raises(ValueError, match=r"an array of shape \(251, 1\); if it is one series, write predict\("):
         predict(model, np.zeros((251, 1)))
 
 
