@@ -301,8 +301,8 @@ def describe_tokens(features: dict[str, dict[str, Any]]) -> str:
     parts = []
     for name, known in features.items():
         grid = " x ".join(map(str, known["grid_shape"])) + " " if "grid_shape" in known else ""
-        kind = f"{known['vocab_size']} kinds" if "vocab_size" in known else f"{known['input_dim']} features"
-        parts.append(f"{name} {grid}tokens of {kind}")
+        kind, number = ("kind", known["vocab_size"]) if "vocab_size" in known else ("feature", known["input_dim"])
+        parts.append(f"{name} {grid}tokens of {number} {kind}{'s' * (number > 1)}")
     return ", ".join(parts)
 
 
