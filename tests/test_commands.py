@@ -754,7 +754,8 @@ def test_masked_arrays_and_tables_and_half_tensors_are_series(tmp_path):
         probabilities(predict(model, [whole])), probabilities(predict(model, [np.where(missing, np.nan, values * 4)]))
     )
     series = np.ma.stack([np.ma.array(values, mask=missing)] * 3)  # three at once, as one masked array
-    np.testing.assert_array_equal(probabilities(predict(model, series)), np.repeat(expected, 3, 0))
+    # A processor may add the numbers of a larger batch in another order
+    np.testing.assert_allclose(probabilities(predict(model, series)), np.repeat(expected, 3, 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

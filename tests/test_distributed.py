@@ -280,7 +280,8 @@ def assert_equal_runs(folder, other, tolerance=1e-9):
 )
 def test_several_processes_end_with_the_weights_of_one(one, several, name):
     flags, changes = EQUAL[name]
-    assert_equal_runs(several / name, one / name, 1e-9 if "double" in changes else 2e-2 if "bf16" in flags else 1e-4)
+    # In float32 AdamW makes whole steps of gradients that are little more than rounding
+    assert_equal_runs(several / name, one / name, 1e-9 if "double" in changes else 2e-2 if "bf16" in flags else 1e-3)
 
 
 def test_one_process_of_torchrun_is_a_plain_run(one, tmp_path):
