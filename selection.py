@@ -70,7 +70,7 @@ def check_changes(found: Sequence[Candidate], given: Collection[str]) -> None:
         UserError: it is, and would take the place of what is chosen.
     """
     chosen = {name for one in found for name in one["settings"]}
-    for name in chosen & set(given):
+    for name in sorted(chosen.intersection(given)):
         if FIELDS[name].metadata["on_resume"] != "free":
             raise UserError(f"{name}: cannot be given on resume, --select auto is choosing it; start again with it")
 
